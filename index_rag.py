@@ -1,0 +1,247 @@
+"""Knowledge: passages on disk and the FAISS index over their embeddings.
+
+    index = open_index(config)            # config.index_name, passages_path, index_path, retrieval_vector_size
+    index.init_index()                    # maps the FAISS file; the passages are mapped from the start
+    doc_ids, doc_embeds = index.get_top_docs(queries, n_docs=5)
+    docs = index.get_doc_dicts(doc_ids)
+
+Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy. A passage's
+id is its row number; -1 marks a slot for which FAISS found no passage, with a zero vector, an empty title and text.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import faiss
+import numpy as np
+from transformers.models.rag.retrieval_rag import Index, LegacyIndex
+
+from cli_rag import UserError, raise_problems
+from utils_rag import save_json
+
+PASSAGE_COLUMNS = ("title", "text", "embeddings")
+DESCRIPTION_FILE = "index.json"
+
+
+class EmbeddingColumn:
+    """The vectors of a memory-mapped Arrow column, gathered by row without decoding anything else.
+
+    Args:
+        column: chunked Arrow array of lists of `dimension` floats (fixed-size or not).
+        dimension: length of every vector.
+
+    Raises:
+        UserError: the lists are not all `dimension` long.
+    """
+
+    def __init__(self, column, dimension: int):
+        self.dimension = dimension
+        # Each chunk is a view into the mapped file: (rows, d), no copy.
+        self.chunks = [self._as_matrix(chunk) for chunk in column.chunks if len(chunk)]
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+
+    def _as_matrix(self, chunk) -> np.ndarray:
+        values = chunk.flatten().to_numpy(zero_copy_only=True)
+        if len(values) != len(chunk) * self.dimension:
+            raise UserError(
+                f"--passages_path: the embeddings have dimension {len(values) / len(chunk):g}, but the question encoder "
+                f"gives {self.dimension}; embed the passages with the matching context encoder"
+            )
+        return values.reshape(len(chunk), self.dimension)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def blocks(self, size: int = 65536) -> Iterable[np.ndarray]:
+        """All vectors in order, as float32 arrays of at most `size` rows."""
+        for chunk in self.chunks:
+            for start in range(0, len(chunk), size):
+                yield np.ascontiguousarray(chunk[start : start + size], dtype=np.float32)
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
+        flat = ids.reshape(-1)
+        vectors = np.zeros((flat.size, self.dimension), dtype=np.float32)
+        chunk_of = np.searchsorted(self.starts, flat, side="right") - 1
+        for number in np.unique(chunk_of[flat >= 0]):
+            rows = np.flatnonzero(chunk_of == number)
+            vectors[rows] = self.chunks[number][flat[rows] - self.starts[number]]
+        return vectors.reshape(*ids.shape, self.dimension)
+
+
+class KnowledgeIndex(Index):
+    """Passages with embeddings and a FAISS index over them, behind transformers' `Index` interface.
+
+    Args:
+        passages: dataset with the columns title (str), text (str) and embeddings (lists of `vector_size` floats).
+        vector_size: dimension d of the embeddings and of the queries.
+        index_path: the FAISS file; None when `faiss_index` is given.
+        faiss_index: an index in memory, over the passages in their order.
+
+    Raises:
+        UserError: a column is missing, or dimension or count of passages, index and model do not fit each other.
+    """
+
+    def __init__(self, passages, vector_size: int, index_path=None, faiss_index=None):
+        missing = [name for name in PASSAGE_COLUMNS if name not in passages.column_names]
+        if missing:
+            raise UserError(
+                f"--passages_path: the passages lack the column(s) {', '.join(missing)} (found: "
+                f"{', '.join(passages.column_names)}); build them with use_own_knowledge_dataset.py"
+            )
+        if passages._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
+            passages = passages.flatten_indices()
+        self.passages = passages.with_format(None).select_columns(["title", "text"])
+        self.embeddings = EmbeddingColumn(passages.data.column("embeddings"), vector_size)
+        self.vector_size = vector_size
+        self.index_path = index_path
+        self.faiss_index = None
+        if faiss_index is not None:
+            self._accept(faiss_index)
+
+    @classmethod
+    def load_from_disk(cls, vector_size: int, passages_path, index_path) -> "KnowledgeIndex":
+        """Map the two parts that `use_own_knowledge_dataset.py` leaves; the FAISS file only at `init_index`."""
+        problems = []
+        remedy = "build it with use_own_knowledge_dataset.py"
+        if passages_path is None or not (Path(passages_path) / "dataset_info.json").is_file():
+            problems.append(f"--passages_path {passages_path} is not a folder of passages; {remedy}")
+        if index_path is None or not Path(index_path).is_file():
+            problems.append(f"--index_path {index_path} is not a FAISS index file; {remedy}")
+        raise_problems(problems)
+        return cls(datasets.load_from_disk(str(passages_path)), vector_size, index_path=str(index_path))
+
+    @classmethod
+    def from_dataset(cls, indexed_dataset, vector_size: int) -> "KnowledgeIndex":
+        """Take a dataset on which `add_faiss_index("embeddings")` or `load_faiss_index` was called."""
+        if "embeddings" not in indexed_dataset.list_indexes():
+            raise UserError("indexed_dataset has no index; call indexed_dataset.add_faiss_index('embeddings') first")
+        return cls(indexed_dataset, vector_size, faiss_index=indexed_dataset.get_index("embeddings").faiss_index)
+
+    def is_initialized(self) -> bool:
+        return self.faiss_index is not None
+
+    def init_index(self) -> None:
+        """Map the FAISS file; a second call does nothing."""
+        if not self.is_initialized():
+            try:
+                self._accept(faiss.read_index(self.index_path, faiss.IO_FLAG_MMAP_IFC))
+            except RuntimeError as error:
+                raise UserError(
+                    f"--index_path {self.index_path} is not a whole FAISS index ({str(error).splitlines()[0]}); "
+                    "build it again with use_own_knowledge_dataset.py"
+                ) from error
+
+    def _accept(self, faiss_index) -> None:
+        problems = []
+        if faiss_index.d != self.vector_size:
+            problems.append(
+                f"--index_path {self.index_path} has dimension {faiss_index.d}, but the question encoder gives "
+                f"{self.vector_size}; build the index with the matching context encoder"
+            )
+        if faiss_index.ntotal != len(self.passages):
+            problems.append(
+                f"--index_path {self.index_path} holds {faiss_index.ntotal} vectors, but --passages_path holds "
+                f"{len(self.passages)} passages; take the two that were built together"
+            )
+        raise_problems(problems)
+        self.faiss_index = faiss_index
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+        """The passages of the largest inner product: scores (B, n_docs) float32 and ids (B, n_docs) int64, best first."""
+        scores, doc_ids = self.faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), n_docs)
+        return scores, doc_ids
+
+    def get_top_docs(self, question_hidden_states: np.ndarray, n_docs: int = 5) -> tuple[np.ndarray, np.ndarray]:
+        """One search for the whole batch, one gather.
+
+        Args:
+            question_hidden_states: (B, d) float32 query vectors.
+            n_docs: passages a query.
+
+        Returns:
+            ids (B, n_docs) int64, best first, and their embeddings (B, n_docs, d) float32.
+        """
+        _, doc_ids = self.search(question_hidden_states, n_docs)
+        return doc_ids, self.embeddings.gather(doc_ids)
+
+    def get_doc_dicts(self, doc_ids: np.ndarray) -> list[dict]:
+        """For each row of `doc_ids` (B, n_docs) a dict of the lists "title" and "text"; each passage is read once."""
+        wanted, place = np.unique(doc_ids, return_inverse=True)
+        found = wanted >= 0
+        rows = self.passages[wanted[found].tolist()] if found.any() else {"title": [], "text": []}
+        missing = [""] * int((~found).sum())  # -1 sorts first
+        titles, texts = missing + rows["title"], missing + rows["text"]
+        return [
+            {"title": [titles[i] for i in row], "text": [texts[i] for i in row]}
+            for row in place.reshape(doc_ids.shape).tolist()
+        ]
+
+    def settings(self) -> dict:
+        """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe."""
+        index = faiss.downcast_index(self.faiss_index)
+        if isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        settings = {"kind": type(index).__name__, "passages": len(self), "dimension": self.vector_size}
+        if hasattr(index, "hnsw"):
+            settings["ef_search"] = index.hnsw.efSearch
+        if hasattr(index, "nprobe"):
+            settings["nprobe"] = index.nprobe
+        return settings
+
+
+def open_index(config) -> Index:
+    """The index that a `RagConfig` describes, its FAISS part not yet opened.
+
+    `config.index_name` is "custom" (passages_path, index_path) or "legacy" (a folder at index_path). The hub's wiki_dpr
+    ("exact", "compressed") has no loader here yet.
+    """
+    if config.index_name == "custom":
+        return KnowledgeIndex.load_from_disk(config.retrieval_vector_size, config.passages_path, config.index_path)
+    if config.index_name == "legacy":
+        return LegacyIndex(config.retrieval_vector_size, config.index_path)
+    raise UserError(
+        f"--index_name {config.index_name}: give your own index by --index_name custom --passages_path DIR "
+        "--index_path FILE (built with use_own_knowledge_dataset.py)"
+    )
+
+
+def build_faiss_index(blocks: Iterable[np.ndarray], dimension: int, m: int = 128):
+    """An HNSW index for inner products, as in Lewis et al. 2020 (section 2.2), built on all cores.
+
+    Args:
+        blocks: float32 arrays (rows, dimension), in the passages' order.
+        dimension: d.
+        m: links a node.
+    """
+    index = faiss.IndexHNSWFlat(dimension, m, faiss.METRIC_INNER_PRODUCT)
+    for block in blocks:
+        index.add(block)
+    return index
+
+
+def write_faiss_index(index, path: str | os.PathLike) -> None:
+    """Write the index whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        faiss.write_index(index, temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_description(folder: str | os.PathLike, description: dict) -> None:
+    """Write `index.json`: what made the index, so that a mismatch is noticed before hours of training."""
+    save_json(description, Path(folder) / DESCRIPTION_FILE)
+
+
+def read_description(index_path: str | os.PathLike) -> dict:
+    """The `index.json` beside a FAISS file; {} where there is none (an index of another origin)."""
+    path = Path(index_path).parent / DESCRIPTION_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
