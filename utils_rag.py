@@ -154,8 +154,10 @@ def _blank_line_problems(path: Path, lines: list[str]) -> list[str]:
     blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
     if not blank:
         return []
-    others = f" and {len(blank) - 1} more lines" if len(blank) > 1 else ""
-    return [f"{path}: line {blank[0]}{others} is blank; fill it or remove it from .source and .target alike"]
+    return [
+        f"{path}: blank lines, {len(blank)} in all, the first is line {blank[0]};"
+        " fill them or remove them from .source and .target alike"
+    ]
 
 
 class Seq2SeqDataset:
