@@ -32,7 +32,7 @@ HfArgumentParser = _load_hf_argument_parser()
 
 
 class UserError(ValueError):
-    """A mistake of the user's; the message names the flag, its value and the remedy and is printed without traceback."""
+    """A mistake of the user's; the message names the flag, its value and the remedy printed without traceback."""
 
 
 def raise_problems(problems: list[str]) -> None:

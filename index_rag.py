@@ -5,8 +5,8 @@
     doc_ids, doc_embeds = index.get_top_docs(queries, n_docs=5)
     docs = index.get_doc_dicts(doc_ids)
 
-Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy. A passage's
-id is its row number; -1 marks a slot for which FAISS found no passage, with a zero vector, an empty title and text.
+Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy. The id of
+a passage is its row number; -1 marks a slot for which FAISS found no passage: a zero vector, empty title and text.
 """
 
 import json
@@ -47,8 +47,8 @@ class EmbeddingColumn:
         values = chunk.flatten().to_numpy(zero_copy_only=True)
         if len(values) != len(chunk) * self.dimension:
             raise UserError(
-                f"--passages_path: the embeddings have dimension {len(values) / len(chunk):g}, but the question encoder "
-                f"gives {self.dimension}; embed the passages with the matching context encoder"
+                f"--passages_path: the embeddings have dimension {len(values) / len(chunk):g}, but the question "
+                f"encoder gives {self.dimension}; embed the passages with the matching context encoder"
             )
         return values.reshape(len(chunk), self.dimension)
 
@@ -154,9 +154,8 @@ class KnowledgeIndex(Index):
         return len(self.passages)
 
     def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
-        """The passages of the largest inner product: scores (B, n_docs) float32 and ids (B, n_docs) int64, best first."""
-        scores, doc_ids = self.faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), n_docs)
-        return scores, doc_ids
+        """Scores (B, n_docs) float32 and ids (B, n_docs) int64 of the largest inner products, best first."""
+        return self.faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), n_docs)
 
     def get_top_docs(self, question_hidden_states: np.ndarray, n_docs: int = 5) -> tuple[np.ndarray, np.ndarray]:
         """One search for the whole batch, one gather.

@@ -1,0 +1,156 @@
+"""The retriever of one process: question vectors in, passages and generator contexts out.
+
+    retriever = RagKnowledgeRetriever.from_pretrained(checkpoint, passages_path="...", index_path="...")
+    contexts = retrieve_contexts(model.rag, retriever, input_ids, attention_mask, n_docs=5)
+
+A subclass changes only where the search runs (`_search`); passage text is read on the rank that needs it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import RagConfig, RagRetriever, RagTokenizer
+from transformers.models.rag.retrieval_rag import Index
+
+from index_rag import KnowledgeIndex, open_index
+
+# Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
+CONTEXT_MULTIPLE = 8
+
+
+class RagKnowledgeRetriever(RagRetriever):
+    """`transformers.RagRetriever` over a memory-mapped `KnowledgeIndex`.
+
+    Returns what transformers' own returns, but contexts are padded to the longest of the batch instead of
+    `max_combined_length`, a batch is searched in one call, and a slot for which no passage was found has id -1 and no
+    text. Arguments as transformers'.
+    """
+
+    @staticmethod
+    def _build_index(config: RagConfig) -> Index:
+        return open_index(config)
+
+    @classmethod
+    def from_pretrained(cls, retriever_name_or_path, indexed_dataset=None, **kwargs) -> "RagKnowledgeRetriever":
+        """Config and tokenizers from a RAG checkpoint; keyword arguments override its config.
+
+        Args:
+            retriever_name_or_path: folder or hub name of a RAG checkpoint.
+            indexed_dataset: a dataset with a FAISS index on its column "embeddings", in place of the config's index.
+        """
+        config = kwargs.pop("config", None) or RagConfig.from_pretrained(retriever_name_or_path, **kwargs)
+        return cls(
+            config,
+            *cls._tokenizers(retriever_name_or_path, config),
+            index=cls._index_of(config, indexed_dataset),
+        )
+
+    @staticmethod
+    def _tokenizers(retriever_name_or_path, config: RagConfig):
+        tokenizer = RagTokenizer.from_pretrained(retriever_name_or_path, config=config)
+        return tokenizer.question_encoder, tokenizer.generator
+
+    @classmethod
+    def _index_of(cls, config: RagConfig, indexed_dataset) -> Index:
+        if indexed_dataset is None:
+            return cls._build_index(config)
+        config.index_name = "custom"
+        return KnowledgeIndex.from_dataset(indexed_dataset, config.retrieval_vector_size)
+
+    def init_retrieval(self) -> None:
+        """Open the index; a second call does nothing."""
+        if not self.index.is_initialized():
+            self.index.init_index()
+
+    def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+        """The `n_docs` passages of largest inner product for each question, best first.
+
+        Args:
+            question_hidden_states: (B, d) float32.
+            n_docs: passages a question.
+
+        Returns:
+            retrieved_doc_embeds (B, n_docs, d) float32, doc_ids (B, n_docs) int64, and B dicts of the lists "title" and
+            "text". Where too few passages were found: id -1, a zero vector, empty strings.
+        """
+        queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
+        doc_ids, doc_embeds = self._search(queries, n_docs)
+        return doc_embeds, doc_ids, self.index.get_doc_dicts(doc_ids)
+
+    def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries (B, d) float32 to doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32."""
+        return self.index.get_top_docs(queries, n_docs)
+
+    def postprocess_docs(self, docs, input_strings, prefix, n_docs, return_tensors=None):
+        """Generator inputs "prefix title / text // question", (B * n_docs, S), a question's documents in a row."""
+        contexts = [
+            self._context(title, text, question, prefix or "")
+            for question, found in zip(input_strings, docs, strict=True)
+            for title, text in zip(found["title"][:n_docs], found["text"][:n_docs], strict=True)
+        ]
+        encoded = self.generator_tokenizer(
+            contexts,
+            max_length=self.config.max_combined_length,
+            truncation=True,
+            padding="longest",
+            pad_to_multiple_of=CONTEXT_MULTIPLE,
+            return_tensors=return_tensors,
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def _context(self, title: str, text: str, question: str, prefix: str) -> str:
+        title = title.removeprefix('"').removesuffix('"')
+        context = prefix + title + self.config.title_sep + text + self.config.doc_sep + question
+        return context.replace("  ", " ")
+
+
+@dataclass
+class RetrievedContexts:
+    """What the generator reads for a batch of B questions, and where it came from.
+
+    Attributes:
+        input_ids: (B * n_docs, S) int64, the documents of a question in a row.
+        attention_mask: (B * n_docs, S) int64.
+        doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder;
+            -inf in a slot without a passage, so that it gets no probability.
+        doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
+        docs: B dicts of the lists "title" and "text".
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    doc_scores: torch.Tensor
+    doc_ids: np.ndarray
+    docs: list[dict]
+
+
+def retrieve_contexts(rag, retriever: RagRetriever, input_ids, attention_mask, n_docs=None) -> RetrievedContexts:
+    """Encode the questions, fetch their passages, tokenise the contexts (the first half of `RagModel.forward`).
+
+    Args:
+        rag: a `RagModel`; gradients reach its question encoder through `doc_scores`.
+        retriever: any `RagRetriever`. Collective where the retriever's `retrieve` is.
+        input_ids: (B, S) questions, in the question encoder's tokens.
+        attention_mask: (B, S).
+        n_docs: passages a question; None for the config's.
+    """
+    n_docs = n_docs or rag.config.n_docs
+    question_vectors = rag.question_encoder(input_ids, attention_mask=attention_mask)[0]  # (B, d)
+    doc_embeds, doc_ids, docs = retriever.retrieve(
+        question_vectors.detach().to("cpu", torch.float32).numpy(), n_docs
+    )  # (B, n_docs, d), (B, n_docs)
+    questions = retriever.question_encoder_tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+    prefix = getattr(rag.generator.config, "prefix", None)
+    context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
+
+    doc_embeds = torch.from_numpy(doc_embeds).to(question_vectors)
+    doc_scores = (question_vectors.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
+    missing = torch.from_numpy(doc_ids < 0).to(input_ids.device)
+    return RetrievedContexts(
+        input_ids=context_ids.to(input_ids.device),
+        attention_mask=context_mask.to(input_ids.device),
+        doc_scores=doc_scores.masked_fill(missing, float("-inf")),
+        doc_ids=doc_ids,
+        docs=docs,
+    )

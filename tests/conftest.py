@@ -1,0 +1,245 @@
+"""Small models and knowledge made on the spot: no hub, no download, fractions of a second each."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+WORDS = """the of in is a river city capital country lies on and with people what where which who many live near flows
+through paris london rome berlin vienna madrid lisbon oslo france england italy germany austria spain portugal norway
+seine thames tiber spree danube manzanares tagus akerselva two three four million old large small mountain lake sea
+castle bridge tower museum language french english italian german spanish norwegian""".split()  # noqa: SIM905
+
+PASSAGES = [
+    ("paris", "paris is the capital of france and lies on the river seine"),
+    ("london", "london is the capital of england and lies on the river thames"),
+    ("rome", "rome is the capital of italy and lies on the river tiber"),
+    ("berlin", "berlin is the capital of germany and lies on the river spree"),
+    ("vienna", "vienna is the capital of austria and lies on the danube"),
+    ("madrid", "madrid is the capital of spain and lies on the manzanares"),
+    ("lisbon", "lisbon is the capital of portugal and lies on the tagus near the sea"),
+    ("oslo", "oslo is the capital of norway and the akerselva flows through the city with a castle and a museum"),
+]
+QUESTIONS = [(f"what is the capital of {country}", city) for country, city in [
+    ("france", "paris"), ("england", "london"), ("italy", "rome"), ("germany", "berlin"),
+    ("austria", "vienna"), ("spain", "madrid"), ("portugal", "lisbon"), ("norway", "oslo"),
+]]  # fmt: skip
+DIMENSION = 16
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real questions and passages beside the checkout; tests that want them skip where they are not."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+def _word_tokenizer(specials: dict[str, str], template: str):
+    """A whole-word, lower-casing fast tokenizer over WORDS."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate([*specials.values(), *dict.fromkeys(WORDS), "/", "?", ".", ","])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=specials["unk_token"]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[(token, vocabulary[token]) for token in specials.values()],
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer():
+    from transformers import BertTokenizerFast
+
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return BertTokenizerFast(
+        tokenizer_object=_word_tokenizer(specials, "[CLS] $A [SEP]"),
+        model_input_names=["input_ids", "attention_mask"],
+        **specials,
+    )
+
+
+@pytest.fixture(scope="session")
+def bart_tokenizer():
+    """BART's layout: <s> 0, <pad> 1, </s> 2, <unk> 3; `<s> a </s>`."""
+    from transformers import PreTrainedTokenizerFast
+
+    specials = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer(specials, "<s> $A </s>"), **specials)
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer():
+    """T5's layout: <pad> 0, </s> 1, <unk> 2; `a </s>`, no beginning-of-sequence token."""
+    from transformers import PreTrainedTokenizerFast
+
+    specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer(specials, "$A </s>"), **specials)
+
+
+def _dpr_config(vocabulary: int):
+    from transformers import DPRConfig
+
+    return DPRConfig(
+        vocab_size=vocabulary, hidden_size=DIMENSION, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def question_encoder(bert_tokenizer):
+    import torch
+    from transformers import DPRQuestionEncoder
+
+    torch.manual_seed(0)
+    return DPRQuestionEncoder(_dpr_config(len(bert_tokenizer))).eval()
+
+
+@pytest.fixture(scope="session")
+def context_encoder_folder(bert_tokenizer, question_encoder, tmp_path_factory) -> Path:
+    """A DPR context encoder with the question encoder's own weights, so that equal words attract."""
+    from transformers import DPRContextEncoder
+
+    folder = tmp_path_factory.mktemp("context_encoder")
+    encoder = DPRContextEncoder(question_encoder.config)
+    encoder.ctx_encoder.load_state_dict(question_encoder.question_encoder.state_dict())
+    encoder.save_pretrained(folder)
+    bert_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def question_encoder_folder(bert_tokenizer, question_encoder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("question_encoder")
+    question_encoder.save_pretrained(folder)
+    bert_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bart(bart_tokenizer):
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(1)
+    config = BartConfig(
+        vocab_size=len(bart_tokenizer), d_model=DIMENSION, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=128,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, init_std=0.3, bos_token_id=0, pad_token_id=1,
+        eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def bart_folder(bart, bart_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bart")
+    bart.save_pretrained(folder)
+    bart_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5(t5_tokenizer):
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(2)
+    config = T5Config(
+        vocab_size=len(t5_tokenizer), d_model=DIMENSION, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1,
+        num_heads=2, dropout_rate=0.0, initializer_factor=1.0, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def t5_folder(t5, t5_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    t5.save_pretrained(folder)
+    t5_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def knowledge(question_encoder, bert_tokenizer, tmp_path_factory) -> dict:
+    """Eight passages with embeddings and an HNSW index on disk: the flags that open them."""
+    import numpy as np
+    import torch
+    from datasets import Dataset, Features, List, Value
+
+    from index_rag import build_faiss_index, write_faiss_index
+
+    folder = tmp_path_factory.mktemp("knowledge")
+    titles, texts = map(list, zip(*PASSAGES, strict=True))
+    with torch.no_grad():
+        vectors = question_encoder(**bert_tokenizer(texts, padding=True, return_tensors="pt"))[0].numpy()
+    features = Features(
+        {"title": Value("string"), "text": Value("string"), "embeddings": List(Value("float32"), length=DIMENSION)}
+    )
+    rows = {"title": titles, "text": texts, "embeddings": list(vectors)}
+    Dataset.from_dict(rows, features=features).save_to_disk(folder / "my_knowledge_dataset")
+    index_path = folder / "my_knowledge_dataset_hnsw_index.faiss"
+    write_faiss_index(build_faiss_index([np.ascontiguousarray(vectors)], DIMENSION, m=8), index_path)
+    return {
+        "index_name": "custom",
+        "passages_path": str(folder / "my_knowledge_dataset"),
+        "index_path": str(index_path),
+    }
+
+
+def make_rag(model_class, question_encoder, generator, knowledge, **config):
+    """A RAG model of the given parts, with copies of their weights."""
+    import copy
+
+    from transformers import RagConfig
+
+    rag_config = RagConfig.from_question_encoder_generator_configs(
+        question_encoder.config, generator.config, retrieval_vector_size=DIMENSION, n_docs=3, max_combined_length=48,
+        **knowledge, **config,
+    )  # fmt: skip
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id", "vocab_size"):
+        setattr(rag_config, name, getattr(generator.config, name, None))
+    return model_class(
+        config=rag_config, question_encoder=copy.deepcopy(question_encoder), generator=copy.deepcopy(generator)
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def rag_sequence(question_encoder, bart, knowledge):
+    from transformers import RagSequenceForGeneration
+
+    return make_rag(RagSequenceForGeneration, question_encoder, bart, knowledge)
+
+
+@pytest.fixture(scope="session")
+def rag_token(question_encoder, bart, knowledge):
+    from transformers import RagTokenForGeneration
+
+    return make_rag(RagTokenForGeneration, question_encoder, bart, knowledge)
+
+
+@pytest.fixture(scope="session")
+def retriever(rag_sequence, bert_tokenizer, bart_tokenizer):
+    from retriever_rag import RagKnowledgeRetriever
+
+    return RagKnowledgeRetriever(rag_sequence.config, bert_tokenizer, bart_tokenizer)
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """A finetuning data folder: eight questions in each of train, val and test."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.source").write_text("".join(f"{question}\n" for question, _ in QUESTIONS))
+        (folder / f"{split}.target").write_text("".join(f"{answer}\n" for _, answer in QUESTIONS))
+    return folder
