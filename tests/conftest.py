@@ -208,6 +208,8 @@ def make_rag(model_class, question_encoder, generator, knowledge, **config):
     )  # fmt: skip
     for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id", "vocab_size"):
         setattr(rag_config, name, getattr(generator.config, name, None))
+    if not hasattr(rag_config.generator, "bos_token_id"):  # T5: transformers' loss asks for it
+        rag_config.generator.bos_token_id = None
     return model_class(
         config=rag_config, question_encoder=copy.deepcopy(question_encoder), generator=copy.deepcopy(generator)
     ).eval()
