@@ -9,7 +9,6 @@ Both files are memory-mapped, so that opening takes milliseconds and processes o
 a passage is its row number; -1 marks a slot for which FAISS found no passage: a zero vector, empty title and text.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from transformers.models.rag.retrieval_rag import Index, LegacyIndex
 
 from cli_rag import UserError, raise_problems
-from utils_rag import save_json
+from utils_rag import load_json, save_json
 
 PASSAGE_COLUMNS = ("title", "text", "embeddings")
 DESCRIPTION_FILE = "index.json"
@@ -243,4 +242,4 @@ def write_description(folder: str | os.PathLike, description: dict) -> None:
 def read_description(index_path: str | os.PathLike) -> dict:
     """The `index.json` beside a FAISS file; {} where there is none (an index of another origin)."""
     path = Path(index_path).parent / DESCRIPTION_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return load_json(path) if path.is_file() else {}
