@@ -5,9 +5,6 @@
     save_model(model, "output/checkpoint0", tokenizer)     # opens with transformers' from_pretrained, too
     encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", role="context")
 
-Importing this module teaches transformers `PooledEncoder`, so that a RAG checkpoint whose question encoder pools
-otherwise than DPR round-trips through `RagSequenceForGeneration.from_pretrained`.
-
 `transformers` (5.23) alone loses the generation settings of a RAG checkpoint's generator, starts missing weights at
 random with a warning, and cannot generate with a T5 whose decoder is not as deep as its encoder; here they are kept,
 refused and made to work.
@@ -43,10 +40,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-from transformers.models.dpr.modeling_dpr import DPRQuestionEncoderOutput
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from cli_rag import UserError, raise_problems
+from pooled_encoder import POOLINGS, PooledEncoder, PooledEncoderConfig
 from utils_rag import atomic_folder
 
 MODEL_CLASSES = {
@@ -58,85 +55,11 @@ MODEL_CLASSES = {
 }
 RAG_TYPES = ("rag_sequence", "rag_token")
 DPR_CLASSES = {"question": DPRQuestionEncoder, "context": DPRContextEncoder}
-POOLINGS = ("cls", "mean", "max")
 
 MODEL_FLAG = "--model_name_or_path"
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An encoder that pools
-
-
-class PooledEncoderConfig(PreTrainedConfig):
-    """A transformer encoder and how its token vectors become one vector.
-
-    Args:
-        backbone: config of the encoder, or its dict.
-        pooling: "cls" (first token), "mean" or "max" over the tokens that are not padding.
-        normalize: scale the vector to length 1, so that inner products are cosines.
-    """
-
-    model_type = "pooled_encoder"
-    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 (transformers' own declaration)
-
-    backbone: PreTrainedConfig | dict | None = None
-    pooling: str = "mean"
-    normalize: bool = True
-
-    def __post_init__(self, **kwargs):
-        if isinstance(self.backbone, dict):
-            self.backbone = AutoConfig.for_model(**self.backbone)
-        elif self.backbone is None:  # transformers builds every config without arguments to find its defaults
-            self.backbone = AutoConfig.for_model("bert")
-        assert self.pooling in POOLINGS, self.pooling
-        super().__post_init__(**kwargs)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.backbone.hidden_size
-
-
-class PooledEncoder(PreTrainedModel):
-    """An encoder whose output [0] is one vector a text, as DPR's: it takes DPR's place in a RAG model."""
-
-    config_class = PooledEncoderConfig
-    base_model_prefix = "pooled_encoder"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    def __init__(self, config: PooledEncoderConfig, backbone: PreTrainedModel | None = None):
-        super().__init__(config)
-        self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone)
-        if hasattr(self.backbone, "pooler"):
-            self.backbone.pooler = None  # BERT's own: trained for another task, and without a gradient here
-        self.post_init()
-
-    def forward(self, input_ids, attention_mask=None, **kwargs) -> DPRQuestionEncoderOutput:
-        """input_ids and attention_mask (B, S) -> pooler_output (B, d)."""
-        if attention_mask is None:
-            attention_mask = (input_ids != self.config.backbone.pad_token_id).long()
-        outputs = self.backbone(input_ids, attention_mask=attention_mask, **kwargs | {"return_dict": True})
-        vectors = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (B, d)
-        if self.config.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return DPRQuestionEncoderOutput(vectors, outputs.hidden_states, outputs.attentions)
-
-
-AutoConfig.register("pooled_encoder", PooledEncoderConfig, exist_ok=True)
-AutoModel.register(PooledEncoderConfig, PooledEncoder, exist_ok=True)
-
-
-def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One vector a text, (B, d), from its token vectors (B, S, d); padding (mask 0) takes no part."""
-    if pooling == "cls":
-        return hidden_states[:, 0]
-    mask = attention_mask.unsqueeze(-1).bool()  # (B, S, 1)
-    if pooling == "max":
-        return hidden_states.masked_fill(~mask, float("-inf")).amax(1)
-    return (hidden_states * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +165,7 @@ def compose_rag(model_type: str, question_encoder, generator, config: RagConfig 
         config: retrieval settings and separators; the parts' own configs replace its question_encoder and generator.
             None takes RagConfig's defaults.
     """
+    _complete(generator.config)
     settings = {} if config is None else config.to_dict()
     parts = {"question_encoder": question_encoder.config.to_dict(), "generator": generator.config.to_dict()}
     config = RagConfig(**settings | parts | {"retrieval_vector_size": encoder_dimension(question_encoder)})
@@ -360,7 +284,7 @@ def _pooling_of_sentence_transformer(path: str, cache_dir, flag: str) -> tuple[s
 
 def _load_weights(model_class, path: str, flag: str, **kwargs) -> PreTrainedModel:
     """`from_pretrained` that refuses to start any weight at random or to leave one out."""
-    with _user_errors(flag, path):
+    with _user_errors(flag, path), _quiet_transformers():
         model, info = model_class.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **_hub_access(path), **kwargs
         )
@@ -377,6 +301,17 @@ def _load_weights(model_class, path: str, flag: str, **kwargs) -> PreTrainedMode
         )
     raise_problems(problems)
     return model
+
+
+@contextmanager
+def _quiet_transformers():
+    """Without transformers' own report on the weights, a table of every one of them: ours says it in a line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _some(names: list[str], most: int = 3) -> str:

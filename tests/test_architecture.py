@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = [
-    {"cli_rag", "utils_rag", "parse_dpr_relevance_data", "finetune_arguments_rag"},
+    {"cli_rag", "utils_rag", "parse_dpr_relevance_data", "finetune_arguments_rag", "pooled_encoder"},
     {"index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},
     {"retriever_rag"},
     {

@@ -1,0 +1,83 @@
+"""An encoder that turns a text into one vector by pooling its token vectors; it takes DPR's place in a RAG model.
+
+    encoder = PooledEncoder(PooledEncoderConfig(backbone=bert.config, pooling="mean", normalize=True), bert)
+    vectors = encoder(input_ids, attention_mask)[0]        # (B, d)
+
+Importing this module makes it known to transformers' AutoConfig and AutoModel, so that a RAG checkpoint whose question
+encoder it is round-trips through `RagSequenceForGeneration.from_pretrained`.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.dpr.modeling_dpr import DPRQuestionEncoderOutput
+
+POOLINGS = ("cls", "mean", "max")
+
+
+class PooledEncoderConfig(PreTrainedConfig):
+    """A transformer encoder and how its token vectors become one vector.
+
+    Args:
+        backbone: config of the encoder, or its dict.
+        pooling: "cls" (first token), "mean" or "max" over the tokens that are not padding.
+        normalize: scale the vector to length 1, so that inner products are cosines.
+    """
+
+    model_type = "pooled_encoder"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 (transformers' own declaration)
+
+    backbone: PreTrainedConfig | dict | None = None
+    pooling: str = "mean"
+    normalize: bool = True
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone, dict):
+            self.backbone = AutoConfig.for_model(**self.backbone)
+        elif self.backbone is None:  # transformers builds every config without arguments to find its defaults
+            self.backbone = AutoConfig.for_model("bert")
+        assert self.pooling in POOLINGS, self.pooling
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone.hidden_size
+
+
+class PooledEncoder(PreTrainedModel):
+    """An encoder whose output [0] is one vector a text, as DPR's: it takes DPR's place in a RAG model."""
+
+    config_class = PooledEncoderConfig
+    base_model_prefix = "pooled_encoder"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: PooledEncoderConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone)
+        if hasattr(self.backbone, "pooler"):
+            self.backbone.pooler = None  # BERT's own: trained for another task, and without a gradient here
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **kwargs) -> DPRQuestionEncoderOutput:
+        """input_ids and attention_mask (B, S) -> pooler_output (B, d)."""
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.backbone.pad_token_id).long()
+        outputs = self.backbone(input_ids, attention_mask=attention_mask, **kwargs | {"return_dict": True})
+        vectors = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (B, d)
+        if self.config.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return DPRQuestionEncoderOutput(vectors, outputs.hidden_states, outputs.attentions)
+
+
+AutoConfig.register("pooled_encoder", PooledEncoderConfig, exist_ok=True)
+AutoModel.register(PooledEncoderConfig, PooledEncoder, exist_ok=True)
+
+
+def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """One vector a text, (B, d), from its token vectors (B, S, d); padding (mask 0) takes no part."""
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    mask = attention_mask.unsqueeze(-1).bool()  # (B, S, 1)
+    if pooling == "max":
+        return hidden_states.masked_fill(~mask, float("-inf")).amax(1)
+    return (hidden_states * mask).sum(1) / mask.sum(1).clamp(min=1)
