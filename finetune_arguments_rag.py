@@ -1,12 +1,14 @@
 """The settings of `finetune_rag.py`: the suite's own, and the Lightning Trainer's read off its source.
 
-    args = parse_args(["--model_name_or_path", "rag", "--data_dir", "data", "--output_dir", "out", "--max_steps", "100"])
-    args.data.train_batch_size, args.trainer["max_steps"], args.to_dict()
+    args = parse_args(["--model_name_or_path", "rag", "--data_dir", "data", "--output_dir", "out", "--seed", "7"])
+    args.data.train_batch_size, args.trainer["precision"], args.to_dict()
 
 Neither torch nor Lightning is imported, so that `--help` and a mistyped flag answer at once.
 """
 
+import importlib.util
 import logging
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -140,14 +142,9 @@ class RunArguments:
 
     def __post_init__(self):
         self.do_train = self.do_train or not self.do_predict
-
-    @property
-    def checkpoint_path(self) -> str | None:
-        """The Lightning checkpoint that training goes on from, or None for a new run."""
-        if self.resume_from_checkpoint != "last":
-            return self.resume_from_checkpoint
-        last = Path(self.output_dir) / "last.ckpt"
-        return str(last) if last.is_file() else None
+        if self.resume_from_checkpoint == "last":
+            last = Path(self.output_dir) / "last.ckpt"
+            self.resume_from_checkpoint = str(last) if last.is_file() else None
 
 
 @dataclass
@@ -175,7 +172,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
     *groups, rest = parser.parse(argv)
     args = FinetuneArguments(*groups, trainer=vars(rest))
-    raise_problems(_range_problems(args) + _contradictions(args))
+    raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
     for flag, given in _settings_without_effect(args).items():
         logger.warning(f"--{flag} {given} has no effect; see --help")
     return args
@@ -223,11 +220,24 @@ def _contradictions(args: FinetuneArguments) -> list[str]:
         )
     if args.run.gpus is not None and not all(part.strip().lstrip("-").isdigit() for part in args.run.gpus.split(",")):
         problems.append(f"--gpus {args.run.gpus} is neither a number of GPUs nor a list of theirs such as 0,1")
-    resumed = args.run.checkpoint_path
+    return problems
+
+
+def _run_problems(run: RunArguments) -> list[str]:
+    problems = []
+    resumed, output_dir = run.resume_from_checkpoint, Path(run.output_dir)
     if resumed is not None and not Path(resumed).is_file():
         problems.append(f"--resume_from_checkpoint {resumed} does not exist; `last` goes on where there is a last.ckpt")
-    if args.run.resume_from_checkpoint and args.run.overwrite_output_dir:
+    if resumed is not None and run.overwrite_output_dir:
         problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint goes on with; give one")
+    earlier = [name for name in ("last.ckpt", "metrics.json") if (output_dir / name).exists()]
+    if run.do_train and earlier and resumed is None and not run.overwrite_output_dir:
+        problems.append(
+            f"--output_dir {output_dir} holds an earlier run ({', '.join(earlier)}); go on with it"
+            " (--resume_from_checkpoint last), start afresh (--overwrite_output_dir) or name another folder"
+        )
+    if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
+        problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
     return problems
 
 
@@ -251,7 +261,9 @@ def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
         settings["precision"] = "16-mixed" if args.training.fp16 else "bf16-mixed"
     if settings["strategy"] == "auto" and (args.model.encoder_layerdrop or args.model.decoder_layerdrop):
         # A dropped layer gets no gradient, which DistributedDataParallel would otherwise wait for.
-        settings["strategy"] = _UNUSED_PARAMETERS
+        settings["strategy"] = "ddp_find_unused_parameters_true"
+    if settings["enable_progress_bar"] is None:
+        settings["enable_progress_bar"] = sys.stdout.isatty()  # in a log file, callbacks_rag.ProgressLines instead
     return settings | {
         "max_epochs": args.training.num_train_epochs,
         "accumulate_grad_batches": args.training.gradient_accumulation_steps,
@@ -259,6 +271,3 @@ def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
         "default_root_dir": args.run.output_dir,
         "use_distributed_sampler": False,  # the data module splits by rank itself, each example exactly once
     }
-
-
-_UNUSED_PARAMETERS = "ddp_find_unused_parameters_true"

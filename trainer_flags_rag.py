@@ -73,10 +73,7 @@ def _value_reader(annotation: ast.expr) -> Callable[[str], Any]:
         value = _plain_value(text)
         if value is None and "Optional" in names:
             return None
-        if isinstance(value, bool):
-            allowed = "bool" in names
-        else:
-            allowed = isinstance(value, types) or value in literals
+        allowed = "bool" in names if isinstance(value, bool) else isinstance(value, types) or value in literals
         if not allowed and ("str" in names or text in literals):
             value, allowed = text, True
         if not allowed:

@@ -1,0 +1,101 @@
+"""Which examples make which batch on which rank, in an order that a resumed run goes on with.
+
+sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
+loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+class GlobalBatchSampler:
+    """Which examples make batch b on this rank: each example once an epoch, the same batches on any number of ranks.
+
+    Batch b of W ranks at `batch_size` B is the one-process batch b of W * B, split in order. The order depends on
+    (seed, epoch) only. The last batch is split as evenly as it goes; a rank left without an example gets one of
+    another rank's, of loss weight 0, so that all ranks take equally many batches, as collectives need.
+
+    Args:
+        seed: of the shuffling; None keeps the order of the file.
+        lengths: of the examples; given, batches are made of examples of similar length.
+    """
+
+    POOL = 50  # batches sorted by length together: enough for little padding, few enough to differ every epoch
+
+    def __init__(
+        self,
+        n_examples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        lengths: list[int] | None = None,
+    ):
+        self.n_examples, self.global_batch_size = n_examples, batch_size * world_size
+        self.rank, self.world_size, self.seed, self.lengths = rank, world_size, seed, lengths
+        self.epoch, self.position = 0, 0  # the batch that comes next
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def __len__(self) -> int:
+        return -(-self.n_examples // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for b in range(self.position, len(self)):
+            batch = order[b * self.global_batch_size : (b + 1) * self.global_batch_size]
+            start, end = self._share(len(batch))
+            yield batch[start:end] or batch[:1]
+
+    def loss_weight(self, b: int) -> float:
+        """What to multiply a mean over this rank's examples of batch b by, so that the ranks' mean is the batch's."""
+        n_examples = min(self.global_batch_size, self.n_examples - b * self.global_batch_size)
+        start, end = self._share(n_examples)
+        return (end - start) * self.world_size / n_examples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch, also before the rest of a resumed one, whose position stays."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def _share(self, n_examples: int) -> tuple[int, int]:
+        return n_examples * self.rank // self.world_size, n_examples * (self.rank + 1) // self.world_size
+
+    def _order(self) -> list[int]:
+        order = list(range(self.n_examples))
+        if self.seed is None:
+            return order
+        generator = random.Random(f"{self.seed} {self.epoch}")
+        generator.shuffle(order)
+        return self._by_length(order, generator) if self.lengths else order
+
+    def _by_length(self, order: list[int], generator: random.Random) -> list[int]:
+        size, pool = self.global_batch_size, self.global_batch_size * self.POOL
+        pools = [sorted(order[i : i + pool], key=lambda index: self.lengths[index]) for i in range(0, len(order), pool)]
+        by_length = [index for pool in pools for index in pool]
+        batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        whole = len(order) // size  # the last, smaller batch stays the last
+        shuffled = generator.sample(batches[:whole], whole) + batches[whole:]
+        return [index for batch in shuffled for index in batch]
+
+
+class ResumableDataLoader(DataLoader):
+    """A loader over a `GlobalBatchSampler` whose place in the epoch is saved with every Lightning checkpoint.
+
+    Batches that workers have read ahead do not count, only those handed out. Each gets its "loss_weight".
+    """
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        sampler = self.batch_sampler
+        for batch in super().__iter__():  # begins with the first batch asked for, after Lightning has set the epoch
+            batch["loss_weight"] = sampler.loss_weight(sampler.position)
+            sampler.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.batch_sampler.epoch, "position": self.batch_sampler.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.epoch, self.batch_sampler.position = state["epoch"], state["position"]

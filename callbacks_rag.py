@@ -1,0 +1,258 @@
+"""What happens around the training: the best checkpoints kept, `metrics.json` written, an early stop, log lines.
+
+callbacks = build_callbacks(args)
+trainer = build_trainer(args, callbacks, logger)   # lightning_base.py
+trainer.fit(module, datamodule=data)
+best = trainer.checkpoint_callback                 # BestCheckpoints
+trainer.test(datamodule=data, ckpt_path=best.best_model_path)
+"""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_only
+from tqdm import tqdm
+
+from finetune_arguments_rag import FinetuneArguments, trainer_settings
+from utils_rag import atomic_folder, load_json, save_json
+
+MONITOR = "val_em"  # exact match over the validation examples, a fraction, equal on every rank
+NO_ROWS: dict[str, list] = {"train": [], "val": [], "test": []}
+
+
+def build_callbacks(args: FinetuneArguments) -> list[Callback]:
+    """The callbacks of a finetuning run."""
+    callbacks: list[Callback] = [
+        BestCheckpoints(args.run.output_dir, save_interval=60 * args.run.save_interval),
+        MetricsWriter(args.run.output_dir),
+    ]
+    if args.training.early_stopping_patience >= 0:
+        callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
+    if not trainer_settings(args)["enable_progress_bar"]:
+        callbacks.append(ProgressLines())
+    return callbacks
+
+
+def _is_real_run(trainer: pl.Trainer) -> bool:
+    """Whether what happens now counts: not in the sanity check before the training, nor in --fast_dev_run."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+
+
+class BestCheckpoints(Checkpoint):
+    """Keeps the best validations' weights, and `last.ckpt` to go on from.
+
+    After validation N, if it is among the best `keep` (of equals the later): `checkpointN/`, written by the module's
+    `export(folder)` in Hugging Face format, and `checkpointN.ckpt`, Lightning's. Then `last.ckpt`, which also says
+    what is kept; only then what is not kept any more is removed. So a kill at any time leaves a `last.ckpt` whose
+    checkpoints are all there, and what else lies about goes when that run is resumed.
+
+    This is not a ModelCheckpoint because there a tie keeps the earlier, and the state of a folder is not part of it.
+
+    Args:
+        save_interval: seconds between writings of `last.ckpt` inside an epoch; 0 for none.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, save_interval: float = 0, keep: int = 3):
+        self.output_dir = Path(output_dir)
+        self.save_interval, self.keep = save_interval, keep
+        self.validations = 0
+        self.kept: list[dict[str, Any]] = []  # {"number", "score"}, the best first
+        self._last_saved, self._saved_step, self._is_due = time.monotonic(), 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations, "kept": self.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations, self.kept = state_dict["validations"], state_dict["kept"]
+
+    @property
+    def best_model_path(self) -> str:
+        """The Lightning checkpoint of the best validation, of equals the latest; "" where there was none."""
+        return str(self._checkpoint(self.kept[0]["number"])) if self.kept else ""
+
+    @property
+    def best_folder(self) -> Path | None:
+        """The best validation's folder in Hugging Face format."""
+        return self._folder(self.kept[0]["number"]) if self.kept else None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        # A run resumed into another folder starts without the checkpoints it kept in the old one.
+        here = [kept for kept in self.kept if self._folder(kept["number"]).is_dir()]
+        self.kept = trainer.strategy.broadcast(here)
+        if trainer.is_global_zero:
+            self._remove_strays(also_last=trainer.ckpt_path is None)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _is_real_run(trainer):
+            return
+        self.validations += 1
+        new = {"number": self.validations, "score": float(trainer.callback_metrics[MONITOR])}
+        ranking = sorted([*self.kept, new], key=lambda kept: (kept["score"], kept["number"]), reverse=True)
+        self.kept = ranking[: self.keep]
+        if new in self.kept:
+            self._save(trainer, pl_module, new["number"])
+        if trainer.fit_loop._should_accumulate():
+            self._is_due = True  # half of the next step's gradients would be lost: save when the step is made
+        else:
+            self._save_last(trainer, same_as=self._checkpoint(new["number"]) if new in self.kept else None)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        if not _is_real_run(trainer) or not self._is_due_on_rank_zero(trainer):
+            return
+        loop = trainer.fit_loop
+        # Lightning takes a checkpoint made just before a validation for one made after it.
+        before_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if not (before_validation or loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate()):
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without a validation at the end of the training, its end is saved here."""
+        if _is_real_run(trainer) and self._saved_step != trainer.global_step:
+            self._save_last(trainer)
+
+    def _is_due_on_rank_zero(self, trainer: pl.Trainer) -> bool:
+        """Collective: ranks whose clocks differ must agree."""
+        if not self.save_interval:
+            return self._is_due
+        now = time.monotonic() - self._last_saved >= self.save_interval
+        return self._is_due or trainer.strategy.broadcast(now)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> None:
+        if trainer.is_global_zero:
+            with atomic_folder(self._folder(number)) as folder:
+                pl_module.export(folder)
+        trainer.save_checkpoint(self._checkpoint(number))
+
+    def _save_last(self, trainer: pl.Trainer, same_as: Path | None = None) -> None:
+        last = self.output_dir / "last.ckpt"
+        if same_as is None:
+            trainer.save_checkpoint(last)
+        elif trainer.is_global_zero:
+            beside = last.with_name(f".last.ckpt.{os.getpid()}.tmp")
+            beside.unlink(missing_ok=True)
+            os.link(same_as, beside)  # the same file under two names: several GB are not written twice
+            os.replace(beside, last)
+        self._last_saved, self._is_due, self._saved_step = time.monotonic(), False, trainer.global_step
+        if trainer.is_global_zero:
+            self._remove_strays()
+
+    def _folder(self, number: int) -> Path:
+        return self.output_dir / f"checkpoint{number}"
+
+    def _checkpoint(self, number: int) -> Path:
+        return self.output_dir / f"checkpoint{number}.ckpt"
+
+    def _remove_strays(self, also_last: bool = False) -> None:
+        """Remove checkpoints that are not kept: surpassed ones, or left by a killed or an earlier run."""
+        numbers = {kept["number"] for kept in self.kept}
+        for path in list(self.output_dir.glob("*")):
+            numbered = re.fullmatch(r"checkpoint(\d+)(\.ckpt)?", path.name)
+            half_written = re.fullmatch(r"\.(checkpoint\d+|last)(\.ckpt)?\.\d+\.(tmp|old)", path.name)
+            if half_written or (numbered and int(numbered[1]) not in numbers):
+                _remove(path)
+        if also_last:
+            (self.output_dir / "last.ckpt").unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder in one go: under its name it is whole until it is gone."""
+    if path.is_dir():
+        gone = path.with_name(f".{path.name.lstrip('.').split('.')[0]}.{os.getpid()}.old")
+        shutil.rmtree(path.rename(gone))
+    else:
+        path.unlink()
+
+
+class ValidationEarlyStopping(EarlyStopping):
+    """Stops after `patience` validations in a row without a better EM; a resumed run may change the patience."""
+
+    def __init__(self, patience: int):
+        super().__init__(MONITOR, patience=patience, mode="max", check_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+
+class MetricsWriter(Callback):
+    """Keeps `metrics.json`: {"train": a row an epoch, "val": a row a validation, "test": a row a test}.
+
+    A row is {"step", "epoch", the metrics}; a resumed run drops the rows of the steps it makes again.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.path = Path(output_dir) / "metrics.json"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            rows = self._rows() if trainer.ckpt_path else NO_ROWS
+            made = {split: [row for row in rows[split] if row["step"] <= trainer.global_step] for split in rows}
+            save_json(made, self.path)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_real_run(trainer):
+            metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("val_")}
+            self._write(trainer, "train", metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_real_run(trainer):
+            metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+            self._write(trainer, "val", metrics)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, "test", trainer.callback_metrics)
+
+    @rank_zero_only
+    def _write(self, trainer: pl.Trainer, split: str, metrics: dict[str, Any]) -> None:
+        rows = self._rows()
+        place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        row = place | {name: float(value) for name, value in metrics.items()}
+        earlier = [other for other in rows[split] if other["step"] != row["step"]]
+        save_json(rows | {split: [*earlier, row]}, self.path)
+
+    def _rows(self) -> dict[str, list[dict[str, float]]]:
+        return load_json(self.path) if self.path.is_file() else NO_ROWS
+
+
+class ProgressLines(Callback):
+    """The training as lines in a log file, where a progress bar would be a mess: one about every `seconds`."""
+
+    def __init__(self, seconds: float = 10):
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._total = int(trainer.estimated_stepping_batches)
+        self._start = self._last_line = time.monotonic()
+        self._start_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *batch: Any) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if now - self._last_line < self.seconds or step == self._start_step:
+            return
+        self._last_line = now
+        rate = (step - self._start_step) / (now - self._start)
+        left = tqdm.format_interval((self._total - step) / rate)
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self._print(
+            trainer,
+            f"epoch {trainer.current_epoch + 1}, step {step:,} of {self._total:,}: loss {loss:.3f}, "
+            f"{rate:.2f} steps/s, {left} left",
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_real_run(trainer):
+            metrics = [f"{k} {v:.4g}" for k, v in trainer.callback_metrics.items() if k.startswith("val_")]
+            self._print(trainer, f"validated at step {trainer.global_step:,}: {', '.join(metrics)}")
+
+    @staticmethod
+    def _print(trainer: pl.Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            print(line, flush=True)
