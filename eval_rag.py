@@ -1,0 +1,325 @@
+"""Measure a RAG model, or a closed-book generator: answers (EM, F1) or retrieved passages (precision@k, MRR, recall@k).
+
+    python eval_rag.py --model_name_or_path output/checkpoint1 --eval_mode e2e --gold_data_mode ans \\
+        --evaluation_set test_data/test.source --gold_data_path test_data/test.target \\
+        --predictions_path output/e2e_preds.txt --index_name custom --n_docs 5 \\
+        --passages_path output/my_knowledge_dataset --index_path output/my_knowledge_dataset_hnsw_index.faiss
+    python eval_rag.py --model_name_or_path facebook/rag-sequence-nq --eval_mode retrieval --k 1 5 20 \\
+        --evaluation_set output/biencoder-nq-dev.questions --gold_data_path output/biencoder-nq-dev.pages \\
+        --predictions_path output/retrieval_preds.tsv
+
+The predictions file has a line a question: the answer (e2e) or the titles of the passages, tab-separated (retrieval).
+A complete one is scored again without the model, one with fewer lines (a killed run's) is continued, one of another
+model or other settings is refused. Beside PREDICTIONS stand PREDICTIONS.jsonl, a record a question (line number,
+question, answer, ids, titles and scores of the passages), PREDICTIONS.settings.json, what made them, and
+PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
+
+Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; retrieval:
+the titles of the right passages, tab-separated.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cli_rag import UserError, run_script
+from eval_arguments_rag import EvalArguments, EvalData, checkpoint_folders, read_data, strip_title
+from eval_arguments_rag import parse_args as parse_eval_args
+from predictions_rag import Predictions, file_identity
+from utils_rag import (
+    answer_recall_at_k,
+    exact_match_score,
+    f1_score,
+    metric_max_over_ground_truths,
+    precision_at_k,
+    progress,
+    reciprocal_rank,
+    save_json,
+)
+
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
+PASSAGE_FILES = ("data-*.arrow",)
+INDEX_FLAGS = ("index_name", "index_path", "passages_path")
+
+
+def parse_args(argv: list[str] | None = None) -> EvalArguments:
+    return parse_eval_args(argv, description=__doc__)
+
+
+def main(args: EvalArguments) -> dict[str, Any]:
+    """The scores, as fractions by name; with `eval_all_checkpoints` those dicts by the checkpoint's name."""
+    data = read_data(args)
+    if not args.eval_all_checkpoints:
+        return evaluate(args, data)
+    scores = {}
+    path = Path(args.predictions_path)
+    for folder in checkpoint_folders(args.model_name_or_path):
+        own_path = path.with_name(f"{path.stem}.{folder.name}{path.suffix}")
+        scores[folder.name] = evaluate(
+            replace(args, model_name_or_path=str(folder), predictions_path=str(own_path)), data
+        )
+    print_table(scores)
+    return scores
+
+
+def evaluate(args: EvalArguments, data: EvalData) -> dict[str, float]:
+    """Predict what is not predicted yet, score, print and write the scores of one checkpoint."""
+    settings = prediction_settings(args)
+    predictions = Predictions(args.predictions_path, data.questions, settings, args.recalculate)
+    if predictions.lines:
+        state = "scored again" if predictions.is_complete else "continued"
+        print(f"{args.predictions_path}: {len(predictions.lines):,} of {len(data.questions):,} lines, {state}")
+    if not predictions.is_complete:
+        predict_missing(args, data, predictions)
+    scores = {"e2e": score_answers, "retrieval": score_passages}[args.eval_mode](args, data, predictions)
+    report(args, data, predictions, scores)
+    return scores
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def prediction_settings(args: EvalArguments) -> dict[str, Any]:
+    """All that the predictions depend on; read from files, without loading a model or an index."""
+    from models_rag import RAG_TYPES, infer_model_type
+
+    settings = {
+        "eval_mode": args.eval_mode,
+        "model_name_or_path": file_identity(args.model_name_or_path, CHECKPOINT_FILES),
+        "model_type": args.model_type or infer_model_type(args.model_name_or_path),
+        "evaluation_set": file_identity(args.evaluation_set),
+        "max_source_length": args.max_source_length,
+    }
+    if settings["model_type"] in RAG_TYPES:
+        config = rag_config(args)
+        settings |= {
+            "index_name": config.index_name,
+            "index_path": config.index_path and file_identity(config.index_path),
+            "passages_path": config.passages_path and file_identity(config.passages_path, PASSAGE_FILES),
+            "n_docs": config.n_docs,
+        }
+    elif args.eval_mode == "retrieval":
+        raise UserError(
+            f"--model_name_or_path {args.model_name_or_path} is a {settings['model_type']} model, which retrieves "
+            "nothing; measure it with --eval_mode e2e"
+        )
+    if args.eval_mode == "e2e":
+        settings |= {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
+    elif args.answers_path is not None:
+        settings["answers_path"] = file_identity(args.answers_path)
+    return settings
+
+
+def rag_config(args: EvalArguments):
+    """The checkpoint's config with the index and the number of passages that the flags ask for."""
+    from models_rag import load_config
+
+    config = load_config(args.model_name_or_path)
+    config.n_docs = args.n_docs if args.eval_mode == "e2e" else max(args.k)
+    for name in INDEX_FLAGS:
+        if getattr(args, name) is not None:
+            setattr(config, name, getattr(args, name))
+    if args.passages_path is not None and args.index_name is None:
+        config.index_name = "custom"
+    return config
+
+
+# --- Predictions ------------------------------------------------------------------------------------------------------
+
+
+def predict_missing(args: EvalArguments, data: EvalData, predictions: Predictions) -> None:
+    """Append the missing predictions, batch by batch."""
+    import torch
+
+    predict, index = load_predictor(args, predictions.settings["model_type"])
+    predictions.start(index)
+    batches = predictions.missing_batches(args.eval_batch_size)
+    desc = "Answering" if args.eval_mode == "e2e" else "Retrieving"
+    with torch.inference_mode():
+        for questions in progress(batches, sum(map(len, batches)), desc, "questions", size=len):
+            done = len(predictions.lines)
+            answers = data.answers and data.answers[done : done + len(questions)]
+            predictions.append(*predict(questions, answers))
+
+
+def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
+    """A function from questions (and their answers, for recall) to lines and details, and how the index is searched."""
+    import torch
+
+    from models_rag import RAG_TYPES, load_model, load_tokenizer
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(args.model_name_or_path, model_type)
+    if model_type not in RAG_TYPES:
+        model = load_model(args.model_name_or_path, model_type).to(device)
+        return partial(answer_closed_book, args, model, tokenizer), {}
+    # The index first: it opens in milliseconds, and tells what does not fit.
+    config = rag_config(args)
+    retriever, index = open_retriever(config, tokenizer)
+    overrides = {name: getattr(config, name) for name in ("n_docs", *INDEX_FLAGS)}
+    model = load_model(args.model_name_or_path, model_type, config_overrides=overrides)
+    if args.eval_mode == "retrieval":  # the generator stays where it is
+        return partial(retrieve_passages, args, model.rag.question_encoder.to(device), retriever), index
+    return partial(answer_from_passages, args, model.to(device), retriever), index
+
+
+def open_retriever(config, tokenizer):
+    """The retriever and how its index is searched (kind, size, efSearch, nprobe)."""
+    from index_rag import KnowledgeIndex
+    from retriever_rag import RagKnowledgeRetriever
+
+    retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
+    retriever.init_retrieval()
+    index = retriever.index
+    return retriever, index.settings() if isinstance(index, KnowledgeIndex) else {"kind": type(index).__name__}
+
+
+def answer_from_passages(args, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
+    from decoding_rag import generate_answers
+    from retriever_rag import retrieve_contexts
+
+    tokens = encode(args, retriever.question_encoder_tokenizer, questions, model.device)
+    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, args.n_docs)
+    token_ids = generate_answers(
+        model,
+        contexts.input_ids,
+        contexts.attention_mask,
+        contexts.doc_scores,
+        n_docs=args.n_docs,
+        **generation_settings(args, model.generator),
+    )
+    answers = decode(retriever.generator_tokenizer, token_ids)
+    passages = passages_found(contexts.doc_ids, contexts.docs, contexts.doc_scores.cpu().numpy())
+    return answers, [{"answer": answer, **found} for answer, found in zip(answers, passages, strict=True)]
+
+
+def answer_closed_book(args, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
+    prefix = getattr(model.config, "prefix", None) or ""  # the one that finetune_rag.py trained with
+    tokens = encode(args, tokenizer, [prefix + question for question in questions], model.device)
+    token_ids = model.generate(
+        tokens.input_ids, attention_mask=tokens.attention_mask, **generation_settings(args, model)
+    )
+    answers = decode(tokenizer, token_ids)
+    return answers, [{"answer": answer} for answer in answers]
+
+
+def retrieve_passages(args, question_encoder, retriever, questions, answers) -> tuple[list[str], list[dict]]:
+    tokens = encode(args, retriever.question_encoder_tokenizer, questions, question_encoder.device)
+    vectors = question_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0].cpu().numpy()  # (B, d)
+    embeddings, doc_ids, docs = retriever.retrieve(vectors, max(args.k))  # (B, k, d), (B, k)
+    details = passages_found(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
+    lines = ["\t".join(one_line(strip_title(title)) for title in found["titles"]) for found in details]
+    if answers is not None:
+        for found, doc, right in zip(details, docs, answers, strict=True):
+            ranks = (n for n, text in enumerate(doc["text"], start=1) if answer_recall_at_k([text], right, 1))
+            found["answer_rank"] = next(ranks, None)
+    return lines, details
+
+
+def encode(args, tokenizer, questions: list[str], device):
+    """input_ids and attention_mask, (B, S), padded to the longest."""
+    tokens = tokenizer(
+        questions, max_length=args.max_source_length, truncation=True, padding="longest", return_tensors="pt"
+    )
+    return tokens.to(device)
+
+
+def generation_settings(args: EvalArguments, generator) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
+    bos = generator.config.bos_token_id
+    if bos is not None:  # BART likes to repeat its first token
+        settings["bad_words_ids"] = [[bos, bos]]
+    return settings | {"early_stopping": False}
+
+
+def decode(tokenizer, token_ids) -> list[str]:
+    return [one_line(text).strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+
+
+def one_line(text: str) -> str:
+    return text.translate({ord(c): " " for c in "\t\r\n"})
+
+
+def passages_found(doc_ids, docs: list[dict], scores) -> list[dict]:
+    """Ids, titles and scores of the passages of each question; doc_ids and scores (B, n_docs)."""
+    details = []
+    for ids, doc, own_scores in zip(doc_ids.tolist(), docs, scores.tolist(), strict=True):
+        found = [n for n, doc_id in enumerate(ids) if doc_id >= 0]
+        columns = {"doc_ids": ids, "titles": doc["title"], "scores": own_scores}
+        details.append({name: [column[n] for n in found] for name, column in columns.items()})
+    return details
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def score_answers(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
+    """EM and F1 against the best of the right answers (SQuAD v1.1)."""
+    pairs = list(zip(predictions.lines, data.gold, strict=True))
+    return {
+        name: fmean(metric_max_over_ground_truths(metric, line, right) for line, right in pairs)
+        for name, metric in (("em", exact_match_score), ("f1", f1_score))
+    }
+
+
+def score_passages(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
+    """precision@k for every k, MRR over the passages retrieved, and recall@k where answers are given."""
+    titles = [[strip_title(title) for title in line.split("\t")] for line in predictions.lines]
+    pairs = list(zip(titles, data.gold, strict=True))
+    scores = {f"precision_at_{k}": fmean(precision_at_k(*pair, k) for pair in pairs) for k in args.k}
+    scores["mrr"] = fmean(reciprocal_rank(*pair) for pair in pairs)
+    if data.answers is not None:
+        if any("answer_rank" not in record for record in predictions.records):
+            raise UserError(
+                f"--answers_path {args.answers_path}: the passages of some lines of {args.predictions_path} are not "
+                f"recorded in {predictions.records_path}; give --recalculate, or leave --answers_path out"
+            )
+        ranks = [record["answer_rank"] or float("inf") for record in predictions.records]
+        scores |= {f"recall_at_{k}": fmean(rank <= k for rank in ranks) for k in args.k}
+    return scores
+
+
+def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores: dict[str, float]) -> None:
+    """Print what was asked for, then the scores with the settings that made them; write the scores' file."""
+    for line, record in zip(predictions.lines, predictions.records, strict=True):
+        if args.print_predictions:
+            print(f"Q: {record['question']} - A: {line}")
+        if args.print_docs:
+            for title, score in zip(record.get("titles", []), record.get("scores", []), strict=True):
+                print(f"    {score:10.4f}  {title}")
+    made_with = {"settings": predictions.settings if predictions.origin_known else None, "index": predictions.index}
+    path = f"{args.predictions_path}.scores.json"
+    gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
+    save_json({"scores": scores, **gold, **made_with}, path)
+    print(f"{len(data.questions):,} questions; {describe(**made_with)}")
+    for name, score in scores.items():
+        print(f"{label(name)}: {100 * score:.2f}")
+
+
+def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:
+    if settings is None:
+        return "made with unknown settings"
+    values = {name: value["path"] if isinstance(value, dict) else value for name, value in settings.items()}
+    values |= {f"index {name}": value for name, value in index.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def label(name: str) -> str:
+    """em -> EM, precision_at_5 -> Precision@5."""
+    return name.replace("_at_", "@").capitalize() if "_at_" in name else name.upper()
+
+
+def print_table(scores: dict[str, dict[str, float]]) -> None:
+    """A row a checkpoint, percent."""
+    width = max(map(len, [*scores, "checkpoint"]))
+    names = list(next(iter(scores.values())))
+    print(f"{'checkpoint':{width}}" + "".join(f"{label(name):>14}" for name in names))
+    for checkpoint, own in scores.items():
+        print(f"{checkpoint:{width}}" + "".join(f"{100 * own[name]:>14.2f}" for name in names))
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
