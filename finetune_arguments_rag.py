@@ -58,8 +58,8 @@ class RetrievalArguments:
     use_dummy_dataset: bool = _flag(
         False, "Use the small trial version of wiki_dpr, also where the checkpoint does not."
     )
-    distributed_retriever: Literal["pytorch", "ray"] = _flag(
-        "pytorch", "pytorch: process 0 searches for all; ray: separate processes do, which a cluster must be up for."
+    distributed_retriever: Literal["pytorch", "ray", "local"] = _flag(
+        "pytorch", "pytorch: process 0 searches for all; ray: Ray's processes do; local: each process for itself."
     )
     ray_address: str = _flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
     num_retrieval_workers: int = _flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
@@ -122,11 +122,11 @@ class RunArguments:
 
     _argument_group_name = "run"
     output_dir: str = field(metadata={"help": "Folder for checkpoints, metrics and logs."})
-    overwrite_output_dir: bool = _flag(False, "Start afresh in a folder that holds an earlier run's checkpoints.")
+    overwrite_output_dir: bool = _flag(False, "Remove the run that the folder holds and start afresh.")
     do_train: bool = _flag(False, "Train; what happens when neither --do_train nor --do_predict is given.")
     do_predict: bool = _flag(False, "Test the best checkpoint after training, or the model as it is without training.")
     resume_from_checkpoint: str | None = _flag(
-        None, "Lightning checkpoint to go on from; `last`: --output_dir's last.ckpt, a new run where there is none."
+        None, "Lightning checkpoint to go on from; left out, --output_dir's last.ckpt, a new run where there is none."
     )
     save_interval: float = _flag(
         30.0, "Minutes between writings of last.ckpt inside an epoch, which is the work a kill can cost; 0 is off."
@@ -142,9 +142,9 @@ class RunArguments:
 
     def __post_init__(self):
         self.do_train = self.do_train or not self.do_predict
-        if self.resume_from_checkpoint == "last":
-            last = Path(self.output_dir) / "last.ckpt"
-            self.resume_from_checkpoint = str(last) if last.is_file() else None
+        last = Path(self.output_dir) / "last.ckpt"
+        if self.do_train and self.resume_from_checkpoint is None and not self.overwrite_output_dir and last.is_file():
+            self.resume_from_checkpoint = str(last)
 
 
 @dataclass
@@ -183,7 +183,8 @@ train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulatio
 AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
 weight_decay adam_epsilon max_grad_norm save_interval"""
 PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
-MINUS_ONE_OR_MORE = "n_train n_val n_test early_stopping_patience"
+MINUS_ONE_OR_MORE = "early_stopping_patience"
+ALL_OR_SOME = "n_train n_val n_test"
 
 
 def _range_problems(args: FinetuneArguments) -> list[str]:
@@ -193,6 +194,7 @@ def _range_problems(args: FinetuneArguments) -> list[str]:
         (AT_LEAST_ZERO, lambda value: value >= 0, "must be 0 or more"),
         (PROBABILITIES, lambda value: 0 <= value < 1, "must be a probability, from 0 to below 1"),
         (MINUS_ONE_OR_MORE, lambda value: value >= -1, "must be -1 or more"),
+        (ALL_OR_SOME, lambda value: value == -1 or value >= 1, "must be -1 (all) or 1 or more"),
     ]
     return [
         f"--{name} {values[name]} {rule}"
@@ -225,17 +227,11 @@ def _contradictions(args: FinetuneArguments) -> list[str]:
 
 def _run_problems(run: RunArguments) -> list[str]:
     problems = []
-    resumed, output_dir = run.resume_from_checkpoint, Path(run.output_dir)
+    resumed = run.resume_from_checkpoint
     if resumed is not None and not Path(resumed).is_file():
-        problems.append(f"--resume_from_checkpoint {resumed} does not exist; `last` goes on where there is a last.ckpt")
+        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to go on from last.ckpt")
     if resumed is not None and run.overwrite_output_dir:
         problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint goes on with; give one")
-    earlier = [name for name in ("last.ckpt", "metrics.json") if (output_dir / name).exists()]
-    if run.do_train and earlier and resumed is None and not run.overwrite_output_dir:
-        problems.append(
-            f"--output_dir {output_dir} holds an earlier run ({', '.join(earlier)}); go on with it"
-            " (--resume_from_checkpoint last), start afresh (--overwrite_output_dir) or name another folder"
-        )
     if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
         problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
     return problems

@@ -13,6 +13,7 @@ import torch
 from transformers import RagConfig, RagRetriever, RagTokenizer
 from transformers.models.rag.retrieval_rag import Index
 
+from cli_rag import UserError
 from index_rag import KnowledgeIndex, open_index
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
@@ -103,6 +104,12 @@ class RagKnowledgeRetriever(RagRetriever):
         title = title.removeprefix('"').removesuffix('"')
         context = prefix + title + self.config.title_sep + text + self.config.doc_sep + question
         return context.replace("  ", " ")
+
+
+def check_n_docs(index: Index, n_docs: int) -> None:
+    """Raise `UserError` if an index holds fewer passages than are to be fetched for each question."""
+    if isinstance(index, KnowledgeIndex) and n_docs > len(index):
+        raise UserError(f"--n_docs {n_docs} is more than the {len(index)} passages of the index; ask for fewer")
 
 
 @dataclass

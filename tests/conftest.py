@@ -236,6 +236,24 @@ def retriever(rag_sequence, bert_tokenizer, bart_tokenizer):
     return RagKnowledgeRetriever(rag_sequence.config, bert_tokenizer, bart_tokenizer)
 
 
+@pytest.fixture(scope="session")
+def checkpoint(request, question_encoder, bert_tokenizer, knowledge, tmp_path_factory):
+    """A function that makes the folder of a tiny RAG checkpoint: `checkpoint("rag_sequence", "bart")`."""
+
+    def make(model_type: str = "rag_sequence", generator: str = "bart") -> Path:
+        from transformers import RagTokenizer
+
+        from models_rag import MODEL_CLASSES, save_model
+
+        folder = tmp_path_factory.mktemp(f"{model_type}_{generator}")
+        tokenizer = RagTokenizer(bert_tokenizer, request.getfixturevalue(f"{generator}_tokenizer"))
+        model = make_rag(MODEL_CLASSES[model_type], question_encoder, request.getfixturevalue(generator), knowledge)
+        save_model(model, folder, tokenizer)
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
     """A finetuning data folder: eight questions in each of train, val and test."""

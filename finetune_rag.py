@@ -1,0 +1,145 @@
+"""Finetune a RAG model, question encoder and generator together, or a bare generator as its closed-book baseline.
+
+    one process   python finetune_rag.py --model_name_or_path CHECKPOINT --data_dir DATA --output_dir OUT
+    one node      python finetune_rag.py ... --gpus 8 --fp16
+    two nodes     torchrun --nnodes 2 --nproc_per_node 8 ... finetune_rag.py ... --gpus 8 --num_nodes 2
+
+DATA holds train|val|test .source and .target, one example a line. OUT receives metrics.json, hparams.json,
+git_log.json, the best three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging
+Face's) and, with --do_predict, test_results.txt and test_generations.txt. The same command goes on where it was killed.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from cli_rag import raise_problems, run_script
+from finetune_arguments_rag import FinetuneArguments
+from finetune_arguments_rag import parse_args as parse_finetune_args
+from utils_rag import check_data_files, load_json, save_git_info, save_json
+
+# What an earlier run in the same folder must agree with, for this one to be its continuation. Left out: what changes
+# neither weights nor order of examples, and how long to train.
+FREE_TO_CHANGE = {
+    "retrieval": {"distributed_retriever", "ray_address", "num_retrieval_workers", "distributed_port"},
+    "data": {"eval_batch_size", "num_workers", "n_test", "test_max_target_length"},
+    "training": {"num_train_epochs", "early_stopping_patience", "fp16_opt_level"},
+}
+
+
+def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
+    return parse_finetune_args(argv, description=__doc__)
+
+
+def main(args: FinetuneArguments) -> dict[str, float]:
+    """Train, test or both; returns the last validation's and the test's metrics."""
+    raise_problems(_data_problems(args) + _index_problems(args) + _continuation_problems(args))
+    return finetune(args)
+
+
+def _data_problems(args: FinetuneArguments) -> list[str]:
+    splits = ["train", "val"] if args.run.do_train else []
+    return check_data_files(args.data.data_dir, splits + (["test"] if args.run.do_predict else []))
+
+
+def _index_problems(args: FinetuneArguments) -> list[str]:
+    retrieval = args.retrieval
+    if retrieval.index_name == "custom" and not (retrieval.passages_path and retrieval.index_path):
+        return ["--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"]
+    if retrieval.index_name not in (None, "custom") and retrieval.passages_path:
+        return [f"--passages_path is read with --index_name custom only, not with {retrieval.index_name}"]
+    return []
+
+
+def _continuation_problems(args: FinetuneArguments) -> list[str]:
+    """What keeps this run from going on with the one that --output_dir holds."""
+    folder = Path(args.run.output_dir)
+    if not args.run.do_train or args.run.overwrite_output_dir:
+        return []
+    if not (folder / "hparams.json").is_file():
+        strays = sorted(path.name for path in folder.glob("*checkpoint*"))
+        remedy = "choose another folder, or give --overwrite_output_dir to remove them"
+        return (
+            [f"--output_dir {folder} holds {strays[0]}, which no run of this script left; {remedy}"] if strays else []
+        )
+    earlier, now = load_json(folder / "hparams.json"), args.to_dict()
+    changes = [
+        f"--{name} was {earlier[group].get(name)} and is {value}"
+        for group in ("model", "retrieval", "data", "training")
+        for name, value in now[group].items()
+        if name not in FREE_TO_CHANGE.get(group, ()) and earlier[group].get(name) != value
+    ]
+    if not changes:
+        return []
+    return [
+        f"--output_dir {folder} holds a run with other settings ({'; '.join(changes)}); choose another folder, or give "
+        "--overwrite_output_dir to remove that run"
+    ]
+
+
+def finetune(args: FinetuneArguments) -> dict[str, float]:
+    """`main` behind the checks that need nothing heavy."""
+    import pytorch_lightning as pl
+
+    from callbacks_rag import build_callbacks
+    from generative_qa_rag import GenerativeQAModule
+    from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
+
+    pl.seed_everything(args.training.seed, workers=True, verbose=False)
+    trainer = build_trainer(args, build_callbacks(args), build_logger(args))
+    model, tokenizer = _load(args)
+    with _retriever(args, model, tokenizer, trainer) as retriever:
+        module = GenerativeQAModule(args, model, tokenizer, retriever)
+        data = Seq2SeqDataModule(args.data, args.training.seed, module.question_tokenizer, module.answer_tokenizer)
+        metrics, best = {}, None
+        if trainer.is_global_zero:
+            _describe(args)
+        if args.run.do_train:
+            trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
+            metrics |= trainer.callback_metrics
+            best = trainer.checkpoint_callback.best_model_path or None
+        if args.run.do_predict:
+            trainer.test(module, datamodule=data, ckpt_path=best, verbose=False)
+            metrics |= trainer.callback_metrics
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _describe(args: FinetuneArguments) -> None:
+    """What made the results, beside them. An interrupted run's description is what its continuation is held to."""
+    save_json(args.to_dict(), Path(args.run.output_dir) / "hparams.json")
+    save_git_info(args.run.output_dir)
+
+
+def _load(args: FinetuneArguments):
+    """Model and tokenizer of the checkpoint, the settings that flags override put into its config."""
+    from models_rag import load_model, load_tokenizer
+
+    path, model_args = args.model.model_name_or_path, args.model
+    names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
+    settings = {name: getattr(model_args, name) for name in names}
+    names = ("n_docs", "max_combined_length", "index_name", "passages_path", "index_path")
+    settings |= {name: getattr(args.retrieval, name) for name in names}
+    settings["use_dummy_dataset"] = args.retrieval.use_dummy_dataset or None
+    model = load_model(path, model_args.model_type, settings, model_args.cache_dir, config_name=model_args.config_name)
+    if model_args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    tokenizer = load_tokenizer(model_args.tokenizer_name or path, model_args.model_type, model_args.cache_dir)
+    return model, tokenizer
+
+
+@contextmanager
+def _retriever(args: FinetuneArguments, model, tokenizer, trainer):
+    """The retriever that --distributed_retriever names, closed at the end; None for a model without retrieval."""
+    if model.config.model_type != "rag":
+        yield None
+        return
+    from retriever_rag import RagKnowledgeRetriever, check_n_docs
+
+    retriever = RagKnowledgeRetriever(
+        model.config, tokenizer.question_encoder, tokenizer.generator, init_retrieval=False
+    )
+    check_n_docs(retriever.index, model.config.n_docs)
+    yield retriever
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
