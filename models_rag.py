@@ -203,12 +203,26 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=N
 
 
 def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | None = None, flag: str = MODEL_FLAG):
-    """A `RagTokenizer` (its .question_encoder and .generator) for a RAG checkpoint, else an `AutoTokenizer`."""
-    config = load_config(path, cache_dir, flag)
-    load = functools.partial(AutoTokenizer.from_pretrained, path, cache_dir=cache_dir, **_hub_access(path))
+    """A `RagTokenizer` (its .question_encoder and .generator) for a RAG checkpoint, else an `AutoTokenizer`.
+
+    Args:
+        model_type: a key of MODEL_CLASSES; None looks at the checkpoint's config, which a bare tokenizer need not have.
+    """
+
+    def load(**part):
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, **_hub_access(path), **part)
+        if len(tokenizer) <= len(
+            tokenizer.all_special_ids
+        ):  # transformers makes an empty one where the files are missing
+            raise OSError("it holds no tokenizer")
+        return tokenizer
+
     with _user_errors(flag, path):
-        if not isinstance(config, RagConfig):
+        if model_type is None and (_read_json(path, "config.json", cache_dir) or {}).get("model_type") != "rag":
             return load()
+        if model_type is not None and model_type not in RAG_TYPES:
+            return load()
+        config = RagConfig.from_pretrained(path, cache_dir=cache_dir, **_hub_access(path))
         return RagTokenizer(
             question_encoder=load(config=config.question_encoder, subfolder="question_encoder_tokenizer"),
             generator=load(config=config.generator, subfolder="generator_tokenizer"),
@@ -238,9 +252,12 @@ def load_encoder(
     """
     config = load_config(path, cache_dir, flag)
     if config.model_type == "dpr":
+        dpr_class = DPR_CLASSES[role]
+        if dpr_class.__name__ not in (config.architectures or [dpr_class.__name__]):
+            raise UserError(f"{flag} {path} is a {config.architectures[0]}; give a {dpr_class.__name__}")
         if pooling not in ("auto", "cls"):
             raise UserError(f"{flag} {path} is a DPR encoder, which takes its first token; leave the pooling on auto")
-        return _load_weights(DPR_CLASSES[role], path, flag, config=config, cache_dir=cache_dir)
+        return _load_weights(dpr_class, path, flag, config=config, cache_dir=cache_dir)
     if config.model_type == "pooled_encoder":
         if pooling != "auto":
             config.pooling, config.normalize = pooling, False
@@ -292,14 +309,15 @@ def _load_weights(model_class, path: str, flag: str, **kwargs) -> PreTrainedMode
     missing, unexpected = (
         sorted(key for key in info[f"{kind}_keys"] if "pooler.dense" not in key) for kind in ("missing", "unexpected")
     )
-    problems = []
-    if missing:
-        problems.append(f"{flag} {path} lacks {len(missing)} weights of {model_class.__name__}: {_some(missing)}")
-    if unexpected:
-        problems.append(
-            f"{flag} {path} holds {len(unexpected)} weights unknown to {model_class.__name__}: {_some(unexpected)}"
-        )
-    raise_problems(problems)
+    name = model_class.__name__
+    counts = {f"lacks {len(missing)} of {name}'s weights": missing, f"has {len(unexpected)} weights more": unexpected}
+    raise_problems(
+        [
+            f"{flag} {path} {what} ({', '.join(keys[:3])}, ...); give a whole checkpoint of this model"
+            for what, keys in counts.items()
+            if keys
+        ]
+    )
     return model
 
 
@@ -312,10 +330,6 @@ def _quiet_transformers():
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 @contextmanager

@@ -58,6 +58,9 @@ class PooledEncoder(PreTrainedModel):
             self.backbone.pooler = None  # BERT's own: trained for another task, and without a gradient here
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
     def forward(self, input_ids, attention_mask=None, **kwargs) -> DPRQuestionEncoderOutput:
         """input_ids and attention_mask (B, S) -> pooler_output (B, d)."""
         if attention_mask is None:

@@ -212,7 +212,10 @@ def test_missing_and_unknown_weights_are_named(rag_sequence, tmp_path):
     with pytest.raises(UserError) as error:
         load_model(str(tmp_path), flag="--rag_model_name")
     lacks, unknown = str(error.value).splitlines()
-    assert f"--rag_model_name {tmp_path} lacks 1 weights" in lacks and "layers.0.fc1.bias" in lacks
+    assert (
+        f"--rag_model_name {tmp_path} lacks 1 of RagSequenceForGeneration's weights" in lacks
+        and "layers.0.fc1.bias" in lacks
+    )
     assert "layers.9.fc1.bias" in unknown
 
 
@@ -343,7 +346,7 @@ def test_dpr_encoders_know_their_role(question_encoder_folder, context_encoder_f
     assert encoder_dimension(load_encoder(str(question_encoder_folder))) == DIMENSION
     assert encoder_dimension(load_encoder(str(context_encoder_folder), role="context")) == DIMENSION
     flag = "--dpr_ctx_encoder_model_name"
-    with pytest.raises(UserError, match=f"{flag} .* lacks .* weights of DPRContextEncoder"):
+    with pytest.raises(UserError, match=f"{flag} .* is a DPRQuestionEncoder; give a DPRContextEncoder"):
         load_encoder(str(question_encoder_folder), role="context", flag=flag)
     with pytest.raises(UserError, match="is a DPR encoder"):
         load_encoder(str(question_encoder_folder), pooling="mean")

@@ -1,0 +1,168 @@
+"""Make one RAG checkpoint, ready for finetuning, of a question encoder and a generator.
+
+    python consolidate_rag_checkpoint.py \\
+        --model_type rag_sequence \\
+        --generator_name_or_path facebook/bart-large-cnn \\
+        --question_encoder_name_or_path facebook/dpr-question_encoder-single-nq-base \\
+        --dest path/to/checkpoint
+
+Both parts may be local folders or hub names. The generator is any encoder-decoder model; the question encoder is a DPR
+encoder, a sentence-transformers model (pooled and normalised as its authors meant) or any BERT-like encoder. The folder
+appears only when it is whole and its reload gave back the very weights of the two parts.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli_rag import UserError, parse_into, raise_problems, run_script
+from utils_rag import atomic_folder
+
+
+@dataclass
+class ConsolidateArguments:
+    generator_name_or_path: str = field(metadata={"help": "Folder or hub name of an encoder-decoder model."})
+    question_encoder_name_or_path: str = field(metadata={"help": "Folder or hub name of an encoder."})
+    dest: str = field(metadata={"help": "Folder to write the checkpoint to; it must not exist or be empty."})
+    model_type: str = field(
+        default="rag_sequence",
+        metadata={"help": "Which RAG model to make.", "choices": ["rag_sequence", "rag_token"]},
+    )
+    generator_tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the generator, where it is not beside it."}
+    )
+    question_encoder_tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the question encoder, where it is not beside it."}
+    )
+    config_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "RAG checkpoint whose settings (n_docs, separators, index) to take; else RagConfig's."},
+    )
+    question_encoder_pooling: str = field(
+        default="auto",
+        metadata={
+            "help": "How token vectors become one vector. auto: a DPR encoder as it is, a sentence-transformers model "
+            "as its authors meant, any other by its first token; the others do not normalise.",
+            "choices": ["auto", "cls", "mean", "max"],
+        },
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> ConsolidateArguments:
+    return parse_into(ConsolidateArguments, description=__doc__, argv=argv)
+
+
+def main(args: ConsolidateArguments) -> Path:
+    """Write the checkpoint and return its folder.
+
+    Raises:
+        UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
+    """
+    dest = Path(args.dest)
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
+
+    from transformers import RagTokenizer
+    from transformers.utils import logging
+
+    from models_rag import compose_rag, encoder_dimension, load_encoder, load_model, save_model
+
+    logging.disable_progress_bar()
+    _check_parts(args)
+    config = _settings(args)
+    tokenizers = RagTokenizer(
+        question_encoder=_tokenizer(args, "question_encoder"), generator=_tokenizer(args, "generator")
+    )
+    question_encoder = load_encoder(args.question_encoder_name_or_path, pooling=args.question_encoder_pooling)
+    generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
+    _check_vocabularies(question_encoder, generator, tokenizers)
+    weights = _fingerprints(question_encoder, generator)
+    model = compose_rag(args.model_type, question_encoder, generator, config)
+    with atomic_folder(dest) as folder:
+        save_model(model, folder, tokenizers)
+        reloaded = load_model(str(folder), args.model_type)
+        assert _fingerprints(reloaded.question_encoder, reloaded.generator) == weights, "the reload changed weights"
+
+    print(
+        f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters; the reload gives the same."
+    )
+    print(f"  question encoder  {_describe(question_encoder)}, {encoder_dimension(question_encoder)}-d")
+    print(f"  generator         {_describe(generator)}")
+    print(f"Next: python finetune_rag.py --model_name_or_path {dest} --model_type {args.model_type} --data_dir ...")
+    return dest
+
+
+def _check_parts(args: ConsolidateArguments) -> None:
+    """All that can be told of the parts from their configs, before any of them is loaded."""
+    from models_rag import RAG_TYPES, infer_model_type, load_config
+
+    problems = []
+    for name, look in {
+        "generator_name_or_path": infer_model_type,
+        "question_encoder_name_or_path": load_config,
+    }.items():
+        try:
+            if look(getattr(args, name), flag=f"--{name}") in RAG_TYPES:
+                problems.append(f"--{name} {getattr(args, name)} is a whole RAG checkpoint; give a bare generator")
+        except UserError as error:
+            problems.append(str(error))
+    raise_problems(problems)
+
+
+def _settings(args: ConsolidateArguments):
+    """The `RagConfig` that was asked for, or None for the defaults."""
+    from transformers import RagConfig
+
+    from models_rag import load_config
+
+    if args.config_name_or_path is None:
+        return None
+    config = load_config(args.config_name_or_path, flag="--config_name_or_path")
+    if not isinstance(config, RagConfig):
+        raise UserError(
+            f"--config_name_or_path {args.config_name_or_path} is the config of a {config.model_type} model; "
+            "give a RAG checkpoint, or leave it out"
+        )
+    return config
+
+
+def _tokenizer(args: ConsolidateArguments, part: str):
+    from models_rag import load_tokenizer
+
+    own, beside = f"{part}_tokenizer_name_or_path", f"{part}_name_or_path"
+    name = own if getattr(args, own) is not None else beside
+    return load_tokenizer(getattr(args, name), flag=f"--{name}")
+
+
+def _check_vocabularies(question_encoder, generator, tokenizers) -> None:
+    """A tokenizer of another model would look up rows that the embeddings do not have, in mid-training."""
+    problems = []
+    for part, model in {"question_encoder": question_encoder, "generator": generator}.items():
+        words, rows = len(getattr(tokenizers, part)), model.get_input_embeddings().num_embeddings
+        if words > rows:
+            problems.append(
+                f"--{part}_tokenizer_name_or_path: the tokenizer has {words} tokens, the {part.replace('_', ' ')} "
+                f"only {rows}; give the tokenizer that belongs to it"
+            )
+    raise_problems(problems)
+
+
+def _fingerprints(*models) -> list[dict[str, str]]:
+    """A digest of every tensor that the models save."""
+    from hashlib import blake2b
+
+    return [
+        {name: blake2b(weight.numpy().tobytes()).hexdigest() for name, weight in model.state_dict().items()}
+        for model in models
+    ]
+
+
+def _describe(model) -> str:
+    name = type(model).__name__
+    if name == "PooledEncoder":
+        normalized = ", normalised" if model.config.normalize else ""
+        name += f" of {model.config.backbone.model_type}, {model.config.pooling} pooling{normalized}"
+    return name
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
