@@ -60,6 +60,7 @@ class EvalArguments:
     )
     eval_batch_size: int = field(default=8, metadata={"help": "Questions at a time."})
     max_source_length: int = field(default=128, metadata={"help": "Question tokens kept, as in finetune_rag.py."})
+    prefix: str = field(default="", metadata={"help": "Put before every question, as --prefix of finetune_rag.py was."})
     num_beams: int = field(default=4, metadata={"help": "Beams of generation; 1 is greedy."})
     min_length: int = field(default=1, metadata={"help": "Fewest tokens of an answer."})
     max_length: int = field(default=50, metadata={"help": "Most tokens of an answer."})

@@ -92,6 +92,7 @@ def prediction_settings(args: EvalArguments) -> dict[str, Any]:
         "model_type": args.model_type or infer_model_type(args.model_name_or_path),
         "evaluation_set": file_identity(args.evaluation_set),
         "max_source_length": args.max_source_length,
+        "prefix": args.prefix,
     }
     if settings["model_type"] in RAG_TYPES:
         config = rag_config(args)
@@ -147,11 +148,9 @@ def predict_missing(args: EvalArguments, data: EvalData, predictions: Prediction
 
 def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched."""
-    import torch
-
     from models_rag import RAG_TYPES, load_model, load_tokenizer
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model_name_or_path, model_type)
     if model_type not in RAG_TYPES:
         model = load_model(args.model_name_or_path, model_type).to(device)
@@ -164,6 +163,19 @@ def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict
     if args.eval_mode == "retrieval":  # the generator stays where it is
         return partial(retrieve_passages, args, model.rag.question_encoder.to(device), retriever), index
     return partial(answer_from_passages, args, model.to(device), retriever), index
+
+
+def pick_device(name: str | None):
+    """The device by its name, the GPU if there is one, else the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used ({reason}); leave it out, or give cpu") from error
 
 
 def open_retriever(config, tokenizer):
@@ -197,8 +209,7 @@ def answer_from_passages(args, model, retriever, questions: list[str], _) -> tup
 
 
 def answer_closed_book(args, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
-    prefix = getattr(model.config, "prefix", None) or ""  # the one that finetune_rag.py trained with
-    tokens = encode(args, tokenizer, [prefix + question for question in questions], model.device)
+    tokens = encode(args, tokenizer, questions, model.device)
     token_ids = model.generate(
         tokens.input_ids, attention_mask=tokens.attention_mask, **generation_settings(args, model)
     )
@@ -221,10 +232,9 @@ def retrieve_passages(args, question_encoder, retriever, questions, answers) -> 
 
 def encode(args, tokenizer, questions: list[str], device):
     """input_ids and attention_mask, (B, S), padded to the longest."""
-    tokens = tokenizer(
-        questions, max_length=args.max_source_length, truncation=True, padding="longest", return_tensors="pt"
-    )
-    return tokens.to(device)
+    questions = [args.prefix + question for question in questions]
+    settings = {"max_length": args.max_source_length, "truncation": True, "padding": "longest"}
+    return tokenizer(questions, return_tensors="pt", **settings).to(device)
 
 
 def generation_settings(args: EvalArguments, generator) -> dict[str, Any]:
@@ -304,7 +314,7 @@ def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:
         return "made with unknown settings"
     values = {name: value["path"] if isinstance(value, dict) else value for name, value in settings.items()}
     values |= {f"index {name}": value for name, value in index.items()}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
 
 
 def label(name: str) -> str:

@@ -7,7 +7,15 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = [
-    {"cli_rag", "utils_rag", "parse_dpr_relevance_data", "finetune_arguments_rag", "pooled_encoder"},
+    {
+        "cli_rag",
+        "utils_rag",
+        "parse_dpr_relevance_data",
+        "finetune_arguments_rag",
+        "eval_arguments_rag",
+        "predictions_rag",
+        "pooled_encoder",
+    },
     {"index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},
     {"retriever_rag"},
     {
@@ -62,11 +70,12 @@ def test_imports_go_downwards(name):
         assert FLOOR_OF[other] < FLOOR_OF[name] or name in SHARED_BY_ALL, f"{name}.py imports {other}.py"
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "cli_rag", "utils_rag", "finetune_arguments_rag"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "cli_rag", "utils_rag", "finetune_arguments_rag", "eval_arguments_rag"])
 def test_light_files_import_nothing_heavy_at_the_top(name):
     top = [node for node in body(name) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not imported(top) & HEAVY
     light = {"cli_rag", "utils_rag", "finetune_arguments_rag", "parse_dpr_relevance_data"}
+    light |= {"eval_arguments_rag", "predictions_rag"}
     assert imported(top) & set(FLOOR_OF) <= light
 
 
