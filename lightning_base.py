@@ -43,7 +43,7 @@ SCHEDULES = {
 class BaseTransformer(pl.LightningModule):
     """Optimizer, schedule and what is logged about them; a subclass brings the model and its steps.
 
-    A subclass that overrides `on_train_batch_start` or `on_before_optimizer_step` calls `super()`'s.
+    A subclass that overrides `on_train_start`, `on_train_batch_start` or `on_before_optimizer_step` calls `super()`'s.
     """
 
     def __init__(self, args: FinetuneArguments):
@@ -66,6 +66,11 @@ class BaseTransformer(pl.LightningModule):
         steps = max(int(self.trainer.estimated_stepping_batches), training.warmup_steps + 1)
         schedule = SCHEDULES[training.lr_scheduler](optimizer, training.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Restore the loader's place in the epoch: Lightning does it when it makes the loader, which was too early here,
+        when `configure_optimizers` asked for the number of steps and the checkpoint's loops had not been read."""
+        self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout depends on seed, epoch, batch and rank only: a resumed run draws as the uninterrupted one does."""
