@@ -136,6 +136,9 @@ def run_script(parse_args, main) -> NoReturn:
     """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130."""
     # Fork-safe, quiet tokenizers: data-loading workers are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # bars are for terminals
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     script = Path(sys.argv[0]).name
     try:
         main(parse_args())

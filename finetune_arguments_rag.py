@@ -52,7 +52,9 @@ class RetrievalArguments:
     _argument_group_name = "retrieval"
     n_docs: int | None = _flag(None, "Passages retrieved a question; left out, the checkpoint's.")
     max_combined_length: int | None = _flag(None, "Tokens of passage and question together; the checkpoint's.")
-    index_name: str | None = _flag(None, "exact, compressed, legacy or custom; left out, the checkpoint's.")
+    index_name: str | None = _flag(
+        None, "exact, compressed, legacy or custom; left out, the checkpoint's, custom with --passages_path."
+    )
     passages_path: str | None = _flag(None, "Folder of passages that use_own_knowledge_dataset.py wrote (custom).")
     index_path: str | None = _flag(None, "FAISS index file of these passages (custom).")
     use_dummy_dataset: bool = _flag(
@@ -64,6 +66,10 @@ class RetrievalArguments:
     ray_address: str = _flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
     num_retrieval_workers: int = _flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
     distributed_port: int = _flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
+
+    def __post_init__(self):
+        if self.passages_path is not None and self.index_name is None:
+            self.index_name = "custom"  # nothing else reads them
 
 
 @dataclass

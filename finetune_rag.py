@@ -87,7 +87,7 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     trainer = build_trainer(args, build_callbacks(args), build_logger(args))
     model, tokenizer = _load(args)
-    with _retriever(args, model, tokenizer, trainer) as retriever:
+    with _retriever(args, model, tokenizer) as retriever:
         module = GenerativeQAModule(args, model, tokenizer, retriever)
         data = Seq2SeqDataModule(args.data, args.training.seed, module.question_tokenizer, module.answer_tokenizer)
         metrics, best = {}, None
@@ -127,18 +127,45 @@ def _load(args: FinetuneArguments):
 
 
 @contextmanager
-def _retriever(args: FinetuneArguments, model, tokenizer, trainer):
-    """The retriever that --distributed_retriever names, closed at the end; None for a model without retrieval."""
+def _retriever(args: FinetuneArguments, model, tokenizer):
+    """The retriever that --distributed_retriever names, None for a model without retrieval.
+
+    Nothing is opened yet: `GenerativeQAModule.setup` does that on every rank. Leaving ends what was started for it.
+    """
     if model.config.model_type != "rag":
         yield None
         return
-    from retriever_rag import RagKnowledgeRetriever, check_n_docs
+    from retriever_rag import check_n_docs
 
-    retriever = RagKnowledgeRetriever(
-        model.config, tokenizer.question_encoder, tokenizer.generator, init_retrieval=False
-    )
-    check_n_docs(retriever.index, model.config.n_docs)
-    yield retriever
+    parts = (model.config, tokenizer.question_encoder, tokenizer.generator)
+    with RETRIEVERS[args.retrieval.distributed_retriever](args, parts) as retriever:
+        check_n_docs(retriever.index, model.config.n_docs)
+        yield retriever
+
+
+@contextmanager
+def _pytorch_retriever(args: FinetuneArguments, parts: tuple):
+    from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
+
+    yield RagPyTorchDistributedRetriever(*parts)
+
+
+@contextmanager
+def _ray_retriever(args: FinetuneArguments, parts: tuple):
+    from distributed_ray_retriever import RagRayDistributedRetriever, RetrievalWorkers
+
+    with RetrievalWorkers(args.retrieval.num_retrieval_workers, args.retrieval.ray_address) as workers:
+        yield RagRayDistributedRetriever(*parts, workers)
+
+
+@contextmanager
+def _local_retriever(args: FinetuneArguments, parts: tuple):
+    from retriever_rag import RagKnowledgeRetriever
+
+    yield RagKnowledgeRetriever(*parts, init_retrieval=False)
+
+
+RETRIEVERS = {"pytorch": _pytorch_retriever, "ray": _ray_retriever, "local": _local_retriever}
 
 
 if __name__ == "__main__":

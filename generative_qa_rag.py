@@ -108,16 +108,17 @@ class GenerativeQAModule(BaseTransformer):
         """Mean over the examples, so that neither batch size nor number of ranks changes the size of a step."""
         nll, contexts = self.negative_log_likelihood(batch, self.args.model.label_smoothing)
         loss = nll.mean() * batch["loss_weight"]
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
         read = batch["attention_mask"] if contexts is None else contexts.attention_mask
         self.tokens = int(read.sum()) + int((batch["labels"] != self.generator.config.pad_token_id).sum())
         if contexts is not None:
-            self.log("distinct_docs", distinct_share(contexts.doc_ids))
-            self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean())
+            self.log("distinct_docs", distinct_share(contexts.doc_ids), sync_dist=True)
+            self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean(), sync_dist=True)
         return loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        self.log("tokens_per_second", self.tokens / (time.perf_counter() - self.step_started))
+        rate = self.tokens / (time.perf_counter() - self.step_started)
+        self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
 
     # --- Validation and test ------------------------------------------------------------------------------------------
 
@@ -174,13 +175,13 @@ class GenerativeQAModule(BaseTransformer):
     def on_validation_epoch_end(self) -> None:
         """`val_em` steers checkpoints and early stopping."""
         metrics = means(self.gather_rows(self.rows), "val")
-        self.log_dict({**metrics, "val_em": metrics["val_avg_em"]})
+        self.log_dict({**metrics, "val_em": metrics["val_avg_em"]}, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Write test_results.txt and test_generations.txt, the answers in the order of test.source."""
         rows = self.gather_rows(self.rows)
         metrics = means(rows, "test")
-        self.log_dict(metrics)
+        self.log_dict(metrics, sync_dist=True)
         if self.trainer.is_global_zero:
             folder = Path(self.args.run.output_dir)
             write_lines([f"{name} = {value:.6g}" for name, value in metrics.items()], folder / "test_results.txt")
