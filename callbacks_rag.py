@@ -30,6 +30,7 @@ NO_ROWS: dict[str, list] = {"train": [], "val": [], "test": []}
 def build_callbacks(args: FinetuneArguments) -> list[Callback]:
     """The callbacks of a finetuning run."""
     callbacks: list[Callback] = [
+        ValidationAtTheEnd(),
         BestCheckpoints(args.run.output_dir, save_interval=60 * args.run.save_interval),
         MetricsWriter(args.run.output_dir),
     ]
@@ -170,6 +171,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path.rename(gone))
     else:
         path.unlink()
+
+
+class ValidationAtTheEnd(Callback):
+    """Validates when --max_steps ends the training inside an epoch: without it that work would be measured by nothing.
+
+    Stands before `BestCheckpoints`, which asks whether a validation comes next.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
 
 
 class ValidationEarlyStopping(EarlyStopping):
