@@ -16,7 +16,6 @@ from pathlib import Path
 import datasets
 import faiss
 import numpy as np
-from transformers.models.rag.retrieval_rag import Index, LegacyIndex
 
 from cli_rag import UserError, raise_problems
 from utils_rag import load_json, save_json
@@ -71,8 +70,11 @@ class EmbeddingColumn:
         return vectors.reshape(*ids.shape, self.dimension)
 
 
-class KnowledgeIndex(Index):
+class KnowledgeIndex:
     """Passages with embeddings and a FAISS index over them, behind transformers' `Index` interface.
+
+    It does not inherit from it: transformers and torch take seconds to import, and a Ray actor that only searches is to
+    be back in a moment.
 
     Args:
         passages: dataset with the columns title (str), text (str) and embeddings (lists of `vector_size` floats).
@@ -194,8 +196,8 @@ class KnowledgeIndex(Index):
         return settings
 
 
-def open_index(config) -> Index:
-    """The index that a `RagConfig` describes, its FAISS part not yet opened.
+def open_index(config):
+    """The index (transformers' `Index` interface) that a `RagConfig` describes, its FAISS part not yet opened.
 
     `config.index_name` is "custom" (passages_path, index_path) or "legacy" (a folder at index_path). The hub's wiki_dpr
     ("exact", "compressed") has no loader here yet.
@@ -203,10 +205,34 @@ def open_index(config) -> Index:
     if config.index_name == "custom":
         return KnowledgeIndex.load_from_disk(config.retrieval_vector_size, config.passages_path, config.index_path)
     if config.index_name == "legacy":
+        from transformers.models.rag.retrieval_rag import LegacyIndex
+
         return LegacyIndex(config.retrieval_vector_size, config.index_path)
     raise UserError(
         f"--index_name {config.index_name}: give your own index by --index_name custom --passages_path DIR "
         "--index_path FILE (built with use_own_knowledge_dataset.py)"
+    )
+
+
+def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """A search on behalf of another process, which has mapped the same passages.
+
+    Args:
+        index: `KnowledgeIndex` or any of transformers' interface.
+        queries: (B, d) float32, also B = 0.
+        n_docs: passages a query.
+
+    Returns:
+        doc_ids (B, n_docs) int64 and the embeddings (B, n_docs, d) float32, but None in place of these for a
+        `KnowledgeIndex`: there the other process reads them itself.
+    """
+    if isinstance(index, KnowledgeIndex):
+        return index.search(queries, n_docs)[1], None
+    doc_ids, vectors = index.get_top_docs(queries, n_docs)
+    shape = (len(queries), n_docs)  # transformers' legacy index loses it where there are no queries
+    return (
+        np.asarray(doc_ids, dtype=np.int64).reshape(shape),
+        np.asarray(vectors, dtype=np.float32).reshape(*shape, queries.shape[1]),
     )
 
 

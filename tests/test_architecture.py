@@ -16,9 +16,10 @@ FLOORS = [
         "predictions_rag",
         "pooled_encoder",
         "passages_rag",
+        "ranks_rag",
     },
     {"index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},
-    {"retriever_rag", "embed_passages_rag"},
+    {"retriever_rag", "embed_passages_rag", "retrieval_actor_rag"},
     {
         "distributed_pytorch_retriever",
         "distributed_ray_retriever",

@@ -1,0 +1,104 @@
+"""Rank 0 searches for every rank: one open index a job, over torch.distributed.
+
+    retriever = RagPyTorchDistributedRetriever.from_pretrained(checkpoint, passages_path="...", index_path="...")
+    retriever.init_retrieval()              # collective, once the process group is up
+    retriever.retrieve(vectors, n_docs=5)   # collective
+
+Query vectors travel to rank 0 and ids come back; passages and their vectors are read on each rank, from files that are
+memory-mapped. Only an index that cannot give a passage's vector on the rank (transformers' legacy one) sends it along.
+"""
+
+import numpy as np
+import torch
+
+from index_rag import KnowledgeIndex, search_to_send
+from ranks_rag import RankError, Ranks, world_size
+from retriever_rag import RagKnowledgeRetriever
+
+
+class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
+    """`RagKnowledgeRetriever` whose searches all run on rank 0. In one process it does what its parent does.
+
+    Args:
+        config: `RagConfig`.
+        question_encoder_tokenizer: as transformers' `RagRetriever`.
+        generator_tokenizer: as transformers' `RagRetriever`.
+        index: used in place of the one the config describes; `init_retrieval` opens it.
+        timeout: seconds that rank 0 waits for the slowest rank's questions; the others wait twice as long for answers.
+    """
+
+    def __init__(self, config, question_encoder_tokenizer, generator_tokenizer, index=None, timeout: float = 600.0):
+        super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
+        self.timeout = timeout
+        self.ranks: Ranks | None = None
+        self.retrievals = 0  # so far, for the messages
+
+    def init_retrieval(self, distributed_port: int | None = None) -> None:
+        """Rank 0 opens the index; where it cannot, every rank fails. A second call does nothing.
+
+        Collective: every rank calls this, after the process group is up.
+
+        Args:
+            distributed_port: unused; the public suite needed a port of its own.
+        """
+        if self.ranks is None or self.ranks.size != world_size():
+            self.ranks = Ranks(self.timeout)
+            self.ranks.from_rank_zero("start of the retrieval", super().init_retrieval)
+
+    def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+        """As the parent's. Collective: every rank calls this equally often, with any number of queries, also none."""
+        assert self.ranks is not None, "call init_retrieval() on every rank first"
+        if self.ranks.size == 1:
+            return super()._search(queries, n_docs)
+        self.retrievals += 1
+        search = self._search_for_all if self.ranks.rank == 0 else self._ask_rank_zero
+        doc_ids, vectors = search(queries, n_docs, f"retrieval {self.retrievals}")
+        return doc_ids, self.index.embeddings.gather(doc_ids) if vectors is None else vectors
+
+    def _ask_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
+        ranks = self.ranks
+        ranks.send(np.array([len(queries), n_docs]), 0, step)
+        ranks.send(queries, 0, step)
+        ranks.receive_outcome(0, step)
+        doc_ids = ranks.receive((len(queries), n_docs), torch.int64, 0, step)
+        if isinstance(self.index, KnowledgeIndex):
+            return doc_ids, None
+        return doc_ids, ranks.receive((*doc_ids.shape, queries.shape[1]), torch.float32, 0, step)
+
+    def _search_for_all(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rank 0: everybody's queries, one search, to everybody their answers; an error goes to everybody."""
+        ranks = self.ranks
+        sizes, answers, failure = [], None, None
+        try:
+            everybody = [queries, *self._receive_queries(queries.shape[1], n_docs, step)]
+            sizes = [len(one) for one in everybody]
+            answers = search_to_send(self.index, np.concatenate(everybody), n_docs)
+        except Exception as error:
+            failure = error
+        ranks.tell_the_others(step, failure)
+        doc_ids, vectors = answers
+        bounds = np.cumsum(sizes)
+        for rank in ranks.others:
+            rows = slice(bounds[rank - 1], bounds[rank])
+            ranks.send(doc_ids[rows], rank, step)
+            if vectors is not None:
+                ranks.send(vectors[rows], rank, step)
+        own = slice(bounds[0])
+        return doc_ids[own], None if vectors is None else vectors[own]
+
+    def _receive_queries(self, dimension: int, n_docs: int, step: str) -> list[np.ndarray]:
+        """The other ranks' queries. Each is heard out, also after a failure: it is to hear of it, not to hang."""
+        ranks, deadline = self.ranks, self.ranks.deadline()
+        received, failure = [], None
+        for rank in ranks.others:
+            try:
+                size, wanted = ranks.receive((2,), torch.int64, rank, step, deadline)
+                received.append(ranks.receive((int(size), dimension), torch.float32, rank, step, deadline))
+                if wanted != n_docs:
+                    raise RankError(f"{step}: rank {rank} asks for {wanted} passages a question, rank 0 for {n_docs}")
+            except RankError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return received

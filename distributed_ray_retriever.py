@@ -1,0 +1,341 @@
+"""Ray actors search for every rank of every node: N open indexes a job, wherever the cluster puts them.
+
+    with RetrievalWorkers(num_workers=4, address="auto") as workers:
+        retriever = RagRayDistributedRetriever.from_pretrained(checkpoint, workers)
+        retriever.init_retrieval()              # collective where a process group is up
+        retriever.retrieve(vectors, n_docs=5)   # not collective
+
+Query vectors travel to the least busy actor and ids come back; passages and their vectors are read on each rank. An
+actor that dies is restarted by Ray while the others answer. Ray is an optional package, imported where it is used.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import uuid
+from math import ceil
+
+import numpy as np
+from transformers import RagConfig
+
+from cli_rag import UserError
+from ranks_rag import Ranks
+from retrieval_actor_rag import RayRetriever, index_config
+from retriever_rag import RagKnowledgeRetriever
+
+logger = logging.getLogger(__name__)
+
+# Ray's queues and arrays on a cluster of our own: a batch of queries and ids is far below a megabyte.
+OBJECT_STORE_BYTES = 100 * 2**20
+# Workers that are free answer within this; those that do not are busy.
+SECONDS_TO_ANSWER = 0.002
+
+
+class RagRayDistributedRetriever(RagKnowledgeRetriever):
+    """`RagKnowledgeRetriever` whose searches run in Ray actors.
+
+    Args:
+        config: `RagConfig`; the actors open the index that it describes.
+        question_encoder_tokenizer: as transformers' `RagRetriever`.
+        generator_tokenizer: as transformers' `RagRetriever`.
+        retrieval_workers: a `RetrievalWorkers`, or handles of `RayRetriever` actors.
+        index: read for passages in place of the one that the config describes; not in memory, where no actor sees it.
+        timeout: seconds a retrieval may take, the restart of dead actors included.
+    """
+
+    def __init__(
+        self,
+        config,
+        question_encoder_tokenizer,
+        generator_tokenizer,
+        retrieval_workers,
+        index=None,
+        timeout: float = 600.0,
+    ):
+        if index is not None and index.is_initialized():
+            raise UserError(
+                "--distributed_retriever ray: Ray's processes cannot read an index in memory; save it with its "
+                "passages and give --passages_path and --index_path"
+            )
+        super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
+        self.retrieval_workers = retrieval_workers
+        self.timeout = timeout
+        self.actors: list = []  # handles; among equally busy ones the first is asked
+
+    @classmethod
+    def from_pretrained(cls, retriever_name_or_path, actor_handles, indexed_dataset=None, **kwargs):
+        """As the parent's, with the actors (`retrieval_workers`) that search."""
+        config = kwargs.pop("config", None) or RagConfig.from_pretrained(retriever_name_or_path, **kwargs)
+        tokenizers = cls._tokenizers(retriever_name_or_path, config)
+        return cls(config, *tokenizers, actor_handles, cls._index_of(config, indexed_dataset))
+
+    def init_retrieval(self) -> None:
+        """Have the actors open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""
+        if self.actors:
+            return
+        if isinstance(self.retrieval_workers, RetrievalWorkers):
+            self.actors = self.retrieval_workers.connect(self.config)
+        else:
+            self.actors = list(self.retrieval_workers)
+            _ask_all(
+                self.actors, "create_rag_retriever", index_config(self.config), None, None, None, timeout=self.timeout
+            )
+            _ask_all(self.actors, "init_retrieval", timeout=self.timeout)
+
+    def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+        """As the parent's, in the least busy actor; where that dies, in another."""
+        import ray
+
+        assert self.actors, "call init_retrieval() first"
+        deadline = time.monotonic() + self.timeout
+        actor = self.actors[0] if len(self.actors) == 1 else self._least_busy(deadline)
+        while True:
+            # Ray's own retries would wait for the restart of this actor, while another one is free.
+            answer = actor.retrieve.options(max_task_retries=0).remote(queries, n_docs)
+            try:
+                doc_ids, vectors = ray.get(answer, timeout=max(deadline - time.monotonic(), 0))
+                return doc_ids, self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
+            except ray.exceptions.RayActorError as error:
+                logger.warning(f"a retrieval worker died, another is asked: {_first_line(error)}")
+                actor = self._least_busy(deadline)
+            except ray.exceptions.GetTimeoutError as error:
+                raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s") from error
+
+    def _least_busy(self, deadline: float):
+        """The actor that answers first: one answers its calls in turn, and when it was restarted once it is ready."""
+        import ray
+
+        while self.actors:
+            calls = {actor.init_retrieval.remote(): actor for actor in self.actors}
+            ready, busy = ray.wait(list(calls), num_returns=len(calls), timeout=SECONDS_TO_ANSWER)
+            if not ready:
+                ready, _ = ray.wait(busy, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError(f"none of {len(calls)} retrieval workers was free within {self.timeout:g} s")
+            actor = calls[ready[0]]
+            try:
+                ray.get(ready[0])
+                return actor
+            except ray.exceptions.RayActorError:  # Ray does not restart it
+                self.actors.remove(actor)
+        raise RuntimeError("every retrieval worker has died for good")
+
+
+class RetrievalWorkers:
+    """N named `RayRetriever` actors that every rank of the job reaches, and a cluster for them if none was running.
+
+    Nothing is started before `connect`. Leaving the `with` ends the actors, and the cluster if it is our own.
+
+    Args:
+        num_workers: actors; each maps the index.
+        address: as `RayConnection`'s.
+        gpus_each: share of a GPU that Ray sets aside for each actor.
+        timeout: seconds that the actors may take to open the index.
+    """
+
+    def __init__(self, num_workers: int = 1, address: str = "auto", gpus_each: float = 0.0, timeout: float = 600.0):
+        if num_workers < 1:
+            raise UserError(f"--num_retrieval_workers {num_workers}: at least one has to search")
+        self.num_workers = num_workers
+        self.gpus_each = gpus_each
+        self.timeout = timeout
+        self.connection = RayConnection(address)
+        self.namespace = f"rag-{uuid.uuid4().hex}"  # rank 0's counts; parallel jobs have each their own
+        self.actors: list = []
+        self.ranks: Ranks | None = None
+
+    def __enter__(self) -> "RetrievalWorkers":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            if error is None and self.actors:  # they end with rank 0, so rank 0 leaves only when all ranks are done
+                self.ranks.all_or_none("end of the retrieval workers", lambda: None)
+        finally:
+            self.actors = []
+            self.connection.close()
+
+    def connect(self, config) -> list:
+        """Handles of the actors, ready to search the index that `config` describes, this rank's preferred one first.
+
+        Collective where a process group is up: rank 0 creates the actors, the others look them up by name.
+        """
+        if not self.actors:
+            self.ranks = Ranks(self.timeout)
+            meeting = self.ranks.from_rank_zero("start of the retrieval workers", lambda: self._create(config))
+            self.ranks.all_or_none("reaching the retrieval workers", lambda: self._attach(meeting))
+        first = self.ranks.rank % self.num_workers
+        return self.actors[first:] + self.actors[:first]
+
+    def _create(self, config) -> dict:
+        """Rank 0: the actors, each with its index open; returns what the other ranks need to reach them."""
+        import ray
+
+        meeting = self.connection.open(self.num_workers)
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if self.gpus_each * self.num_workers > gpus:
+            raise UserError(
+                f"--retrieval_worker_gpus {self.gpus_each:g} for each of {self.num_workers} workers is more than the "
+                f"cluster's {gpus:g} GPUs; give less, or fewer workers"
+            )
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        options = {
+            "namespace": self.namespace,
+            "get_if_exists": True,
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "num_cpus": 0,  # they work while the ranks wait for them
+            "num_gpus": self.gpus_each,
+            "scheduling_strategy": "SPREAD",
+        }
+        retriever = ray.remote(RayRetriever)
+        actors = [
+            retriever.options(name=name, **options).remote(index_config(config), ceil(self.num_workers / nodes))
+            for name in self._names()
+        ]
+        _ask_all(actors, "init_retrieval", timeout=self.timeout)
+        self.actors = actors
+        return meeting | {"namespace": self.namespace}
+
+    def _attach(self, meeting: dict) -> None:
+        """Another rank's way to the actors that rank 0 created."""
+        if self.actors:
+            return
+        import ray
+
+        self.connection.join(meeting)
+        self.actors = [ray.get_actor(name, namespace=meeting["namespace"]) for name in self._names()]
+
+    def _names(self) -> list[str]:
+        return [f"retriever-{number}" for number in range(self.num_workers)]
+
+
+class RayConnection:
+    """This process's connection to a Ray cluster.
+
+    Args:
+        address: "HOST:PORT" of a running cluster; "auto" for the one that RAY_ADDRESS names or `ray start` started on
+            this node, or else one of our own: on this node alone, on the loopback interface, with token authentication.
+    """
+
+    def __init__(self, address: str):
+        self.address = address
+        self.folder: str | None = None  # sockets and logs of a cluster of our own
+        self.opened = False
+
+    def open(self, num_workers: int) -> dict:
+        """Connect, or start a cluster; returns the address and, for one of our own, the environment that opens it."""
+        import ray
+
+        if not ray.is_initialized():
+            running = _running_cluster() if self.address == "auto" else self.address
+            if running is None:
+                return {"address": self._start(num_workers), "environment": _authentication()}
+            self._connect(running)
+        return {"address": ray.get_runtime_context().gcs_address}
+
+    def join(self, meeting: dict) -> None:
+        """Connect to the cluster that `open` found or started on rank 0."""
+        os.environ.update(meeting.get("environment", {}))  # before Ray is imported
+        import ray
+
+        if ray.is_initialized():
+            return
+        if "environment" in meeting:
+            self._connect(meeting["address"], loopback=True)
+        elif (running := _running_cluster() if self.address == "auto" else self.address) is None:
+            raise UserError(f"no Ray runs on this node; let it join by `ray start --address={meeting['address']}`")
+        else:
+            self._connect(running)
+
+    def close(self) -> None:
+        """Disconnect, which ends what this process created; a cluster of our own ends altogether."""
+        if self.opened:
+            import ray
+
+            ray.shutdown()
+            self.opened = False
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    def _start(self, num_workers: int) -> str:
+        import ray
+
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            # Ray would leave one in the home folder. It reads the token once a process, so it stays for the next start.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        _on_loopback(True)
+        self.opened = True
+        self.folder = tempfile.mkdtemp(prefix="rag_ray_")
+        ray.init(
+            address="local",
+            num_cpus=num_workers,  # as many processes as Ray starts ahead
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=self.folder,
+        )
+        return ray.get_runtime_context().gcs_address
+
+    def _connect(self, address: str, loopback: bool = False) -> None:
+        import ray
+
+        _on_loopback(loopback)
+        self.opened = True
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            remedy = (
+                "Ray's own cluster of rank 0 serves one node; for several, run `ray start --head` and join it by "
+                "`ray start --address` on the others"
+                if loopback
+                else "start one with `ray start --head`, or `ray stop` to forget one that died"
+            )
+            raise UserError(
+                f"--ray_address {self.address}: no Ray cluster can be reached at {address} ({_first_line(error)}); "
+                f"{remedy}"
+            ) from error
+
+
+def _running_cluster() -> str | None:
+    """Address of the cluster that RAY_ADDRESS names or `ray start` noted on this node; never another job's own one."""
+    from ray._private.services import get_ray_address_from_environment
+
+    return get_ray_address_from_environment(None, None)
+
+
+def _on_loopback(only: bool) -> None:
+    """Have Ray listen on 127.0.0.1 only, or not. On Linux it has no argument for that, though it does so elsewhere."""
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = not only
+
+
+def _authentication() -> dict[str, str]:
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _ask_all(actors: list, method: str, *args, timeout: float) -> None:
+    """Call a method of every actor and wait for all; their mistakes of the user's come back as such."""
+    import ray
+
+    try:
+        ray.get([getattr(actor, method).remote(*args) for actor in actors], timeout=timeout)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.GetTimeoutError as error:
+        raise TimeoutError(
+            f"{len(actors)} retrieval workers were not ready after {timeout:g} s; `ray status` tells what they wait for"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,68 @@
+"""`RayRetriever`: what a Ray actor runs to hold an index and search it.
+
+    actor = ray.remote(RayRetriever).remote(index_config(config))
+    doc_ids, vectors = ray.get(actor.retrieve.remote(queries, n_docs))
+
+It is a file of its own because an actor that died is back the sooner the less it imports: neither torch nor
+transformers, whose import takes seconds.
+"""
+
+import os
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+
+from index_rag import open_index, search_to_send
+
+
+def index_config(config) -> SimpleNamespace:
+    """What of a `RagConfig` describes its index: plain values, read without importing transformers."""
+    return SimpleNamespace(
+        **{name: value for name, value in config.to_dict().items() if isinstance(value, str | int | None)}
+    )
+
+
+class RayRetriever:
+    """One index, opened with the first call.
+
+    To survive its restarts an actor needs its config here; what `create_rag_retriever` gives it ends with them.
+
+    Args:
+        config: `RagConfig`, or the part of it that `index_config` gives.
+        workers_on_node: actors among which the node's cores are shared.
+    """
+
+    def __init__(self, config=None, workers_on_node: int = 1):
+        self.config = config
+        self.index = None
+        # Ray sets OMP_NUM_THREADS to 1 for an actor that reserves no more cores.
+        faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_on_node))
+
+    def create_rag_retriever(self, config, question_encoder_tokenizer, generator_tokenizer, index) -> None:
+        """Take `index`, or the one that `config` describes; a second call does nothing.
+
+        The tokenizers are the public suite's arguments; an actor only searches.
+        """
+        if self.index is None:
+            self.index = open_index(config) if index is None else index
+
+    def init_retrieval(self) -> None:
+        """Open the index; a second call does nothing, so that it also asks whether the actor is ready."""
+        self.create_rag_retriever(self.config, None, None, None)
+        if not self.index.is_initialized():
+            self.index.init_index()
+
+    def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """One search for the whole batch.
+
+        Args:
+            question_hidden_states: (B, d) float32.
+            n_docs: passages a question.
+
+        Returns:
+            doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32, or None in place of these where the
+            caller's own memory-mapped passages hold them.
+        """
+        self.init_retrieval()
+        return search_to_send(self.index, question_hidden_states, n_docs)
