@@ -7,6 +7,8 @@ Importing this module makes it known to transformers' AutoConfig and AutoModel, 
 encoder it is round-trips through `RagSequenceForGeneration.from_pretrained`.
 """
 
+import copy
+
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.dpr.modeling_dpr import DPRQuestionEncoderOutput
@@ -35,6 +37,8 @@ class PooledEncoderConfig(PreTrainedConfig):
             self.backbone = AutoConfig.for_model(**self.backbone)
         elif self.backbone is None:  # transformers builds every config without arguments to find its defaults
             self.backbone = AutoConfig.for_model("bert")
+        else:  # a live model's config stays its own: transformers resets the attention of a config's parts
+            self.backbone = copy.deepcopy(self.backbone)
         assert self.pooling in POOLINGS, self.pooling
         super().__post_init__(**kwargs)
 
