@@ -1,6 +1,6 @@
 """Knowledge: passages on disk and the FAISS index over their embeddings.
 
-    index = open_index(config)            # config.index_name, passages_path, index_path, retrieval_vector_size
+    index = KnowledgeIndex.load_from_disk(768, "my_knowledge_dataset", "my_knowledge_dataset_hnsw_index.faiss")
     index.init_index()                    # maps the FAISS file; the passages are mapped from the start
     doc_ids, doc_embeds = index.get_top_docs(queries, n_docs=5)
     docs = index.get_doc_dicts(doc_ids)
@@ -45,8 +45,8 @@ class EmbeddingColumn:
         values = chunk.flatten().to_numpy(zero_copy_only=True)
         if len(values) != len(chunk) * self.dimension:
             raise UserError(
-                f"--passages_path: the embeddings have dimension {len(values) / len(chunk):g}, but the question "
-                f"encoder gives {self.dimension}; embed the passages with the matching context encoder"
+                f"the passages' embeddings have dimension {len(values) / len(chunk):g}, but the question encoder gives "
+                f"{self.dimension}; embed the passages with the matching context encoder"
             )
         return values.reshape(len(chunk), self.dimension)
 
@@ -70,6 +70,30 @@ class EmbeddingColumn:
         return vectors.reshape(*ids.shape, self.dimension)
 
 
+class IndexVectors:
+    """The vectors that a FAISS index gives back of what it keeps: exact (Flat), rounded (SQ8) or approximate (PQ).
+
+    Args:
+        faiss_index: index over the passages in their order.
+        dimension: of the vectors wanted; what an index has beyond it (the legacy one) is cut off.
+    """
+
+    def __init__(self, faiss_index, dimension: int):
+        self.faiss_index = faiss_index
+        self.dimension = dimension
+        lists = faiss.try_extract_index_ivf(faiss_index)
+        if lists is not None:
+            lists.make_direct_map()  # where each id lies in the lists: 8 bytes of memory a passage
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
+        vectors = np.zeros((*ids.shape, self.dimension), dtype=np.float32)
+        found = ids >= 0
+        if found.any():
+            vectors[found] = self.faiss_index.reconstruct_batch(ids[found])[:, : self.dimension]
+        return vectors
+
+
 class KnowledgeIndex:
     """Passages with embeddings and a FAISS index over them, behind transformers' `Index` interface.
 
@@ -77,17 +101,30 @@ class KnowledgeIndex:
     be back in a moment.
 
     Args:
-        passages: dataset with the columns title (str), text (str) and embeddings (lists of `vector_size` floats).
+        passages: dataset with the columns title (str), text (str) and, unless `vectors_from` is "index", embeddings
+            (lists of `vector_size` floats).
         vector_size: dimension d of the embeddings and of the queries.
         index_path: the FAISS file; None when `faiss_index` is given.
         faiss_index: an index in memory, over the passages in their order.
+        vectors_from: where the vectors that are returned come from. "passages": their embeddings, which every process
+            can read; "index": what the FAISS index gives back of them, which only a process that opened it can.
+        ef_search: candidates that an HNSW search keeps; None for the index's own.
+        nprobe: lists that an IVF search visits; None for the index's own.
+        index_flag: the flag that gave the index, for the messages.
 
     Raises:
         UserError: a column is missing, or dimension or count of passages, index and model do not fit each other.
     """
 
-    def __init__(self, passages, vector_size: int, index_path=None, faiss_index=None):
-        missing = [name for name in PASSAGE_COLUMNS if name not in passages.column_names]
+    extra_dimensions = 0  # of the FAISS index, beyond the vectors'
+
+    def __init__(
+        self, passages, vector_size: int, index_path=None, faiss_index=None, *,
+        vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
+        index_flag: str = "--index_path",
+    ):  # fmt: skip
+        needed = PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2]
+        missing = [name for name in needed if name not in passages.column_names]
         if missing:
             raise UserError(
                 f"--passages_path: the passages lack the column(s) {', '.join(missing)} (found: "
@@ -96,16 +133,24 @@ class KnowledgeIndex:
         if passages._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
             passages = passages.flatten_indices()
         self.passages = passages.with_format(None).select_columns(["title", "text"])
-        self.embeddings = EmbeddingColumn(passages.data.column("embeddings"), vector_size)
+        self.vectors_from = vectors_from
+        self.embeddings: EmbeddingColumn | IndexVectors | None = None
+        if vectors_from == "passages":
+            self.embeddings = EmbeddingColumn(passages.data.column("embeddings"), vector_size)
         self.vector_size = vector_size
         self.index_path = index_path
+        self.index_flag = index_flag
+        self.effort = {"efSearch": ef_search, "nprobe": nprobe}
         self.faiss_index = None
         if faiss_index is not None:
             self._accept(faiss_index)
 
     @classmethod
-    def load_from_disk(cls, vector_size: int, passages_path, index_path) -> "KnowledgeIndex":
-        """Map the two parts that `use_own_knowledge_dataset.py` leaves; the FAISS file only at `init_index`."""
+    def load_from_disk(cls, vector_size: int, passages_path, index_path, **effort) -> "KnowledgeIndex":
+        """Map the two parts that `use_own_knowledge_dataset.py` leaves; the FAISS file only at `init_index`.
+
+        `effort` is ef_search and nprobe.
+        """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
         if passages_path is None or not (Path(passages_path) / "dataset_info.json").is_file():
@@ -113,7 +158,7 @@ class KnowledgeIndex:
         if index_path is None or not Path(index_path).is_file():
             problems.append(f"--index_path {index_path} is not a FAISS index file; {remedy}")
         raise_problems(problems)
-        return cls(datasets.load_from_disk(str(passages_path)), vector_size, index_path=str(index_path))
+        return cls(datasets.load_from_disk(str(passages_path)), vector_size, index_path=str(index_path), **effort)
 
     @classmethod
     def from_dataset(cls, indexed_dataset, vector_size: int) -> "KnowledgeIndex":
@@ -132,24 +177,40 @@ class KnowledgeIndex:
                 self._accept(faiss.read_index(self.index_path, faiss.IO_FLAG_MMAP_IFC))
             except RuntimeError as error:
                 raise UserError(
-                    f"--index_path {self.index_path} is not a whole FAISS index ({str(error).splitlines()[0]}); "
-                    "build it again with use_own_knowledge_dataset.py"
+                    f"{self.index_flag} {self.index_path} is not a whole FAISS index "
+                    f"({str(error).splitlines()[0]}); build or fetch it again"
                 ) from error
 
     def _accept(self, faiss_index) -> None:
         problems = []
-        if faiss_index.d != self.vector_size:
+        dimension = faiss_index.d - self.extra_dimensions
+        if dimension != self.vector_size:
             problems.append(
-                f"--index_path {self.index_path} has dimension {faiss_index.d}, but the question encoder gives "
+                f"{self.index_flag} {self.index_path} has dimension {dimension}, but the question encoder gives "
                 f"{self.vector_size}; build the index with the matching context encoder"
             )
-        if faiss_index.ntotal != len(self.passages):
+        if faiss_index.ntotal != len(self):
             problems.append(
-                f"--index_path {self.index_path} holds {faiss_index.ntotal} vectors, but --passages_path holds "
-                f"{len(self.passages)} passages; take the two that were built together"
+                f"{self.index_flag} {self.index_path} holds {faiss_index.ntotal} vectors, but there are {len(self)} "
+                "passages; take the two that were built together"
             )
-        raise_problems(problems)
+        raise_problems(problems + self._set_effort(faiss_index))
         self.faiss_index = faiss_index
+        if self.vectors_from == "index":
+            self.embeddings = IndexVectors(faiss_index, self.vector_size)
+
+    def _set_effort(self, faiss_index) -> list[str]:
+        """Apply what is set of efSearch and nprobe; the problems with it."""
+        problems = []
+        for (name, value), flag in zip(self.effort.items(), ("--ef_search", "--nprobe"), strict=True):
+            if value is None:
+                continue
+            try:
+                faiss.ParameterSpace().set_index_parameter(faiss_index, name, value)
+            except RuntimeError:
+                kind = type(faiss.downcast_index(faiss_index)).__name__
+                problems.append(f"{flag} {value}: an index of kind {kind} has no such setting; leave it out")
+        return problems
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -184,34 +245,24 @@ class KnowledgeIndex:
         ]
 
     def settings(self) -> dict:
-        """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe."""
+        """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe, vectors' origin."""
         index = faiss.downcast_index(self.faiss_index)
         if isinstance(index, faiss.IndexPreTransform):
             index = faiss.downcast_index(index.index)
         settings = {"kind": type(index).__name__, "passages": len(self), "dimension": self.vector_size}
-        if hasattr(index, "hnsw"):
-            settings["ef_search"] = index.hnsw.efSearch
+        graph = faiss.downcast_index(index.quantizer) if isinstance(index, faiss.IndexIVF) else index
+        if hasattr(graph, "hnsw"):
+            settings["ef_search"] = graph.hnsw.efSearch
         if hasattr(index, "nprobe"):
             settings["nprobe"] = index.nprobe
+        if self.vectors_from == "index":
+            settings["vectors_from"] = "index"
         return settings
 
 
-def open_index(config):
-    """The index (transformers' `Index` interface) that a `RagConfig` describes, its FAISS part not yet opened.
-
-    `config.index_name` is "custom" (passages_path, index_path) or "legacy" (a folder at index_path). The hub's wiki_dpr
-    ("exact", "compressed") has no loader here yet.
-    """
-    if config.index_name == "custom":
-        return KnowledgeIndex.load_from_disk(config.retrieval_vector_size, config.passages_path, config.index_path)
-    if config.index_name == "legacy":
-        from transformers.models.rag.retrieval_rag import LegacyIndex
-
-        return LegacyIndex(config.retrieval_vector_size, config.index_path)
-    raise UserError(
-        f"--index_name {config.index_name}: give your own index by --index_name custom --passages_path DIR "
-        "--index_path FILE (built with use_own_knowledge_dataset.py)"
-    )
+def search_effort(config) -> dict:
+    """ef_search and nprobe of a `RagConfig`, which has them only where they were set."""
+    return {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
 
 
 def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -223,10 +274,10 @@ def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray,
         n_docs: passages a query.
 
     Returns:
-        doc_ids (B, n_docs) int64 and the embeddings (B, n_docs, d) float32, but None in place of these for a
-        `KnowledgeIndex`: there the other process reads them itself.
+        doc_ids (B, n_docs) int64 and the embeddings (B, n_docs, d) float32, but None in place of these where the other
+        process can read them itself.
     """
-    if isinstance(index, KnowledgeIndex):
+    if isinstance(index, KnowledgeIndex) and index.vectors_from == "passages":
         return index.search(queries, n_docs)[1], None
     doc_ids, vectors = index.get_top_docs(queries, n_docs)
     shape = (len(queries), n_docs)  # transformers' legacy index loses it where there are no queries

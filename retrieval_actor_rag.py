@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import faiss
 import numpy as np
 
-from index_rag import open_index, search_to_send
+from index_rag import search_to_send
+from open_index_rag import open_index
 
 
 def index_config(config) -> SimpleNamespace:

@@ -14,7 +14,8 @@ from transformers import RagConfig, RagRetriever, RagTokenizer
 from transformers.models.rag.retrieval_rag import Index
 
 from cli_rag import UserError
-from index_rag import KnowledgeIndex, open_index
+from index_rag import KnowledgeIndex
+from open_index_rag import open_index
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8

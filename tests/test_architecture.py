@@ -17,8 +17,11 @@ FLOORS = [
         "pooled_encoder",
         "passages_rag",
         "ranks_rag",
+        "hub_rag",
     },
     {"index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},
+    {"wiki_dpr_rag", "legacy_index_rag"},
+    {"open_index_rag"},
     {"retriever_rag", "embed_passages_rag", "retrieval_actor_rag"},
     {
         "distributed_pytorch_retriever",
