@@ -109,14 +109,14 @@ def main(args: KnowledgeArguments) -> Knowledge:
     embedder, description = open_encoder(args, survey, rag_config)
     knowledge = build(args, survey, embedder, description)
     flags = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
-    print(f"Next: python finetune_rag.py {' '.join(f'--{k} {shlex.quote(v)}' for k, v in flags.items())} ...")
+    model = {} if rag_config is None else {"model_name_or_path": args.rag_model_name}
+    print("Next: python finetune_rag.py", *(f"--{k} {shlex.quote(v)}" for k, v in (model | flags).items()), "...")
 
-    if rag_config is None or args.question is None:
+    if args.rag_model_name is None or args.question is None:
         missing = "--rag_model_name" if args.rag_model_name is None else "--question"
-        if rag_config is not None or args.rag_model_name is None:
-            print(f"No question is asked: {missing} was not given")
-        return knowledge
-    knowledge.answer = ask(args.question, args.rag_model_name, flags)
+        print(f"No question is asked: {missing} was not given")
+    elif rag_config is not None:
+        knowledge.answer = ask(args.question, args.rag_model_name, flags)
     return knowledge
 
 
@@ -149,7 +149,7 @@ def open_rag_config(args: KnowledgeArguments):
     try:
         config = load_config(args.rag_model_name, flag="--rag_model_name")
     except UserError as error:
-        print(f"No question will be asked: {error}")
+        print(f"--question will not be asked: {error}")
         return None
     if not isinstance(config, RagConfig):
         raise UserError(f"--rag_model_name {args.rag_model_name} is a {config.model_type} model; give a RAG checkpoint")
@@ -160,6 +160,7 @@ def open_encoder(args: KnowledgeArguments, survey, rag_config):
     """The embedder, and all that decides what comes out of it, to go into index.json."""
     from embed_passages_rag import PassageEmbedder
     from models_rag import load_encoder, load_tokenizer, weights_digest
+    from passages_rag import WORDS_PER_PASSAGE
 
     name = args.dpr_ctx_encoder_model_name
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG)
@@ -185,6 +186,7 @@ def open_encoder(args: KnowledgeArguments, survey, rag_config):
         "dimension": d,
         "csv_path": args.csv_path,
         "csv_digest": survey.digest,
+        "words_a_passage": WORDS_PER_PASSAGE,
         "documents": survey.documents,
         "passages": survey.passages,
     }
@@ -264,7 +266,7 @@ def build(args: KnowledgeArguments, survey, embedder, description: dict) -> Know
     if not embedded:
         embed_passages(read_passages(args.csv_path), survey.passages, embedder, passages_path, digest)
         if embedder.cut:
-            print(f"{embedder.cut:,} passages have more than the encoder's {embedder.max_length} tokens and were cut")
+            print(f"{embedder.cut:,} passages reach the encoder's {embedder.max_length} tokens; the rest is not read")
     vectors = EmbeddingColumn(load_from_disk(str(passages_path)).data.column("embeddings"), embedder.dimension)
     blocks = progress(vectors.blocks(1024), total=len(vectors), desc="Indexing", unit="passages", size=len)
     write_faiss_index(build_faiss_index(blocks, embedder.dimension, args.m), index_path)
