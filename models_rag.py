@@ -10,18 +10,13 @@ random with a warning, and cannot generate with a T5 whose decoder is not as dee
 refused and made to work.
 """
 
-import functools
 import hashlib
 import json
 import os
-import socket
-import urllib.parse
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -44,6 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from transformers.utils import cached_file, logging
 
 from cli_rag import UserError, raise_problems
+from hub_rag import hub_is_reachable
 from pooled_encoder import POOLINGS, PooledEncoder, PooledEncoderConfig
 from utils_rag import atomic_folder
 
@@ -352,7 +348,7 @@ def _user_errors(flag: str, path: str):
             reason = f"cannot be loaded: {' '.join(str(error).split())[:200]}"
         elif path.startswith((".", "/", "~")) or path.count("/") > 1:
             reason = "is not a folder"
-        elif _hub_is_reachable():
+        elif hub_is_reachable():
             reason = "is neither a folder nor known to the model hub"
         else:
             reason = "is not a folder, the model hub cannot be reached and its cache does not hold it"
@@ -361,21 +357,7 @@ def _user_errors(flag: str, path: str):
 
 def _hub_access(path: str) -> dict:
     """Arguments that keep transformers from trying an unreachable hub for half a minute a file."""
-    return {"local_files_only": Path(path).is_dir() or not _hub_is_reachable()}
-
-
-@functools.cache
-def _hub_is_reachable() -> bool:
-    if hub_constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True
-    hub = urllib.parse.urlsplit(hub_constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=3).close()
-    except OSError:
-        return False
-    return True
+    return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
 def _read_json(path: str, name: str, cache_dir: str | None = None) -> dict | list | None:

@@ -104,7 +104,7 @@ def test_a_taken_folder_is_left_alone(bart_folder, question_encoder_folder, tmp_
 
 
 def test_faults_of_both_parts_are_told_at_once(question_encoder_folder, bart_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(models_rag, "_hub_is_reachable", lambda: False)
+    monkeypatch.setattr(models_rag, "hub_is_reachable", lambda: False)
     with pytest.raises(UserError) as error:
         consolidate("facebook/bart-large", tmp_path / "missing", tmp_path / "rag")
     generator, encoder = str(error.value).splitlines()

@@ -229,7 +229,7 @@ def test_unreadable_checkpoints(rag_sequence, tmp_path, monkeypatch):
         load_model(str(tmp_path / "rag"))
     with pytest.raises(UserError, match=r"missing is not a folder; give"):
         load_model(str(tmp_path / "missing"))
-    monkeypatch.setattr(models_rag, "_hub_is_reachable", lambda: False)
+    monkeypatch.setattr(models_rag, "hub_is_reachable", lambda: False)
     start = time.monotonic()
     with pytest.raises(UserError, match="--model_name_or_path nobody/nothing is not a folder, the model hub cannot"):
         load_model("nobody/nothing")

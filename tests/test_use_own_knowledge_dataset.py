@@ -172,7 +172,7 @@ def test_one_question_is_answered(flags, rag_folder, model_class, capsys):
 def test_no_question_without_a_checkpoint_or_a_question(flags, rag_folder, monkeypatch, capsys, tmp_path):
     assert run(flags, **{"--rag_model_name": rag_folder}).answer is None
     assert "No question is asked: --question was not given" in capsys.readouterr().out
-    monkeypatch.setattr(models_rag, "_hub_is_reachable", lambda: False)
+    monkeypatch.setattr(models_rag, "hub_is_reachable", lambda: False)
     start = time.monotonic()
     for name in ("facebook/rag-sequence-nq", tmp_path / "missing"):
         assert run(flags, **{"--rag_model_name": name, "--question": "who"}).answer is None
