@@ -18,6 +18,8 @@ from utils_rag import read_lines
 
 logger = logging.getLogger(__name__)
 
+AT_LEAST_ONE = ("n_docs", "ef_search", "nprobe", "eval_batch_size", "max_source_length", "num_beams", "max_length")
+
 
 @dataclass
 class EvalArguments:
@@ -53,6 +55,12 @@ class EvalArguments:
     index_path: str | None = field(default=None, metadata={"help": "FAISS file (custom) or folder (legacy)."})
     passages_path: str | None = field(
         default=None, metadata={"help": "Folder of passages that use_own_knowledge_dataset.py wrote (custom)."}
+    )
+    ef_search: int | None = field(
+        default=None, metadata={"help": "Candidates an HNSW search keeps: more find more, slower; the index's own."}
+    )
+    nprobe: int | None = field(
+        default=None, metadata={"help": "Lists an IVF search visits: more find more, slower; the index's own."}
     )
     n_docs: int = field(default=5, metadata={"help": "e2e: passages a question, as in the public suite."})
     k: list[int] = field(
@@ -90,8 +98,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 def _range_problems(args: EvalArguments) -> list[str]:
     problems = [
         f"--{name} {getattr(args, name)} must be 1 or more"
-        for name in ("n_docs", "eval_batch_size", "max_source_length", "num_beams", "max_length")
-        if getattr(args, name) < 1
+        for name in AT_LEAST_ONE
+        if getattr(args, name) is not None and getattr(args, name) < 1
     ]
     if min(args.k, default=0) < 1:
         problems.append(f"--k {' '.join(map(str, args.k))}: give one or more numbers, each 1 or more")

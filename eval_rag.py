@@ -42,7 +42,7 @@ from utils_rag import (
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
 PASSAGE_FILES = ("data-*.arrow",)
-INDEX_FLAGS = ("index_name", "index_path", "passages_path")
+INDEX_FLAGS = ("index_name", "index_path", "passages_path", "ef_search", "nprobe")
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -100,6 +100,8 @@ def prediction_settings(args: EvalArguments) -> dict[str, Any]:
             "index_name": config.index_name,
             "index_path": config.index_path and file_identity(config.index_path),
             "passages_path": config.passages_path and file_identity(config.passages_path, PASSAGE_FILES),
+            "ef_search": args.ef_search,
+            "nprobe": args.nprobe,
             "n_docs": config.n_docs,
         }
     elif args.eval_mode == "retrieval":
@@ -149,6 +151,7 @@ def predict_missing(args: EvalArguments, data: EvalData, predictions: Prediction
 def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched."""
     from models_rag import RAG_TYPES, load_model, load_tokenizer
+    from retriever_rag import RagKnowledgeRetriever
 
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model_name_or_path, model_type)
@@ -157,9 +160,10 @@ def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict
         return partial(answer_closed_book, args, model, tokenizer), {}
     # The index first: it opens in milliseconds, and tells what does not fit.
     config = rag_config(args)
-    retriever, index = open_retriever(config, tokenizer)
-    overrides = {name: getattr(config, name) for name in ("n_docs", *INDEX_FLAGS)}
-    model = load_model(args.model_name_or_path, model_type, config_overrides=overrides)
+    retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
+    retriever.init_retrieval()
+    index = retriever.index.settings()
+    model = load_model(args.model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
     if args.eval_mode == "retrieval":  # the generator stays where it is
         return partial(retrieve_passages, args, model.rag.question_encoder.to(device), retriever), index
     return partial(answer_from_passages, args, model.to(device), retriever), index
@@ -176,17 +180,6 @@ def pick_device(name: str | None):
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used ({reason}); leave it out, or give cpu") from error
-
-
-def open_retriever(config, tokenizer):
-    """The retriever and how its index is searched (kind, size, efSearch, nprobe)."""
-    from index_rag import KnowledgeIndex
-    from retriever_rag import RagKnowledgeRetriever
-
-    retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
-    retriever.init_retrieval()
-    index = retriever.index
-    return retriever, index.settings() if isinstance(index, KnowledgeIndex) else {"kind": type(index).__name__}
 
 
 def answer_from_passages(args, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:

@@ -154,6 +154,16 @@ def test_more_passages_are_asked_for_than_there_are(run, rag_folder, files):
     assert 0 <= run(rag_folder, predictions="e2e", n_docs=12)["em"] <= 1
 
 
+def test_the_effort_of_the_search_is_a_setting(run, rag_folder, files):
+    run(rag_folder, "pages", ef_search=4)
+    written = load_json(files / "predictions.txt.scores.json")
+    assert written["index"]["ef_search"] == written["settings"]["ef_search"] == 4
+    with pytest.raises(UserError, match=r"was made with ef_search 4 \(now 5\)"):
+        run(rag_folder, "pages", ef_search=5)
+    with pytest.raises(UserError, match="--nprobe 2: an index of kind IndexHNSWFlat has no such setting"):
+        run(rag_folder, "pages", "other", nprobe=2)
+
+
 def test_what_is_printed(run, rag_folder, capsys):
     run(rag_folder, print_docs=True, print_predictions=True)
     first = capsys.readouterr().out
