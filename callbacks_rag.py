@@ -10,6 +10,7 @@ trainer.test(datamodule=data, ckpt_path=best.best_model_path)
 import os
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from finetune_arguments_rag import FinetuneArguments, trainer_settings
 from utils_rag import atomic_folder, load_json, save_json
 
 MONITOR = "val_em"  # exact match over the validation examples, a fraction, equal on every rank
-NO_ROWS: dict[str, list] = {"train": [], "val": [], "test": []}
 
 
 def build_callbacks(args: FinetuneArguments) -> list[Callback]:
@@ -76,18 +77,13 @@ class BestCheckpoints(Checkpoint):
     @property
     def best_model_path(self) -> str:
         """The Lightning checkpoint of the best validation, of equals the latest; "" where there was none."""
-        return str(self._checkpoint(self.kept[0]["number"])) if self.kept else ""
-
-    @property
-    def best_folder(self) -> Path | None:
-        """The best validation's folder in Hugging Face format."""
-        return self._folder(self.kept[0]["number"]) if self.kept else None
+        return str(self._paths(self.kept[0]["number"])[1]) if self.kept else ""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:
             return
         # A run resumed into another folder starts without the checkpoints it kept in the old one.
-        here = [kept for kept in self.kept if self._folder(kept["number"]).is_dir()]
+        here = [kept for kept in self.kept if all(path.exists() for path in self._paths(kept["number"]))]
         self.kept = trainer.strategy.broadcast(here)
         if trainer.is_global_zero:
             self._remove_strays(also_last=trainer.ckpt_path is None)
@@ -104,21 +100,30 @@ class BestCheckpoints(Checkpoint):
         if trainer.fit_loop._should_accumulate():
             self._is_due = True  # half of the next step's gradients would be lost: save when the step is made
         else:
-            self._save_last(trainer, same_as=self._checkpoint(new["number"]) if new in self.kept else None)
+            self._save_last(trainer, same_as=self._paths(new["number"])[1] if new in self.kept else None)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        if not _is_real_run(trainer) or not self._is_due_on_rank_zero(trainer):
-            return
-        loop = trainer.fit_loop
-        # Lightning takes a checkpoint made just before a validation for one made after it.
-        before_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        if not (before_validation or loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate()):
+        if _is_real_run(trainer) and self._is_due_on_rank_zero(trainer) and self._may_save_between_batches(trainer):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Without a validation at the end of the training, its end is saved here."""
         if _is_real_run(trainer) and self._saved_step != trainer.global_step:
             self._save_last(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Asked to end (SIGTERM, as schedulers do), Lightning stops all ranks between two batches: save, and fail."""
+        if isinstance(exception, SIGTERMException):
+            if _is_real_run(trainer) and self._may_save_between_batches(trainer):
+                self._save_last(trainer)
+            exception.code = 128 + signal.SIGTERM  # Lightning's own would be 0
+
+    @staticmethod
+    def _may_save_between_batches(trainer: pl.Trainer) -> bool:
+        """Not where gradients are half collected, nor where Lightning would take the validation to come for done."""
+        loop = trainer.fit_loop
+        before_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        return not (before_validation or loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate())
 
     def _is_due_on_rank_zero(self, trainer: pl.Trainer) -> bool:
         """Collective: ranks whose clocks differ must agree."""
@@ -128,15 +133,16 @@ class BestCheckpoints(Checkpoint):
         return self._is_due or trainer.strategy.broadcast(now)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> None:
+        folder, checkpoint = self._paths(number)
         if trainer.is_global_zero:
-            with atomic_folder(self._folder(number)) as folder:
-                pl_module.export(folder)
-        trainer.save_checkpoint(self._checkpoint(number))
+            with atomic_folder(folder) as half_written:
+                pl_module.export(half_written)
+        trainer.save_checkpoint(checkpoint, weights_only=False)
 
     def _save_last(self, trainer: pl.Trainer, same_as: Path | None = None) -> None:
         last = self.output_dir / "last.ckpt"
         if same_as is None:
-            trainer.save_checkpoint(last)
+            trainer.save_checkpoint(last, weights_only=False)
         elif trainer.is_global_zero:
             beside = last.with_name(f".last.ckpt.{os.getpid()}.tmp")
             beside.unlink(missing_ok=True)
@@ -146,11 +152,9 @@ class BestCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             self._remove_strays()
 
-    def _folder(self, number: int) -> Path:
-        return self.output_dir / f"checkpoint{number}"
-
-    def _checkpoint(self, number: int) -> Path:
-        return self.output_dir / f"checkpoint{number}.ckpt"
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        """The folder and the Lightning checkpoint of a validation."""
+        return self.output_dir / f"checkpoint{number}", self.output_dir / f"checkpoint{number}.ckpt"
 
     def _remove_strays(self, also_last: bool = False) -> None:
         """Remove checkpoints that are not kept: surpassed ones, or left by a killed or an earlier run."""
@@ -195,9 +199,10 @@ class ValidationEarlyStopping(EarlyStopping):
 
 
 class MetricsWriter(Callback):
-    """Keeps `metrics.json`: {"train": a row an epoch, "val": a row a validation, "test": a row a test}.
+    """Keeps `metrics.json`: {"train": [...], "val": [...], "test": [...]}, a row of each a validation, and one a test.
 
-    A row is {"step", "epoch", the metrics}; a resumed run drops the rows of the steps it makes again.
+    A row is {"step", "epoch", the metrics}; those of training are the last step's, all steps are in the log. A resumed
+    run drops the rows of the steps that it makes again.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
@@ -205,33 +210,34 @@ class MetricsWriter(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            rows = self._rows() if trainer.ckpt_path else NO_ROWS
-            made = {split: [row for row in rows[split] if row["step"] <= trainer.global_step] for split in rows}
-            save_json(made, self.path)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_real_run(trainer):
-            metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("val_")}
-            self._write(trainer, "train", metrics)
+            last = trainer.global_step if trainer.ckpt_path else -1
+            rows = {split: [row for row in rows if row["step"] <= last] for split, rows in self._rows().items()}
+            save_json(rows, self.path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_real_run(trainer):
-            metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-            self._write(trainer, "val", metrics)
+            metrics = trainer.callback_metrics
+            validation = {name for name in metrics if name.startswith("val_")}
+            self._write(
+                trainer,
+                train={name: value for name, value in metrics.items() if name not in validation},
+                val={name: metrics[name] for name in validation},
+            )
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, "test", trainer.callback_metrics)
+        self._write(trainer, test=trainer.callback_metrics)
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, split: str, metrics: dict[str, Any]) -> None:
+    def _write(self, trainer: pl.Trainer, **metrics_of: dict[str, Any]) -> None:
         rows = self._rows()
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        row = place | {name: float(value) for name, value in metrics.items()}
-        earlier = [other for other in rows[split] if other["step"] != row["step"]]
-        save_json(rows | {split: [*earlier, row]}, self.path)
+        for split, metrics in metrics_of.items():
+            earlier = [row for row in rows[split] if row["step"] != trainer.global_step]
+            rows[split] = [*earlier, place | {name: float(metrics[name]) for name in sorted(metrics)}]
+        save_json(rows, self.path)
 
     def _rows(self) -> dict[str, list[dict[str, float]]]:
-        return load_json(self.path) if self.path.is_file() else NO_ROWS
+        return load_json(self.path) if self.path.is_file() else {"train": [], "val": [], "test": []}
 
 
 class ProgressLines(Callback):
@@ -244,6 +250,9 @@ class ProgressLines(Callback):
         self._total = int(trainer.estimated_stepping_batches)
         self._start = self._last_line = time.monotonic()
         self._start_step = trainer.global_step
+        if trainer.ckpt_path:
+            place = f"epoch {trainer.current_epoch + 1}, step {self._start_step:,} of {self._total:,}"
+            self._print(trainer, f"going on at {place}, from {trainer.ckpt_path}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *batch: Any) -> None:
         now, step = time.monotonic(), trainer.global_step

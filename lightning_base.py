@@ -8,14 +8,17 @@ trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
 """
 
 import json
+import logging
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.utilities.data import suggested_max_num_workers
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.utilities import rank_zero_only
@@ -68,8 +71,11 @@ class BaseTransformer(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Restore the loader's place in the epoch: Lightning does it when it makes the loader, which was too early here,
-        when `configure_optimizers` asked for the number of steps and the checkpoint's loops had not been read."""
+        """Restore the loader's place in the epoch.
+
+        Lightning does that when it makes the loader. Here this was too early, when `configure_optimizers` asked for the
+        number of steps and the checkpoint's place had not been read.
+        """
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -186,7 +192,7 @@ class Seq2SeqDataModule(pl.LightningDataModule):
                 len(dataset), batch_size, trainer.global_rank, trainer.world_size, **sampling
             ),
             collate_fn=dataset.collate_fn,
-            num_workers=min(self.data.num_workers, len(os.sched_getaffinity(0))),
+            num_workers=min(self.data.num_workers, suggested_max_num_workers(1)),  # no more than there are cores
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -202,7 +208,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class JsonLinesLogger(Logger):
@@ -212,8 +218,13 @@ class JsonLinesLogger(Logger):
         super().__init__()
         self.path, self.mode = Path(path), "a" if append else "w"
 
-    name = property(lambda self: "training_log")
-    version = property(lambda self: "")
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -243,6 +254,9 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     """The Trainer as the flags ask for; what it refuses is the user's to mend."""
     settings = trainer_settings(args)
     raise_problems(_hardware_problems(settings, args))
+    # What Lightning says of itself at every start; whether it found a GPU is said by its own lines or by our errors.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
     profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
     try:
         return pl.Trainer(
