@@ -1,6 +1,6 @@
 """The Hugging Face hub: whether it can be reached, files of a dataset from it or its cache, and room for them.
 
-    folder = fetch_dataset("facebook/wiki_dpr", ["data/psgs_w100/dummy.nq/*.parquet"], revision=None)
+    folder = fetch_dataset("facebook/wiki_dpr", ["data/psgs_w100/dummy.nq/*.parquet"], None, unpacked_size, remedy)
 
 Nothing heavy is imported at the top.
 """
@@ -43,8 +43,8 @@ def fetch_dataset(
     repo: str,
     patterns: list[str],
     revision: str | None,
-    also_needed: Callable[[dict[str, int]], dict[str, int]] = lambda sizes: {},
-    remedy: str = "",
+    also_needed: Callable[[dict[str, int]], dict[str, int]],
+    remedy: str,
 ) -> Path:
     """The folder of the hub's cache that holds those files of a dataset that match `patterns`; fetched if need be.
 
@@ -94,7 +94,7 @@ def _user_errors(what: str, repo: str):
         ) from error
 
 
-def require_space(what: str, needs: dict[str, int], remedy: str = "") -> None:
+def require_space(what: str, needs: dict[str, int], remedy: str) -> None:
     """Raise `UserError` unless the disks have room for the bytes that are to be written in each of some folders."""
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in needs.items():

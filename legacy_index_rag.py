@@ -181,9 +181,10 @@ def load_plain_pickle(path: str | os.PathLike):
         try:
             return _PlainUnpickler(file).load()
         except Exception as error:  # bytes that are no pickle can raise anything
+            reason = " ".join(str(error).split()) or "it ends too early"
             raise UserError(
-                f"--index_path {path} is refused: {error or 'it ends too early'}; only a pickle of plain lists, dicts, "
-                "strings and numbers is read"
+                f"--index_path {path} is refused: {reason}; only a pickle of plain lists, dicts, strings and numbers "
+                "is read"
             ) from error
 
 

@@ -24,7 +24,6 @@ INDEX_SOURCES = {
     "exact": open_wiki_dpr,
     "compressed": open_wiki_dpr,
     "legacy": open_legacy,
-    None: open_wiki_dpr,  # with an index of your own over its passages, at index_path
 }
 
 
@@ -35,6 +34,5 @@ def open_index(config) -> KnowledgeIndex:
         UserError: a part is missing or does not fit, or there is no such source.
     """
     if config.index_name not in INDEX_SOURCES:
-        names = ", ".join(name for name in INDEX_SOURCES if name)
-        raise UserError(f"--index_name {config.index_name} is none of {names}")
+        raise UserError(f"--index_name {config.index_name} is none of {', '.join(INDEX_SOURCES)}")
     return INDEX_SOURCES[config.index_name](config)

@@ -49,37 +49,32 @@ REMEDY = {
 def open_wiki_dpr(config) -> KnowledgeIndex:
     """The index that `config` (a `RagConfig`) describes, its files fetched, its FAISS part not yet opened.
 
-    Read of the config: dataset, dataset_split, dataset_revision, index_name (None: the FAISS file at index_path, over
-    these passages), use_dummy_dataset, retrieval_vector_size; and ours: dataset_encoding, doc_vectors, ef_search,
-    nprobe.
+    Read of the config: dataset, dataset_split, dataset_revision, index_name, use_dummy_dataset, retrieval_vector_size;
+    and ours: dataset_encoding, doc_vectors, ef_search, nprobe.
 
     Raises:
         UserError: files are missing and cannot be fetched, or there is no room for them.
     """
     encoding, vectors_from = choose_encoding(config), choose_vectors(config)
+    if config.index_path is not None:
+        logger.warning(f"--index_path {config.index_path} is not read: --index_name {config.index_name} brings its own")
     dummy = "dummy." if config.use_dummy_dataset else ""
     part = encoding if vectors_from == "passages" else "no_embeddings"
     shards = f"data/psgs_w100/{dummy}{part}/{config.dataset_split}-*.parquet"
-    index_file = _index_file(config, encoding)
-    folder = _folder(config, [shards, index_file] if index_file else [shards], vectors_from)
-    passages = _passages(_complete_shards(folder, shards), config.dataset_split, vectors_from)
-    index_path = config.index_path if config.index_name is None else index_file and str(folder / index_file)
-    faiss_index = None
-    if index_path is None:
-        faiss_index = _flat_index(passages, config.retrieval_vector_size)
+    index_file = f"index/psgs_w100.{encoding}.{FAISS_KINDS[config.index_name]}-IP-{config.dataset_split}.faiss"
+
+    folder = _folder(config, [shards] if dummy else [shards, index_file], vectors_from)
+    files = _complete_shards(folder, shards)
+    if not dummy:
+        raise_problems(check_file("--dataset", folder / index_file, "fetch it from the hub into the same folder"))
+        _warn_of_memory(folder / index_file)
+    passages = _passages(files, config.dataset_split, vectors_from)
+    if dummy:
+        index = {"faiss_index": _flat_index(passages, config.retrieval_vector_size)}
     else:
-        remedy = "fetch it from the hub into the same folder" if index_file else "give the path of a FAISS index"
-        raise_problems(check_file("--dataset" if index_file else "--index_path", index_path, remedy))
-        _warn_of_memory(index_path)
-    return KnowledgeIndex(
-        passages,
-        config.retrieval_vector_size,
-        index_path=index_path,
-        faiss_index=faiss_index,
-        vectors_from=vectors_from,
-        index_flag="--dataset" if index_file else "--index_path",
-        **search_effort(config),
-    )
+        index = {"index_path": str(folder / index_file)}
+    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **search_effort(config)}
+    return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **settings)
 
 
 def choose_encoding(config) -> str:
@@ -99,23 +94,12 @@ def choose_encoding(config) -> str:
 
 def choose_vectors(config) -> str:
     """ "passages" or "index": where the vectors for document scores come from (see the file's docstring)."""
-    if config.use_dummy_dataset or config.index_name is None:
+    if config.use_dummy_dataset:
         return "passages"
     chosen = getattr(config, "doc_vectors", None) or DOC_VECTORS[config.index_name]
     if chosen not in UNPACKED:
         raise UserError(f"--doc_vectors {chosen} is neither of {', '.join(UNPACKED)}")
     return chosen
-
-
-def _index_file(config, encoding: str) -> str | None:
-    """The FAISS file's place in the dataset; None where it is not the dataset's."""
-    if config.index_name is None:
-        return None
-    if config.index_path is not None:
-        logger.warning(f"--index_path {config.index_path} is not read: --index_name {config.index_name} brings its own")
-    if config.use_dummy_dataset:
-        return None
-    return f"index/psgs_w100.{encoding}.{FAISS_KINDS[config.index_name]}-IP-{config.dataset_split}.faiss"
 
 
 def _folder(config, patterns: list[str], vectors_from: str) -> Path:
@@ -170,7 +154,7 @@ def _flat_index(passages: datasets.Dataset, dimension: int):
     return index
 
 
-def _warn_of_memory(index_path: str) -> None:
+def _warn_of_memory(index_path: Path) -> None:
     size, memory = os.path.getsize(index_path), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         logger.warning(
