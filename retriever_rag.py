@@ -7,6 +7,7 @@ A subclass changes only where the search runs (`_search`); passage text is read 
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class RagKnowledgeRetriever(RagRetriever):
             max_length=self.config.max_combined_length,
             truncation=True,
             padding="longest",
-            pad_to_multiple_of=CONTEXT_MULTIPLE,
+            pad_to_multiple_of=gcd(CONTEXT_MULTIPLE, self.config.max_combined_length),  # 300 is no multiple of 8
             return_tensors=return_tensors,
         )
         return encoded["input_ids"], encoded["attention_mask"]

@@ -50,6 +50,15 @@ def test_contexts_equal_transformers_but_for_the_padding(retriever, slow_retriev
     assert slow.context_attention_mask[:, length:].sum() == 0
 
 
+@pytest.mark.parametrize("max_combined_length", [300, 12, 11])
+def test_contexts_of_any_length_limit(max_combined_length, retriever, slow_retriever, questions, vectors, monkeypatch):
+    monkeypatch.setattr(retriever.config, "max_combined_length", max_combined_length)  # both share the config
+    fast = retriever(questions.input_ids, vectors, n_docs=3, return_tensors="pt").context_input_ids
+    slow = slow_retriever(questions.input_ids, vectors, n_docs=3, return_tensors="pt").context_input_ids
+    assert fast.shape[1] <= max_combined_length
+    assert torch.equal(fast, slow[:, : fast.shape[1]])
+
+
 def test_retrieve_contexts_gives_the_scores_of_rag_model(rag_sequence, retriever, questions):
     contexts = retrieve_contexts(rag_sequence.rag, retriever, **questions, n_docs=2)
     rag_sequence.set_retriever(retriever)
