@@ -3,9 +3,9 @@
     python quickstart_data.py --output_dir test_data
 
 writes my_knowledge_dataset.csv (title, tab, text), {train,val,test}.{source,target} (a question and its answer a
-line), test.pages (the title of the document that answers) and test.qa (question, tab, answers). Facts that differ
-from city to city (population, nearest larger city) can only be read off a passage, never remembered; validation and
-test questions are about cities that no training question names. `--cities` makes it larger or smaller.
+line), test.pages (the title of the document that answers) and test.qa (question, tab, answers). Population and distance
+to a larger city differ from city to city: they can be read off a passage, not guessed. Validation and test questions
+are about cities that no training question names. `--cities` makes all of it larger or smaller.
 """
 
 import json
@@ -19,31 +19,30 @@ from pathlib import Path
 from cli_rag import parse_into, run_script
 from utils_rag import write_lines
 
-# A city is told in one opening sentence, then one of each of the other three kinds in any order.
+# A city is told in an opening sentence, then two of the other three kinds in any order.
 OPENINGS = [
     "{name} is a {kind} in {country}, {continent}.",
     "{name} is a {kind} in {country}, on the continent of {continent}.",
     "The {kind} of {name} lies in {country}, which is part of {continent}.",
     "{name}, a {kind} in {continent}, belongs to {country}.",
 ]
-SENTENCES = [
-    [
-        "It has {population} inhabitants.",
-        "Its population is {population}.",
-        "{population} people live there.",
-        "It is home to {population} people.",
+SENTENCES = {
+    "people": [
+        "It has about {people} inhabitants.",
+        "Its population is about {people}.",
+        "About {people} people live there.",
     ],
-    [
+    "zone": [
         "Its clocks show the time of {zone}.",
         "It keeps the same time as {zone}.",
         "The local time is that of {zone}.",
     ],
-    [
+    "km": [
         "The nearest larger city is {near}, {km} km away.",
         "{near}, {km} km off, is the nearest larger city.",
-        "The next larger city is {near}, at a distance of {km} km.",
+        "It is {km} km to {near}, the nearest larger city.",
     ],
-]
+}
 QUESTIONS = {
     "country": [
         "In which country is {name}?",
@@ -55,7 +54,7 @@ QUESTIONS = {
         "Which continent is {name} part of?",
         "What continent does {name} lie on?",
     ],
-    "population": [
+    "people": [
         "How many people live in {name}?",
         "What is the population of {name}?",
         "How many inhabitants does {name} have?",
@@ -65,10 +64,10 @@ QUESTIONS = {
         "What city has the same local time as {name}?",
         "Whose local time does {name} keep?",
     ],
-    "near": [
-        "Which larger city is nearest to {name}?",
-        "What is the nearest larger city to {name}?",
-        "Which is the next larger city from {name}?",
+    "km": [
+        "How many km is {name} from the nearest larger city?",
+        "How many km is it from {name} to the nearest larger city?",
+        "At how many km from {name} is the nearest larger city?",
     ],
 }
 # Long enough to be split into two passages, both under the country's title.
@@ -111,9 +110,11 @@ def main(args: DataArguments) -> dict[str, int]:
     cities = sample_cities(world, args.cities, rng)
     add_nearest_larger(cities, world)
     add_titles(cities, world, countries)
+    add_texts(cities, rng)
     # By title: of two towns of one name near the same city only one is told.
-    documents = {city["title"]: city_text(city, rng) for city in cities}
-    documents |= {country["name"]: country_text(country, world, countries) for country in countries.values()}
+    documents = {city["title"]: city["text"] for city in cities}
+    told = {city["country"] for city in cities}
+    documents |= {c["name"]: country_text(c, world, countries) for c in countries.values() if c["name"] in told}
     return write_data(Path(args.output_dir), sorted(documents.items()), split_questions(cities, rng))
 
 
@@ -134,10 +135,12 @@ def load_world() -> tuple[list[dict], dict[str, dict]]:
             continue
         country = countries[city["countrycode"]]
         state = states.get(city["admin1code"], {}).get("name") if city["countrycode"] == "US" else None
+        thousands = round(city["population"] / 1000)
+        people = f"{thousands} thousand" if thousands < 1000 else f"{round(thousands / 1000)} million"
         kind = "city" if city["population"] >= 100_000 else "town"
         zone = city["timezone"].split("/")[-1].replace("_", " ")
         world.append({**city, "country": country["name"], "continent": country["continent"]})
-        world[-1].update(kind=kind, zone=zone, state=state)
+        world[-1].update(kind=kind, people=people, zone=zone, state=state)
     inhabited = {city["countrycode"] for city in world}
     return world, {code: country for code, country in sorted(countries.items()) if code in inhabited}
 
@@ -193,10 +196,13 @@ def with_article(country: str) -> str:
     return f"the {country}" if WITH_ARTICLE.match(country) else country
 
 
-def city_text(city: dict, rng: random.Random) -> str:
-    facts = {**city, "country": with_article(city["country"])}
-    sentences = [rng.choice(OPENINGS), *(rng.choice(kind) for kind in rng.sample(SENTENCES, len(SENTENCES)))]
-    return " ".join(sentences).format_map(facts)
+def add_texts(cities: list[dict], rng: random.Random) -> None:
+    """Give each city its `text`, and the kinds of facts `told` in it."""
+    for city in cities:
+        told = rng.sample(list(SENTENCES), 2)
+        sentences = [rng.choice(OPENINGS), *(rng.choice(SENTENCES[kind]) for kind in told)]
+        city["text"] = " ".join(sentences).format_map({**city, "country": with_article(city["country"])})
+        city["told"] = ["country", "continent", *told]
 
 
 def listed(names: list[str]) -> str:
@@ -227,16 +233,16 @@ def country_text(country: dict, world: list[dict], countries: dict[str, dict]) -
 
 
 def questions_about(city: dict, rng: random.Random) -> dict[str, tuple[str, str, str]]:
-    """(question, answer, title) by kind of fact, for the facts with a plain answer.
+    """(question, answer, title) by kind of fact, for the facts that are told and have a plain answer.
 
     An answer with accents or punctuation comes back from the uncased tokenizer spelt otherwise, and could not be
     scored by exact match; one that the name gives away asks nothing.
     """
     found = {}
-    for kind, phrasings in QUESTIONS.items():
+    for kind in city["told"]:
         answer = str(city[kind])
         if re.fullmatch(r"[A-Za-z0-9 ]+", answer) and folded(answer) not in folded(city["name"]):
-            found[kind] = (rng.choice(phrasings).format_map(city), answer, city["title"])
+            found[kind] = (rng.choice(QUESTIONS[kind]).format_map(city), answer, city["title"])
     return found
 
 
@@ -244,11 +250,15 @@ def split_questions(cities: list[dict], rng: random.Random) -> dict[str, list[tu
     """Questions of each split, about cities of its own; only about those whose name is like no other."""
     asked = [city for city in cities if city["unambiguous"] and folded(city["name"]).isascii()]
     n_test, n_val = len(cities) // 16, len(cities) // 40
-    splits = {"test": asked[:n_test], "val": asked[n_test : n_test + n_val], "train": asked[n_test + n_val :]}
+    members = {"test": asked[:n_test], "val": asked[n_test : n_test + n_val], "train": asked[n_test + n_val :]}
+    # A test city's name must not be part of another's either, as Ely is of Ely Place.
+    kept_apart = re.compile(rf"\b({'|'.join(re.escape(folded(city['name'])) for city in members['test'])})\b")
     questions = {}
-    for split, members in splits.items():
+    for split, cities_of_split in members.items():
         questions[split] = []
-        for i, city in enumerate(members):
+        for i, city in enumerate(cities_of_split):
+            if split != "test" and kept_apart.search(folded(city["name"])):
+                continue
             found = questions_about(city, rng)
             kinds = list(QUESTIONS)[i % len(QUESTIONS) :] + list(QUESTIONS)[: i % len(QUESTIONS)]
             n_asked = QUESTIONS_PER_TRAINING_CITY if split == "train" else 1
