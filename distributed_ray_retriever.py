@@ -19,7 +19,6 @@ import uuid
 from math import ceil
 
 import numpy as np
-from transformers import RagConfig
 
 from cli_rag import UserError
 from ranks_rag import Ranks
@@ -68,7 +67,7 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
     @classmethod
     def from_pretrained(cls, retriever_name_or_path, actor_handles, indexed_dataset=None, **kwargs):
         """As the parent's, with the actors (`retrieval_workers`) that search."""
-        config = kwargs.pop("config", None) or RagConfig.from_pretrained(retriever_name_or_path, **kwargs)
+        config = cls._config(retriever_name_or_path, **kwargs)
         tokenizers = cls._tokenizers(retriever_name_or_path, config)
         return cls(config, *tokenizers, actor_handles, cls._index_of(config, indexed_dataset))
 

@@ -62,6 +62,19 @@ class EvalArguments:
     nprobe: int | None = field(
         default=None, metadata={"help": "Lists an IVF search visits: more find more, slower; the index's own."}
     )
+    dataset: str | None = field(
+        default=None, metadata={"help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout."}
+    )
+    use_dummy_dataset: bool | None = field(
+        default=None, metadata={"help": "Its first 10,000 passages only; left out, as the checkpoint says."}
+    )
+    dataset_encoding: Literal["nq", "multiset"] | None = field(
+        default=None, metadata={"help": "Its encoder pair; left out, that in the question encoder's name, else nq."}
+    )
+    doc_vectors: Literal["passages", "index"] | None = field(
+        default=None,
+        metadata={"help": "Whence the scores' vectors; left out, index for exact, passages for compressed."},
+    )
     n_docs: int = field(default=5, metadata={"help": "e2e: passages a question, as in the public suite."})
     k: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "retrieval: one or more k; the largest is retrieved."}

@@ -42,7 +42,9 @@ from utils_rag import (
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
 PASSAGE_FILES = ("data-*.arrow",)
-INDEX_FLAGS = ("index_name", "index_path", "passages_path", "ef_search", "nprobe")
+SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors")
+WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
+INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -100,10 +102,10 @@ def prediction_settings(args: EvalArguments) -> dict[str, Any]:
             "index_name": config.index_name,
             "index_path": config.index_path and file_identity(config.index_path),
             "passages_path": config.passages_path and file_identity(config.passages_path, PASSAGE_FILES),
-            "ef_search": args.ef_search,
-            "nprobe": args.nprobe,
             "n_docs": config.n_docs,
         }
+        names = SEARCH_FLAGS + (WIKI_FLAGS if config.index_name in ("exact", "compressed") else ())
+        settings |= {name: getattr(config, name, None) for name in names}
     elif args.eval_mode == "retrieval":
         raise UserError(
             f"--model_name_or_path {args.model_name_or_path} is a {settings['model_type']} model, which retrieves "

@@ -56,9 +56,20 @@ class RetrievalArguments:
         None, "exact, compressed, legacy or custom; left out, the checkpoint's, custom with --passages_path."
     )
     passages_path: str | None = _flag(None, "Folder of passages that use_own_knowledge_dataset.py wrote (custom).")
-    index_path: str | None = _flag(None, "FAISS index file of these passages (custom).")
+    index_path: str | None = _flag(None, "FAISS index file of these passages (custom), or a folder (legacy).")
+    ef_search: int | None = _flag(None, "Candidates an HNSW search keeps: more find more, slower; the index's own.")
+    nprobe: int | None = _flag(None, "Lists an IVF search visits: more find more, slower; the index's own.")
+    dataset: str | None = _flag(
+        None, "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; the checkpoint's."
+    )
     use_dummy_dataset: bool = _flag(
         False, "Use the small trial version of wiki_dpr, also where the checkpoint does not."
+    )
+    dataset_encoding: Literal["nq", "multiset"] | None = _flag(
+        None, "Encoder pair of wiki_dpr; left out, that in the question encoder's name, else nq."
+    )
+    doc_vectors: Literal["passages", "index"] | None = _flag(
+        None, "Whence the vectors for document scores; left out, index for exact, passages for compressed."
     )
     distributed_retriever: Literal["pytorch", "ray", "local"] = _flag(
         "pytorch", "pytorch: process 0 searches for all; ray: Ray's processes do; local: each process for itself."
@@ -185,7 +196,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
-train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length"""
+train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length
+ef_search nprobe"""
 AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
 weight_decay adam_epsilon max_grad_norm save_interval"""
 PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"

@@ -111,12 +111,12 @@ def _describe(args: FinetuneArguments) -> None:
 
 def _load(args: FinetuneArguments):
     """Model and tokenizer of the checkpoint, the settings that flags override put into its config."""
-    from models_rag import load_model, load_tokenizer
+    from models_rag import INDEX_SETTINGS, load_model, load_tokenizer
 
     path, model_args = args.model.model_name_or_path, args.model
     names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
     settings = {name: getattr(model_args, name) for name in names}
-    names = ("n_docs", "max_combined_length", "index_name", "passages_path", "index_path")
+    names = ("n_docs", "max_combined_length", "index_name", "passages_path", "index_path", "dataset", *INDEX_SETTINGS)
     settings |= {name: getattr(args.retrieval, name) for name in names}
     settings["use_dummy_dataset"] = args.retrieval.use_dummy_dataset or None
     model = load_model(path, model_args.model_type, settings, model_args.cache_dir, config_name=model_args.config_name)

@@ -56,6 +56,8 @@ DPR_CLASSES = {"question": DPRQuestionEncoder, "context": DPRContextEncoder}
 MODEL_FLAG = "--model_name_or_path"
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
+# Settings of the search that RagConfig lacks; a checkpoint has them where they were set (see open_index_rag.py).
+INDEX_SETTINGS = ("dataset_encoding", "doc_vectors", "ef_search", "nprobe")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -133,7 +135,7 @@ def _override(config: PreTrainedConfig, settings: dict) -> None:
         if value is None:
             continue
         for target, key in ((config, name), (generator, name), (generator, SETTING_ALIASES.get(name, name))):
-            if hasattr(target, key):
+            if hasattr(target, key) or (name in INDEX_SETTINGS and isinstance(target, RagConfig)):
                 setattr(target, key, value)
                 break
         else:

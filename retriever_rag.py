@@ -16,6 +16,7 @@ from transformers.models.rag.retrieval_rag import Index
 
 from cli_rag import UserError
 from index_rag import KnowledgeIndex
+from models_rag import INDEX_SETTINGS
 from open_index_rag import open_index
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
@@ -42,12 +43,20 @@ class RagKnowledgeRetriever(RagRetriever):
             retriever_name_or_path: folder or hub name of a RAG checkpoint.
             indexed_dataset: a dataset with a FAISS index on its column "embeddings", in place of the config's index.
         """
-        config = kwargs.pop("config", None) or RagConfig.from_pretrained(retriever_name_or_path, **kwargs)
+        config = cls._config(retriever_name_or_path, **kwargs)
         return cls(
             config,
             *cls._tokenizers(retriever_name_or_path, config),
             index=cls._index_of(config, indexed_dataset),
         )
+
+    @staticmethod
+    def _config(retriever_name_or_path, config: RagConfig | None = None, **kwargs) -> RagConfig:
+        if config is None:
+            config, unknown = RagConfig.from_pretrained(retriever_name_or_path, return_unused_kwargs=True, **kwargs)
+            for name in unknown.keys() & set(INDEX_SETTINGS):
+                setattr(config, name, unknown[name])
+        return config
 
     @staticmethod
     def _tokenizers(retriever_name_or_path, config: RagConfig):
