@@ -5,13 +5,13 @@
     retriever.retrieve(vectors, n_docs=5)   # collective
 
 Query vectors travel to rank 0 and ids come back; passages and their vectors are read on each rank, from files that are
-memory-mapped. Only an index that cannot give a passage's vector on the rank (transformers' legacy one) sends it along.
+memory-mapped. Only vectors that nothing but the open index can give (`index.vectors_from` "index") travel too.
 """
 
 import numpy as np
 import torch
 
-from index_rag import KnowledgeIndex, search_to_send
+from index_rag import search_to_send
 from ranks_rag import RankError, Ranks, world_size
 from retriever_rag import RagKnowledgeRetriever
 
@@ -60,32 +60,30 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         ranks = self.ranks
         ranks.send(np.array([len(queries), n_docs]), 0, step)
         ranks.send(queries, 0, step)
-        ranks.receive_outcome(0, step)
+        follows = ranks.receive_outcome(0, step)
         doc_ids = ranks.receive((len(queries), n_docs), torch.int64, 0, step)
-        if isinstance(self.index, KnowledgeIndex):
+        if not follows:
             return doc_ids, None
         return doc_ids, ranks.receive((*doc_ids.shape, queries.shape[1]), torch.float32, 0, step)
 
     def _search_for_all(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Rank 0: everybody's queries, one search, to everybody their answers; an error goes to everybody."""
         ranks = self.ranks
-        sizes, answers, failure = [], None, None
+        everybody, doc_ids, vectors, failure = [], None, None, None
         try:
             everybody = [queries, *self._receive_queries(queries.shape[1], n_docs, step)]
-            sizes = [len(one) for one in everybody]
-            answers = search_to_send(self.index, np.concatenate(everybody), n_docs)
+            doc_ids, vectors = search_to_send(self.index, np.concatenate(everybody), n_docs)
         except Exception as error:
             failure = error
-        ranks.tell_the_others(step, failure)
-        doc_ids, vectors = answers
-        bounds = np.cumsum(sizes)
+        ranks.tell_the_others(step, failure, "" if vectors is None else "vectors follow")
+        bounds = np.cumsum([len(one) for one in everybody])[:-1]
+        ids_of = np.split(doc_ids, bounds)
+        vectors_of = [None] * ranks.size if vectors is None else np.split(vectors, bounds)
         for rank in ranks.others:
-            rows = slice(bounds[rank - 1], bounds[rank])
-            ranks.send(doc_ids[rows], rank, step)
+            ranks.send(ids_of[rank], rank, step)
             if vectors is not None:
-                ranks.send(vectors[rows], rank, step)
-        own = slice(bounds[0])
-        return doc_ids[own], None if vectors is None else vectors[own]
+                ranks.send(vectors_of[rank], rank, step)
+        return ids_of[0], vectors_of[0]
 
     def _receive_queries(self, dimension: int, n_docs: int, step: str) -> list[np.ndarray]:
         """The other ranks' queries. Each is heard out, also after a failure: it is to hear of it, not to hang."""

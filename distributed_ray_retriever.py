@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -96,7 +97,8 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
             answer = actor.retrieve.options(max_task_retries=0).remote(queries, n_docs)
             try:
                 doc_ids, vectors = ray.get(answer, timeout=max(deadline - time.monotonic(), 0))
-                return doc_ids, self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
+                # Ray's arrays are read-only.
+                return doc_ids.copy(), self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
             except ray.exceptions.RayActorError as error:
                 logger.warning(f"a retrieval worker died, another is asked: {_first_line(error)}")
                 actor = self._least_busy(deadline)
@@ -238,12 +240,12 @@ class RayConnection:
 
     def join(self, meeting: dict) -> None:
         """Connect to the cluster that `open` found or started on rank 0."""
-        os.environ.update(meeting.get("environment", {}))  # before Ray is imported
         import ray
 
         if ray.is_initialized():
             return
         if "environment" in meeting:
+            _authenticate(meeting["environment"])
             self._connect(meeting["address"], loopback=True)
         elif (running := _running_cluster() if self.address == "auto" else self.address) is None:
             raise UserError(f"no Ray runs on this node; let it join by `ray start --address={meeting['address']}`")
@@ -284,11 +286,13 @@ class RayConnection:
     def _connect(self, address: str, loopback: bool = False) -> None:
         import ray
 
-        _on_loopback(loopback)
-        self.opened = True
         try:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
+            _on_loopback(loopback)
+            self.opened = True
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             remedy = (
                 "Ray's own cluster of rank 0 serves one node; for several, run `ray start --head` and join it by "
                 "`ray start --address` on the others"
@@ -318,6 +322,15 @@ def _on_loopback(only: bool) -> None:
 def _authentication() -> dict[str, str]:
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _authenticate(environment: dict[str, str]) -> None:
+    """Take over what opens another process's cluster. Ray read its own environment when it was imported."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    os.environ.update(environment)
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _ask_all(actors: list, method: str, *args, timeout: float) -> None:

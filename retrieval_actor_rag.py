@@ -7,6 +7,7 @@ It is a file of its own because an actor that died is back the sooner the less i
 transformers, whose import takes seconds.
 """
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -18,10 +19,8 @@ from open_index_rag import open_index
 
 
 def index_config(config) -> SimpleNamespace:
-    """What of a `RagConfig` describes its index: plain values, read without importing transformers."""
-    return SimpleNamespace(
-        **{name: value for name, value in config.to_dict().items() if isinstance(value, str | int | None)}
-    )
+    """A `RagConfig` in plain values, which an actor reads without importing transformers."""
+    return json.loads(config.to_json_string(use_diff=False), object_hook=lambda values: SimpleNamespace(**values))
 
 
 class RayRetriever:
@@ -30,7 +29,7 @@ class RayRetriever:
     To survive its restarts an actor needs its config here; what `create_rag_retriever` gives it ends with them.
 
     Args:
-        config: `RagConfig`, or the part of it that `index_config` gives.
+        config: `RagConfig`, or what `index_config` makes of it.
         workers_on_node: actors among which the node's cores are shared.
     """
 

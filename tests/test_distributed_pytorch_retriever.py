@@ -9,10 +9,10 @@ import faiss
 import numpy as np
 import pytest
 from transformers import BartConfig, DPRConfig, RagConfig
-from transformers.models.rag.retrieval_rag import LegacyIndex
 
 from cli_rag import UserError
 from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
+from legacy_index_rag import IDS_FILE, INDEX_FILE, PASSAGES_PICKLE
 from ranks_rag import RankError
 from retriever_rag import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES
@@ -43,12 +43,9 @@ def legacy_config(tmp_path, monkeypatch):
     rows = {str(row): (text, title) for row, (title, text) in enumerate(PASSAGES)}
     index = faiss.IndexHNSWFlat(DIMENSION + 1, 8)
     index.add(np.random.default_rng(0).standard_normal((len(PASSAGES), DIMENSION + 1), dtype=np.float32))
-    faiss.write_index(index, str(tmp_path / f"{LegacyIndex.INDEX_FILENAME}.index.dpr"))
-    for name, content in (
-        (LegacyIndex.PASSAGE_FILENAME, rows),
-        (f"{LegacyIndex.INDEX_FILENAME}.index_meta.dpr", [str(row) for row in reversed(range(len(PASSAGES)))]),
-    ):
-        (tmp_path / name).write_bytes(pickle.dumps(content))
+    faiss.write_index(index, str(tmp_path / INDEX_FILE))
+    (tmp_path / PASSAGES_PICKLE).write_bytes(pickle.dumps(rows))
+    (tmp_path / IDS_FILE).write_bytes(pickle.dumps([str(row) for row in reversed(range(len(PASSAGES)))]))
     return rag_config(index_name="legacy", index_path=str(tmp_path))
 
 
