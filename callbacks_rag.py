@@ -127,10 +127,9 @@ class BestCheckpoints(Checkpoint):
 
     def _is_due_on_rank_zero(self, trainer: pl.Trainer) -> bool:
         """Collective: ranks whose clocks differ must agree."""
-        if not self.save_interval:
-            return self._is_due
-        now = time.monotonic() - self._last_saved >= self.save_interval
-        return self._is_due or trainer.strategy.broadcast(now)
+        if self._is_due or trainer.should_stop or not self.save_interval:
+            return self._is_due or trainer.should_stop
+        return trainer.strategy.broadcast(time.monotonic() - self._last_saved >= self.save_interval)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> None:
         folder, checkpoint = self._paths(number)
