@@ -31,7 +31,7 @@ FLOORS = [
         "callbacks_rag",
     },
     {"generative_qa_rag"},
-    {"finetune_rag", "eval_rag", "use_own_knowledge_dataset", "consolidate_rag_checkpoint"},
+    {"finetune_rag", "eval_rag", "use_own_knowledge_dataset", "consolidate_rag_checkpoint", "quickstart_data"},
     {"quickstart"},
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -13,6 +13,7 @@ import pytest
 from transformers import RagConfig
 from transformers.models.rag import retrieval_rag
 
+import eval_rag
 from cli_rag import UserError
 from legacy_index_rag import IDS_FILE, INDEX_FILE, PASSAGES_PICKLE, PASSAGES_TSV, load_plain_pickle, read_dpr_tsv
 from open_index_rag import open_index
@@ -129,6 +130,17 @@ def test_passages_are_unpacked_once_and_again_when_they_changed(with_tsv, tmp_pa
     text = (folder / PASSAGES_TSV).read_text()
     (folder / PASSAGES_TSV).write_text(text.replace("of many", "of them"))
     assert "of them" in opened(folder).get_doc_dicts(np.array([[1]]))[0]["text"][0]
+
+
+def test_evaluation_over_legacy_files(with_tsv, checkpoint, tmp_path, capsys):
+    (tmp_path / "questions").write_text("what is the capital of france\nwho lives in rome\n")
+    (tmp_path / "titles").write_text("title 1\ntitle, 3\n")
+    argv = f"""--model_name_or_path {checkpoint()} --eval_mode retrieval --evaluation_set {tmp_path / "questions"}
+    --gold_data_path {tmp_path / "titles"} --predictions_path {tmp_path / "found"} --k {ROWS} --ef_search 100
+    --index_name legacy --index_path {with_tsv}"""
+    scores = eval_rag.main(eval_rag.parse_args(argv.split()))
+    assert 0 < scores[f"precision_at_{ROWS}"] <= 1 / ROWS
+    assert "index kind IndexHNSWSQ, " in capsys.readouterr().out
 
 
 # --- Pickles ----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,12 @@ import pytest
 from transformers import DPRConfig, RagConfig
 from transformers.models.rag.retrieval_rag import CustomHFIndex
 
+import eval_rag
 import hub_rag
 from cli_rag import UserError
+from models_rag import load_model, load_tokenizer, save_model
 from open_index_rag import open_index
+from retriever_rag import RagKnowledgeRetriever
 from tests.conftest import DIMENSION
 
 ROWS, DUMMY_ROWS, SHARDS = 700, 40, 3
@@ -348,3 +351,35 @@ def test_without_network_and_cache_one_line_says_so(monkeypatch):
     with pytest.raises(UserError, match="the hub cannot be reached and its cache") as error:
         open_index(config("wiki_dpr"))
     assert "\n" not in str(error.value) and "--index_name custom" in str(error.value)
+
+
+# --- From a checkpoint and from the command line ----------------------------------------------------------------------
+
+
+def test_a_retriever_and_a_checkpoint_take_the_settings(wiki, checkpoint, tmp_path):
+    chosen = {"index_name": "exact", "dataset": str(wiki), "dataset_encoding": "multiset", "ef_search": 50}
+    model = load_model(str(checkpoint()), config_overrides=chosen)
+    save_model(model, tmp_path / "saved", load_tokenizer(str(checkpoint())))
+    for path, settings in ((checkpoint(), chosen), (tmp_path / "saved", {})):
+        index = RagKnowledgeRetriever.from_pretrained(path, **settings).index
+        assert index.settings()["ef_search"] == 50
+        np.testing.assert_allclose(index.embeddings.gather(np.arange(9)), vectors("multiset")[:9], atol=8 / 255)
+
+
+def test_evaluation_over_wikipedia(wiki, checkpoint, tmp_path, capsys):
+    (tmp_path / "questions").write_text("what is the capital of france\nwho lives in rome\n")
+    (tmp_path / "titles").write_text("t1\nt2\tt3\n")
+    argv = f"""--model_name_or_path {checkpoint()} --eval_mode retrieval --evaluation_set {tmp_path / "questions"}
+    --gold_data_path {tmp_path / "titles"} --predictions_path {tmp_path / "found"} --k {ROWS} --dataset {wiki}"""
+
+    def evaluate(*flags: str) -> float:
+        return eval_rag.main(eval_rag.parse_args([*argv.split(), *flags]))[f"precision_at_{ROWS}"]
+
+    # A search that keeps all finds all: three gold titles for two questions.
+    assert evaluate("--index_name", "exact", "--ef_search", f"{ROWS}") == pytest.approx(1.5 / ROWS)
+    assert f"ef_search {ROWS}, dataset {wiki}, " in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"was made with ef_search {ROWS}"):
+        evaluate("--index_name", "exact")
+    compressed = ("--index_name", "compressed", "--nprobe", "8", "--recalculate")
+    assert evaluate(*compressed) == pytest.approx(1.5 / ROWS)
+    assert "index nprobe 8" in capsys.readouterr().out
