@@ -65,8 +65,8 @@ class EvalArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout."}
     )
-    use_dummy_dataset: bool | None = field(
-        default=None, metadata={"help": "Its first 10,000 passages only; left out, as the checkpoint says."}
+    use_dummy_dataset: bool = field(
+        default=False, metadata={"help": "Its first 10,000 passages only, also where the checkpoint has all."}
     )
     dataset_encoding: Literal["nq", "multiset"] | None = field(
         default=None, metadata={"help": "Its encoder pair; left out, that in the question encoder's name, else nq."}

@@ -125,7 +125,7 @@ def rag_config(args: EvalArguments):
     config = load_config(args.model_name_or_path)
     config.n_docs = args.n_docs if args.eval_mode == "e2e" else max(args.k)
     for name in INDEX_FLAGS:
-        if getattr(args, name) is not None:
+        if getattr(args, name) not in (None, False):
             setattr(config, name, getattr(args, name))
     if args.passages_path is not None and args.index_name is None:
         config.index_name = "custom"

@@ -14,7 +14,6 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 from cli_rag import UserError, raise_problems
@@ -61,36 +60,28 @@ def fetch_dataset(
             disk is too small.
     """
     from huggingface_hub import constants, snapshot_download
-
-    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
-    if not hub_is_reachable():
-        with _user_errors(
-            f"the hub cannot be reached and its cache {constants.HF_HUB_CACHE} does not hold all of", repo
-        ):
-            return Path(snapshot_download(repo, local_files_only=True, **wanted))
-    with _user_errors("the hub does not give", repo):
-        plan = snapshot_download(repo, dry_run=True, **wanted)
-    sizes = {file.filename: file.file_size for file in plan if file.will_download}
-    if sizes:
-        needs = Counter({constants.HF_HUB_CACHE: sum(sizes.values())})
-        needs.update(also_needed(sizes))
-        require_space(f"--dataset {repo}", needs, remedy)
-        logger.warning(f"{repo}: fetching {len(sizes)} files, {sum(sizes.values()):,} bytes")
-    with _user_errors("the hub does not give", repo):
-        return Path(snapshot_download(repo, **wanted))
-
-
-@contextmanager
-def _user_errors(what: str, repo: str):
     from huggingface_hub.errors import HFValidationError
 
+    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    if hub_is_reachable():
+        try:
+            plan = snapshot_download(repo, dry_run=True, **wanted)
+            sizes = {file.filename: file.file_size for file in plan if file.will_download}
+            if sizes:
+                needs = Counter({constants.HF_HUB_CACHE: sum(sizes.values())})
+                needs.update(also_needed(sizes))
+                require_space(f"--dataset {repo}", needs, remedy)
+                logger.warning(f"{repo}: fetching {len(sizes)} files, {sum(sizes.values()):,} bytes")
+            return Path(snapshot_download(repo, **wanted))
+        except (OSError, HFValidationError) as error:
+            reason = f"the hub answers {' '.join(str(error.__cause__ or error).split())[:200]!r}"
     try:
-        yield
+        return Path(snapshot_download(repo, local_files_only=True, **wanted))
     except (OSError, HFValidationError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(
-            f"--dataset {repo}: {what} its files ({reason}); give a folder of the same layout, or your own "
-            "knowledge by --index_name custom"
+            f"--dataset {repo}: {reason}, and the cache {constants.HF_HUB_CACHE} does not hold all of its files; give "
+            "a folder of the same layout, or your own knowledge by --index_name custom"
         ) from error
 
 

@@ -104,7 +104,8 @@ def open_legacy(config) -> LegacyIndex:
     ]
     if passages_file is None:
         problems.append(f"--index_path {folder} holds neither {PASSAGES_TSV} nor {PASSAGES_PICKLE}; put one there")
-    raise_problems(problems + _trust_problems(folder / IDS_FILE))
+    raise_problems(problems)
+    raise_problems(_trust_problems(folder / IDS_FILE))
     ids = _read_ids(folder / IDS_FILE)
     passages = _passages(passages_file)
     return LegacyIndex(passages, ids, config.retrieval_vector_size, str(folder / INDEX_FILE), **search_effort(config))

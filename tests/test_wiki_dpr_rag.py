@@ -323,10 +323,14 @@ def test_only_what_is_needed_is_fetched_and_once(hub, wiki, monkeypatch):
     assert len(opened("facebook/wiki_dpr")) == ROWS
     assert not any("resolve" in line for line in hub)
 
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody listens, and a proxy hides it
+    monkeypatch.setattr(hub_rag.urllib.request, "getproxies", lambda: {"http": "proxy"})
+    assert len(opened("wiki_dpr")) == ROWS
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub_rag.hub_is_reachable.cache_clear()
     assert len(opened("wiki_dpr")) == ROWS
-    with pytest.raises(UserError, match=r"the hub cannot be reached and its cache .* does not hold all of its files"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set, and the cache .* does not hold all of its files"):
         open_index(config("wiki_dpr", "compressed"))
 
 
@@ -341,14 +345,14 @@ def test_a_disk_too_small_is_noticed_before_anything_is_fetched(hub, wiki, monke
 
 
 def test_an_unknown_dataset_is_one_line(hub):
-    with pytest.raises(UserError, match=r"--dataset someone/else: the hub does not give its files \(.*404") as error:
+    with pytest.raises(UserError, match=r"--dataset someone/else: the hub answers .*404") as error:
         open_index(config("someone/else"))
     assert "\n" not in str(error.value)
 
 
 def test_without_network_and_cache_one_line_says_so(monkeypatch):
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody listens
-    with pytest.raises(UserError, match="the hub cannot be reached and its cache") as error:
+    with pytest.raises(UserError, match="the hub cannot be reached, and the cache") as error:
         open_index(config("wiki_dpr"))
     assert "\n" not in str(error.value) and "--index_name custom" in str(error.value)
 
@@ -383,3 +387,4 @@ def test_evaluation_over_wikipedia(wiki, checkpoint, tmp_path, capsys):
     compressed = ("--index_name", "compressed", "--nprobe", "8", "--recalculate")
     assert evaluate(*compressed) == pytest.approx(1.5 / ROWS)
     assert "index nprobe 8" in capsys.readouterr().out
+    assert evaluate("--index_name", "exact", "--use_dummy_dataset", "--recalculate") == pytest.approx(1.5 / ROWS)
