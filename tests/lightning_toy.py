@@ -1,6 +1,7 @@
 """A model of nine weights with dropout, and its data: what the tests of the Lightning files train in milliseconds."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -28,12 +29,13 @@ class ToyModule(BaseTransformer):
     def __init__(self, args, scores=()):
         super().__init__(args)
         self.scores, self.trained_on, self.rows = scores, [], []
+        self.dropout = 0.5 if args.model.dropout is None else args.model.dropout
         torch.manual_seed(0)
         self.linear = torch.nn.Linear(8, 1)
 
     def answers(self, batch):
         inputs = torch.stack([(torch.arange(8.0) + 1) * (index + 1) % 5 for index in batch["index"]])
-        return self.linear(torch.nn.functional.dropout(inputs, 0.5, training=self.training))
+        return self.linear(torch.nn.functional.dropout(inputs, self.dropout, training=self.training))
 
     def training_step(self, batch, batch_idx):
         self.trained_on.append(batch["index"])
@@ -107,3 +109,7 @@ class At(pl.Callback):
     @staticmethod
     def _kill():
         raise Killed
+
+
+if __name__ == "__main__":  # as one of several processes
+    fit(toy_args(Path(sys.argv[1]), *sys.argv[2:]))

@@ -1,0 +1,248 @@
+"""Seconds and memory of a retrieval: rank 0 searching, Ray actors searching, every rank searching for itself.
+
+    python benchmarks/retrieval_backends.py --short                  # 20,000 passages, 2 workers, about a minute
+    python benchmarks/retrieval_backends.py                          # 200,000 x 768, 1, 2 and 4 workers
+
+Random clustered vectors and passages of about 100 words are written to --folder first, and reused. Every worker (a rank)
+asks for 5 passages of each of 8 questions, all workers at once; a retrieval's time is that of every worker's every call
+and ends when vectors and texts are there. "FAISS alone" is one process that has the machine for itself and searches the
+same number of questions, all workers' together. "Memory" is what opening and searching added to the proportional memory
+(PSS) of the ranks and of all they started.
+"""
+
+import datetime
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from cli_rag import parse_into, run_script
+from utils_rag import atomic_folder, save_json
+
+FORK_SERVER = multiprocessing.get_context("forkserver")
+WAYS = ("local", "pytorch", "ray")
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass
+class BenchmarkArguments:
+    short: bool = field(default=False, metadata={"help": "20,000 passages, 1 and 2 workers, 30 calls: a minute."})
+    folder: Path = field(default=Path("output/retrieval_backends"), metadata={"help": "Where the indexes are kept."})
+    passages: int = field(default=200_000, metadata={"help": "Passages in the index."})
+    dimension: int = field(default=768, metadata={"help": "Length of a vector."})
+    kinds: list[str] = field(default_factory=lambda: ["hnsw", "flat"], metadata={"help": "Indexes: hnsw, flat."})
+    ways: list[str] = field(default_factory=lambda: [*WAYS, "copies"], metadata={"help": "What to measure."})
+    workers: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of ranks."})
+    actors: int = field(default=CORES, metadata={"help": "Ray actors at most, and never more than ranks."})
+    calls: int = field(default=100, metadata={"help": "Measured calls a worker; medians are reported."})
+    batch_size: int = field(default=8, metadata={"help": "Questions a worker asks at a time."})
+    n_docs: int = field(default=5, metadata={"help": "Passages a question."})
+
+    def __post_init__(self):
+        if self.short:
+            self.passages, self.workers, self.calls = min(self.passages, 20_000), [1, 2], 30
+
+
+def parse_args(argv=None) -> BenchmarkArguments:
+    return parse_into(BenchmarkArguments, description=__doc__, argv=argv)
+
+
+# --- The knowledge ----------------------------------------------------------------------------------------------------
+
+
+def clustered(rows: int, dimension: int, seed: int):
+    """Vectors (rows, dimension) float32 around 1,000 centres, which are the same for every seed."""
+    import numpy as np
+
+    centres = np.random.default_rng(0).standard_normal((1000, dimension), dtype=np.float32)
+    random = np.random.default_rng(seed)
+    noise = random.standard_normal((rows, dimension), dtype=np.float32)
+    return centres[random.integers(len(centres), size=rows)] + 0.7 * noise
+
+
+def build(args: BenchmarkArguments) -> Path:
+    """Passages and one index of each kind, written once."""
+    import datasets
+    import faiss
+    import pyarrow as pa
+
+    from index_rag import build_faiss_index, write_faiss_index
+
+    folder = args.folder / f"{args.passages}x{args.dimension}"
+    blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]
+    if not folder.is_dir():
+        tables = []
+        for start, end in blocks:
+            vectors = clustered(end - start, args.dimension, seed=1 + start)
+            text = [f"Passage number {row} " + "and some more words of text " * 16 for row in range(start, end)]
+            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), args.dimension)
+            titles = [f"Title {row}" for row in range(start, end)]
+            tables.append(datasets.Dataset(pa.table({"title": titles, "text": text, "embeddings": embeddings})))
+        with atomic_folder(folder) as unfinished:
+            datasets.concatenate_datasets(tables).save_to_disk(unfinished / "passages")
+    for kind in args.kinds:
+        path = folder / f"{kind}.faiss"
+        if not path.exists():
+            start = time.monotonic()
+            vectors = (clustered(end - start, args.dimension, seed=1 + start) for start, end in blocks)
+            if kind == "hnsw":
+                index = build_faiss_index(vectors, args.dimension, m=32)
+            else:
+                index = faiss.IndexFlatIP(args.dimension)
+                for block in vectors:
+                    index.add(block)
+            write_faiss_index(index, path)
+            print(
+                f"{kind}: built in {time.monotonic() - start:.0f} s, {path.stat().st_size / 2**20:.0f} MiB", flush=True
+            )
+    return folder
+
+
+# --- One measurement --------------------------------------------------------------------------------------------------
+
+
+def proportional_memory() -> float:
+    """MiB of this process and all it started, pages that are shared counted in parts (PSS)."""
+    import psutil
+
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        total += int(rollup.partition("Pss:")[2].split()[0])
+    return total / 1024
+
+
+def open_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, size: int, stack: ExitStack):
+    from transformers import BartConfig, DPRConfig, RagConfig
+
+    from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
+    from distributed_ray_retriever import RagRayDistributedRetriever, RetrievalWorkers
+    from retriever_rag import RagKnowledgeRetriever
+
+    config = RagConfig(
+        question_encoder=DPRConfig().to_dict(), generator=BartConfig().to_dict(), index_name="custom",
+        retrieval_vector_size=args.dimension, passages_path=str(folder / "passages"),
+        index_path=str(folder / f"{kind}.faiss"),
+    )  # fmt: skip
+    if way == "pytorch":
+        retriever = RagPyTorchDistributedRetriever(config, None, None)
+    elif way == "ray":
+        workers = stack.enter_context(RetrievalWorkers(min(args.actors, size)))
+        retriever = RagRayDistributedRetriever(config, None, None, workers)
+    else:
+        retriever = RagKnowledgeRetriever(config, None, None, init_retrieval=False)
+        if way == "copies":  # what it costs without memory-mapping
+            import faiss
+
+            retriever.index._accept(faiss.read_index(retriever.index.index_path))
+    retriever.init_retrieval()
+    return retriever
+
+
+def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: str, args, writer) -> None:
+    """One worker: seconds of each call, and the memory that retrieval added."""
+    import faiss
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    searches = way != "pytorch" or rank == 0
+    faiss.omp_set_num_threads(CORES if way == "pytorch" else max(1, CORES // size) if searches else 1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    before = proportional_memory()
+    seconds = []
+    with ExitStack() as stack:
+        retriever = open_retriever(way, folder, kind, args, size, stack)
+        for call in range(10 + args.calls):
+            queries = clustered(args.batch_size, args.dimension, seed=10**6 + call * size + rank)
+            dist.barrier()
+            start = time.perf_counter()
+            retriever.retrieve(queries, args.n_docs)
+            seconds.append(time.perf_counter() - start)
+        dist.barrier()
+        memory = proportional_memory() - before
+        dist.barrier()
+    writer.send((seconds[10:], memory))
+
+
+def faiss_alone(size: int, folder: Path, kind: str, args, writer) -> None:
+    """Seconds of FAISS for what all workers ask at a time, on all cores."""
+    import faiss
+
+    faiss.omp_set_num_threads(CORES)
+    index = faiss.read_index(str(folder / f"{kind}.faiss"), faiss.IO_FLAG_MMAP_IFC)
+    seconds = []
+    for call in range(10 + args.calls):
+        queries = clustered(args.batch_size * size, args.dimension, seed=10**6 + call)
+        start = time.perf_counter()
+        index.search(queries, args.n_docs)
+        seconds.append(time.perf_counter() - start)
+    writer.send(seconds[10:])
+
+
+def run(target, arguments: list[tuple]) -> list:
+    """What each process, one for each tuple of arguments, sends back."""
+    pipes = [FORK_SERVER.Pipe(duplex=False) for _ in arguments]
+    processes = [
+        FORK_SERVER.Process(target=target, args=(*own, writer))
+        for own, (_, writer) in zip(arguments, pipes, strict=True)
+    ]
+    for process, (_, writer) in zip(processes, pipes, strict=True):
+        process.start()
+        writer.close()
+    results = [reader.recv() for reader, _ in pipes]
+    for process in processes:
+        process.join()
+    return results
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def main(args: BenchmarkArguments) -> list[dict]:
+    FORK_SERVER.set_forkserver_preload(["torch.distributed", "faiss", "transformers.models.rag.retrieval_rag"])
+    folder = build(args).resolve()
+    print(
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {CORES} cores; {args.passages} x "
+        f"{args.dimension}, batch {args.batch_size} a worker, {args.n_docs} passages, medians of {args.calls} calls\n\n"
+        "| index | way | workers | ms a retrieval | FAISS alone, ms | beyond it, ms | memory, MiB |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    rows = []
+    for kind in args.kinds:
+        alone = {
+            size: 1000 * statistics.median(run(faiss_alone, [(size, folder, kind, args)])[0]) for size in args.workers
+        }
+        for way in args.ways:
+            for size in args.workers:
+                store = f"file://{folder}/store-{uuid4().hex}"
+                results = run(rank_main, [(rank, size, store, way, folder, kind, args) for rank in range(size)])
+                ms = 1000 * statistics.median(seconds for times, _ in results for seconds in times)
+                row = {
+                    "index": kind, "way": way, "workers": size, "ms": ms, "faiss_ms": alone[size],
+                    "beyond_ms": ms - alone[size], "memory_mib": sum(memory for _, memory in results),
+                }  # fmt: skip
+                rows.append(row)
+                print(
+                    f"| {kind} | {way} | {size} | {ms:.2f} | {alone[size]:.2f} | {row['beyond_ms']:.2f} | "
+                    f"{row['memory_mib']:.0f} |",
+                    flush=True,
+                )
+                for left in folder.glob("store-*"):
+                    left.unlink()
+    save_json(rows, folder / "results.json")
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
