@@ -1,5 +1,7 @@
 """Batches: every example once, the same on any number of ranks, a new order an epoch, a place to go on from."""
 
+from itertools import chain
+
 import pytest
 
 from batches_rag import GlobalBatchSampler, ResumableDataLoader
@@ -16,7 +18,7 @@ def epoch(n_examples, batch_size, rank=0, world_size=1, epoch=0, position=0, **s
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 40])
 def test_every_example_comes_once_an_epoch_and_in_another_order_the_next(batch_size, lengths):
     first, second, again = (epoch(23, batch_size, seed=1, lengths=lengths, epoch=number) for number in (0, 1, 0))
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(23))
+    assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(23))
     assert first == again != second
     assert {len(batch) for batch in first[:-1]} <= {batch_size} and len(first) == -(-23 // batch_size)
     assert epoch(23, batch_size, seed=2, lengths=lengths) != first
@@ -37,7 +39,7 @@ def test_ranks_share_the_batches_of_one_process(n_examples, world_size):
         weights = [GlobalBatchSampler(n_examples, size, rank, world_size).loss_weight(b) for rank in range(world_size)]
         shares = [ranks[rank][b] for rank in range(world_size)]
         counted = [share for share, weight in zip(shares, weights, strict=True) if weight]
-        assert sum(counted, []) == batch
+        assert list(chain(*counted)) == batch
         means = [sum(share) / len(share) for share in shares]  # the index stands for the loss of an example
         mean = sum(mean * weight for mean, weight in zip(means, weights, strict=True)) / world_size
         assert mean == pytest.approx(sum(batch) / len(batch))

@@ -1,4 +1,4 @@
-"""Optimizer, schedule, data and Trainer, on a model of nine weights; above all: a resumed run is the uninterrupted one."""
+"""Optimizer, schedule, data and Trainer on a model of nine weights; above all, a resumed run is the uninterrupted one."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ RUNS = {
     "steps across epochs": ["--val_check_interval", "4", "--check_val_every_n_epoch", "null", "--max_steps", "11"],
     "part of an epoch": ["--limit_train_batches", "4"],
     "no validation": ["--limit_val_batches", "0"],
-    "batches by length, workers": ["--group_by_length", "--num_workers", "1"],
+    "batches by length": ["--group_by_length"],
 }
 KILLS = [("on_train_batch_start", 3), ("on_train_batch_end", 5), ("on_validation_start", 2), ("on_validation_end", 1),
          ("on_train_epoch_end", 1), ("on_train_batch_start", 8)]  # fmt: skip
@@ -93,7 +94,7 @@ def test_checkpoints_load_without_unpickling(tmp_path):
     checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert checkpoint["hyper_parameters"] == args.to_dict()
     torch.save({"harm": os.system}, tmp_path / "evil.ckpt")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match="Weights only"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
 
 
@@ -154,7 +155,7 @@ def test_a_warm_up_as_long_as_the_training_only_rises(schedule, warmup, tmp_path
 
 
 def test_adafactor_is_there(tmp_path):
-    trainer, module = fit(toy_args(tmp_path, "--adafactor", "--max_steps", "2"))
+    trainer, _ = fit(toy_args(tmp_path, "--adafactor", "--max_steps", "2"))
     assert isinstance(trainer.optimizers[0], optimization.Adafactor)
     assert logged(tmp_path, "lr") == pytest.approx([0.1, 0.05])
 
@@ -169,7 +170,7 @@ def test_gradient_norms_are_logged_before_they_are_clipped(tmp_path):
 
 def test_every_example_is_trained_on_once_an_epoch_and_validated_once(tmp_path):
     trainer, module = fit(toy_args(tmp_path))
-    assert sorted(sum(module.trained_on[:6], [])) == sorted(sum(module.trained_on[6:], [])) == list(range(11))
+    assert sorted(chain(*module.trained_on[:6])) == sorted(chain(*module.trained_on[6:])) == list(range(11))
     assert trainer.callback_metrics["val_examples"] == 5
 
 
