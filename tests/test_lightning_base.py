@@ -1,4 +1,4 @@
-"""Optimizer, schedule, data and Trainer on a model of nine weights; above all, a resumed run is the uninterrupted one."""
+"""Optimizer, schedule, data and Trainer on a model of nine weights; a resumed run is the uninterrupted one."""
 
 import json
 import math
