@@ -250,8 +250,7 @@ class ProgressLines(Callback):
         self._start = self._last_line = time.monotonic()
         self._start_step = trainer.global_step
         if trainer.ckpt_path:
-            place = f"epoch {trainer.current_epoch + 1}, step {self._start_step:,} of {self._total:,}"
-            self._print(trainer, f"going on at {place}, from {trainer.ckpt_path}")
+            self._print(trainer, f"going on at step {self._start_step:,} of {self._total:,}, from {trainer.ckpt_path}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *batch: Any) -> None:
         now, step = time.monotonic(), trainer.global_step
