@@ -143,10 +143,7 @@ class BestCheckpoints(Checkpoint):
         if same_as is None:
             trainer.save_checkpoint(last, weights_only=False)
         elif trainer.is_global_zero:
-            beside = last.with_name(f".last.ckpt.{os.getpid()}.tmp")
-            beside.unlink(missing_ok=True)
-            os.link(same_as, beside)  # the same file under two names: several GB are not written twice
-            os.replace(beside, last)
+            _link(same_as, last)
         self._last_saved, self._is_due, self._saved_step = time.monotonic(), False, trainer.global_step
         if trainer.is_global_zero:
             self._remove_strays()
@@ -165,6 +162,17 @@ class BestCheckpoints(Checkpoint):
                 _remove(path)
         if also_last:
             (self.output_dir / "last.ckpt").unlink(missing_ok=True)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name in place of what had it: several GB are not written twice."""
+    beside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, beside)
+    os.replace(beside, name)
 
 
 def _remove(path: Path) -> None:

@@ -56,6 +56,12 @@ def test_folder_and_checkpoint_hold_the_weights_of_their_validation(tmp_path):
     assert found[0] != found[1] != found[2] == module.linear.weight.tolist() == weights(tmp_path / "out" / "last.ckpt")
 
 
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
+    _, module = fit(toy_args(tmp_path, *epochs(1)), [0.1])
+    assert weights(tmp_path / "out" / "last.ckpt") == module.linear.weight.tolist()
+
+
 def test_neither_sanity_check_nor_test_counts_as_validation(tmp_path):
     trainer, module = fit(toy_args(tmp_path, *epochs(1, "--num_sanity_val_steps", "2")))
     trainer.test(module, datamodule=trainer.datamodule, ckpt_path=trainer.checkpoint_callback.best_model_path)
