@@ -96,7 +96,7 @@ class DataArguments:
     n_train: int = _flag(-1, "Training examples used, from the first; -1 is all.")
     n_val: int = _flag(-1, "Validation examples used, from the first; -1 is all.")
     n_test: int = _flag(-1, "Test examples used, from the first; -1 is all.")
-    prefix: str | None = _flag(None, "Put before every question; left out, what T5's config asks for, else nothing.")
+    prefix: str = _flag("", "Put before every question (T5: 'question: '); eval_rag.py must be given the same.")
     train_batch_size: int = _flag(32, "Questions a process takes at a time in training.")
     eval_batch_size: int = _flag(32, "Questions a process takes at a time in validation and test.")
     num_workers: int = _flag(4, "Processes that read and tokenise ahead; 0 does it in the training process.")

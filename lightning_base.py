@@ -168,7 +168,7 @@ class Seq2SeqDataModule(pl.LightningDataModule):
                 max_target_length,
                 type_path=split,
                 n_obs=n_obs,
-                prefix=data.prefix or "",
+                prefix=data.prefix,
                 target_tokenizer=self.target_tokenizer,
             )
 
