@@ -3,11 +3,11 @@
     python benchmarks/retrieval_backends.py --short                  # 20,000 passages, 2 workers, about a minute
     python benchmarks/retrieval_backends.py                          # 200,000 x 768, 1, 2 and 4 workers
 
-Random clustered vectors and passages of about 100 words are written to --folder first, and reused. Every worker (a rank)
-asks for 5 passages of each of 8 questions, all workers at once; a retrieval's time is that of every worker's every call
-and ends when vectors and texts are there. "FAISS alone" is one process that has the machine for itself and searches the
-same number of questions, all workers' together. "Memory" is what opening and searching added to the proportional memory
-(PSS) of the ranks and of all they started.
+Random clustered vectors and passages of about 100 words are written to --folder first, and reused. Every worker (a
+rank) asks for 5 passages of each of 8 questions, all workers at once; "ms a retrieval" is the median of every worker's
+every call, until vectors and texts are there. "FAISS alone" is one process that has the machine for itself and searches
+as many questions as all workers together. "Memory" is what opening and searching added to the proportional memory (PSS)
+of the ranks and of all they started. "copies" is the local way without memory-mapping, for comparison.
 """
 
 import datetime
@@ -29,7 +29,7 @@ from cli_rag import parse_into, run_script
 from utils_rag import atomic_folder, save_json
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
-WAYS = ("local", "pytorch", "ray")
+WAYS = ("local", "pytorch", "ray", "copies")
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -40,7 +40,7 @@ class BenchmarkArguments:
     passages: int = field(default=200_000, metadata={"help": "Passages in the index."})
     dimension: int = field(default=768, metadata={"help": "Length of a vector."})
     kinds: list[str] = field(default_factory=lambda: ["hnsw", "flat"], metadata={"help": "Indexes: hnsw, flat."})
-    ways: list[str] = field(default_factory=lambda: [*WAYS, "copies"], metadata={"help": "What to measure."})
+    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "What to measure."})
     workers: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of ranks."})
     actors: int = field(default=CORES, metadata={"help": "Ray actors at most, and never more than ranks."})
     calls: int = field(default=100, metadata={"help": "Measured calls a worker; medians are reported."})
@@ -121,7 +121,7 @@ def proportional_memory() -> float:
     return total / 1024
 
 
-def open_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, size: int, stack: ExitStack):
+def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, size: int, stack: ExitStack):
     from transformers import BartConfig, DPRConfig, RagConfig
 
     from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
@@ -140,11 +140,11 @@ def open_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, 
         retriever = RagRayDistributedRetriever(config, None, None, workers)
     else:
         retriever = RagKnowledgeRetriever(config, None, None, init_retrieval=False)
-        if way == "copies":  # what it costs without memory-mapping
+        if way == "copies":
             import faiss
 
-            retriever.index._accept(faiss.read_index(retriever.index.index_path))
-    retriever.init_retrieval()
+            read, mapped = faiss.read_index, faiss.IO_FLAG_MMAP_IFC
+            faiss.read_index = lambda path, flags: read(path, flags & ~mapped)
     return retriever
 
 
@@ -155,14 +155,16 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    searches = way != "pytorch" or rank == 0
-    faiss.omp_set_num_threads(CORES if way == "pytorch" else max(1, CORES // size) if searches else 1)
+    faiss.omp_set_num_threads(CORES if way == "pytorch" else max(1, CORES // size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    before = proportional_memory()
     seconds = []
     with ExitStack() as stack:
-        retriever = open_retriever(way, folder, kind, args, size, stack)
+        retriever = make_retriever(way, folder, kind, args, size, stack)
+        dist.barrier()
+        before = proportional_memory()
+        dist.barrier()
+        retriever.init_retrieval()
         for call in range(10 + args.calls):
             queries = clustered(args.batch_size, args.dimension, seed=10**6 + call * size + rank)
             dist.barrier()
@@ -215,7 +217,8 @@ def main(args: BenchmarkArguments) -> list[dict]:
     print(
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {CORES} cores; {args.passages} x "
         f"{args.dimension}, batch {args.batch_size} a worker, {args.n_docs} passages, medians of {args.calls} calls\n\n"
-        "| index | way | workers | ms a retrieval | FAISS alone, ms | beyond it, ms | memory, MiB |\n|---|---|---|---|---|---|---|",
+        "| index | way | workers | ms a retrieval | FAISS alone, ms | beyond it, ms | memory, MiB |\n"
+        "|---|---|---|---|---|---|---|",
         flush=True,
     )
     rows = []
