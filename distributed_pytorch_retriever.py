@@ -58,45 +58,58 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
     def _ask_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
         ranks = self.ranks
-        ranks.send(np.array([len(queries), n_docs]), 0, step)
-        ranks.send(queries, 0, step)
-        follows = ranks.receive_outcome(0, step)
-        doc_ids = ranks.receive((len(queries), n_docs), torch.int64, 0, step)
+        answer = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
+        sent = [ranks.send(np.array([len(queries), n_docs]), 0, step), ranks.send(queries, 0, step)]
+        follows, doc_ids = answer()
+        for transfer in sent:
+            transfer.wait()
+        doc_ids = doc_ids.reshape(len(queries), n_docs)
         if not follows:
             return doc_ids, None
-        return doc_ids, ranks.receive((*doc_ids.shape, queries.shape[1]), torch.float32, 0, step)
+        return doc_ids, ranks.receive((*doc_ids.shape, queries.shape[1]), torch.float32, 0, step).wait()
 
     def _search_for_all(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Rank 0: everybody's queries, one search, to everybody their answers; an error goes to everybody."""
         ranks = self.ranks
-        everybody, doc_ids, vectors, failure = [], None, None, None
-        try:
-            everybody = [queries, *self._receive_queries(queries.shape[1], n_docs, step)]
-            doc_ids, vectors = search_to_send(self.index, np.concatenate(everybody), n_docs)
-        except Exception as error:
-            failure = error
-        ranks.tell_the_others(step, failure, "" if vectors is None else "vectors follow")
-        bounds = np.cumsum([len(one) for one in everybody])[:-1]
-        ids_of = np.split(doc_ids, bounds)
-        vectors_of = [None] * ranks.size if vectors is None else np.split(vectors, bounds)
+        everybody, shapes, failure = self._gather(queries, n_docs, step)
+        ids_of, vectors_of = [np.zeros(shape, dtype=np.int64) for shape in shapes], None
+        if failure is None:
+            try:
+                doc_ids, vectors = search_to_send(self.index, np.concatenate(everybody), n_docs)
+                bounds = np.cumsum([len(one) for one in everybody])[:-1]
+                ids_of, vectors_of = (
+                    np.split(doc_ids, bounds),
+                    vectors if vectors is None else np.split(vectors, bounds),
+                )
+            except Exception as error:
+                failure = error
+        ranks.tell_the_others(step, failure, "" if vectors_of is None else "vectors follow", ids_of[1:])
+        if vectors_of is None:
+            return ids_of[0], None
         for rank in ranks.others:
-            ranks.send(ids_of[rank], rank, step)
-            if vectors is not None:
-                ranks.send(vectors_of[rank], rank, step)
+            ranks.send(vectors_of[rank], rank, step).wait()
         return ids_of[0], vectors_of[0]
 
-    def _receive_queries(self, dimension: int, n_docs: int, step: str) -> list[np.ndarray]:
-        """The other ranks' queries. Each is heard out, also after a failure: it is to hear of it, not to hang."""
+    def _gather(self, queries: np.ndarray, n_docs: int, step: str):
+        """Every rank's queries, the shape (B, n_docs) of ids that it asks for, and what went wrong, if anything did.
+
+        Each rank is heard out, also after a failure: it is to hear of it, not to hang.
+        """
         ranks, deadline = self.ranks, self.ranks.deadline()
-        received, failure = [], None
-        for rank in ranks.others:
+        everybody, shapes, failure = [queries], [(len(queries), n_docs)], None
+        for head in [ranks.receive((2,), torch.int64, rank, step) for rank in ranks.others]:
             try:
-                size, wanted = ranks.receive((2,), torch.int64, rank, step, deadline)
-                received.append(ranks.receive((int(size), dimension), torch.float32, rank, step, deadline))
-                if wanted != n_docs:
-                    raise RankError(f"{step}: rank {rank} asks for {wanted} passages a question, rank 0 for {n_docs}")
+                shapes.append(tuple(map(int, head.wait(deadline))))
+            except RankError as error:
+                shapes.append((0, n_docs))
+                failure = failure or error
+        rows = [(shape[0], queries.shape[1]) for shape in shapes]
+        for body in [ranks.receive(rows[rank], torch.float32, rank, step) for rank in ranks.others]:
+            try:
+                everybody.append(body.wait(deadline))
             except RankError as error:
                 failure = failure or error
-        if failure is not None:
-            raise failure
-        return received
+        for rank, (_, wanted) in enumerate(shapes):
+            if wanted != n_docs and failure is None:
+                failure = RankError(f"{step}: rank {rank} asks for {wanted} passages a question, rank 0 for {n_docs}")
+        return everybody, shapes, failure

