@@ -73,7 +73,7 @@ class Ranks:
         return Transfer(lambda: dist.irecv(tensor, src=source, group=self.group), tensor, problem, self.timeout)
 
     def send_outcome(self, to: int, step: str, error: Exception | None = None, text: str = "", values=()) -> None:
-        """Tell another rank that this one's part of a step went well, with a text and int64 values, or why it failed."""
+        """Tell another rank that this one's part of a step went well, with a text and int64 values, or why not."""
         if error is not None:
             text = str(error) if isinstance(error, UserError | RankError) else f"{type(error).__name__}: {error}"
         status = GOOD if error is None else USER_ERROR if isinstance(error, UserError) else ERROR
