@@ -5,8 +5,9 @@
         retriever.init_retrieval()              # collective where a process group is up
         retriever.retrieve(vectors, n_docs=5)   # not collective
 
-Query vectors travel to the least busy actor and ids come back; passages and their vectors are read on each rank. An
-actor that dies is restarted by Ray while the others answer. Ray is an optional package, imported where it is used.
+Each rank has an actor of its own to ask, shared evenly; where that one is busy, the least busy one is asked too and the
+first answer taken. Query vectors travel there and ids back; passages and their vectors are read on each rank. An actor
+that dies is restarted by Ray while the others answer. Ray is an optional package, imported where it is used.
 """
 
 import logging
@@ -14,9 +15,11 @@ import os
 import secrets
 import shutil
 import socket
+import statistics
 import tempfile
 import time
 import uuid
+from collections import deque
 from math import ceil
 
 import numpy as np
@@ -30,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Ray's queues and arrays on a cluster of our own: a batch of queries and ids is far below a megabyte.
 OBJECT_STORE_BYTES = 100 * 2**20
-# Workers that are free answer within this; those that do not are busy.
-SECONDS_TO_ANSWER = 0.002
+# Seconds beyond the usual after which a worker that has not answered counts as busy.
+SHORTEST_PATIENCE = 0.02
 
 
 class RagRayDistributedRetriever(RagKnowledgeRetriever):
@@ -63,7 +66,8 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
         self.retrieval_workers = retrieval_workers
         self.timeout = timeout
-        self.actors: list = []  # handles; among equally busy ones the first is asked
+        self.actors: list = []  # handles, the first is this rank's own
+        self.seconds: deque[float] = deque(maxlen=32)  # what the last retrievals took
 
     @classmethod
     def from_pretrained(cls, retriever_name_or_path, actor_handles, indexed_dataset=None, **kwargs):
@@ -86,42 +90,62 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
             _ask_all(self.actors, "init_retrieval", timeout=self.timeout)
 
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
-        """As the parent's, in the least busy actor; where that dies, in another."""
+        """As the parent's, in this rank's own actor; in the least busy one where that is busy, or has died."""
         import ray
 
         assert self.actors, "call init_retrieval() first"
-        deadline = time.monotonic() + self.timeout
-        actor = self.actors[0] if len(self.actors) == 1 else self._least_busy(deadline)
+        start = time.monotonic()
+        deadline = start + self.timeout
+        actor = self.actors[0]
         while True:
-            # Ray's own retries would wait for the restart of this actor, while another one is free.
-            answer = actor.retrieve.options(max_task_retries=0).remote(queries, n_docs)
+            # Ray's own retries would wait for the restart of an actor, while another one is free.
+            answers = [actor.retrieve.options(max_task_retries=0).remote(queries, n_docs)]
             try:
-                doc_ids, vectors = ray.get(answer, timeout=max(deadline - time.monotonic(), 0))
-                # Ray's arrays are read-only.
-                return doc_ids.copy(), self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
+                if len(self.actors) > 1 and (free := self._free_before(answers[0], actor, deadline)) is not None:
+                    answers.append(free.retrieve.options(max_task_retries=0).remote(queries, n_docs))
+                ready, _ = ray.wait(answers, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
+                if not ready:
+                    raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s")
+                doc_ids, vectors = ray.get(ready[0])
             except ray.exceptions.RayActorError as error:
                 logger.warning(f"a retrieval worker died, another is asked: {_first_line(error)}")
-                actor = self._least_busy(deadline)
-            except ray.exceptions.GetTimeoutError as error:
-                raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s") from error
+                actor = self._least_busy(self.actors, [], deadline)
+                continue
+            self.seconds.append(time.monotonic() - start)
+            # Ray's arrays are read-only.
+            return doc_ids.copy(), self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
 
-    def _least_busy(self, deadline: float):
-        """The actor that answers first: one answers its calls in turn, and when it was restarted once it is ready."""
+    def _free_before(self, answer, asked, deadline: float):
+        """An actor that is free while the one that was asked lets us wait; None if its answer comes first."""
         import ray
 
-        while self.actors:
-            calls = {actor.init_retrieval.remote(): actor for actor in self.actors}
-            ready, busy = ray.wait(list(calls), num_returns=len(calls), timeout=SECONDS_TO_ANSWER)
+        patience = min(SHORTEST_PATIENCE + 4 * statistics.median(self.seconds or [0]), deadline - time.monotonic())
+        if ray.wait([answer], timeout=max(patience, 0))[0]:
+            return None
+        return self._least_busy([actor for actor in self.actors if actor is not asked], [answer], deadline)
+
+    def _least_busy(self, actors: list, answers: list, deadline: float):
+        """The actor that answers first, None where one of `answers` comes before.
+
+        An actor answers its calls in turn, one that died when it was restarted.
+        """
+        import ray
+
+        calls = {actor.init_retrieval.remote(): actor for actor in actors}
+        while calls:
+            ready, _ = ray.wait([*answers, *calls], num_returns=1, timeout=max(deadline - time.monotonic(), 0))
             if not ready:
-                ready, _ = ray.wait(busy, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
-            if not ready:
-                raise TimeoutError(f"none of {len(calls)} retrieval workers was free within {self.timeout:g} s")
-            actor = calls[ready[0]]
+                raise TimeoutError(f"none of {len(self.actors)} retrieval workers was free within {self.timeout:g} s")
+            if ready[0] in answers:
+                return None
+            actor = calls.pop(ready[0])
             try:
                 ray.get(ready[0])
                 return actor
             except ray.exceptions.RayActorError:  # Ray does not restart it
                 self.actors.remove(actor)
+        if answers:
+            return None
         raise RuntimeError("every retrieval worker has died for good")
 
 

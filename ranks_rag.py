@@ -83,7 +83,7 @@ class Ranks:
             transfer.wait()
 
     def receive_outcome(self, source: int, step: str, size: int = 0) -> Callable[..., tuple[str, np.ndarray]]:
-        """Begin to hear another rank's `send_outcome` with `size` values.
+        """Begin to hear another rank's `send_outcome` with `size` integers.
 
         Returns a function that waits (until a deadline) for text and values; it raises the other rank's error.
         """
