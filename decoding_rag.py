@@ -294,7 +294,8 @@ class _Search:
         for length in range(1, self.config.max_length):
             prefixes = sequences[alive, :length]
             scores = self._step(prefixes[:, -1:], torch.zeros_like(alive)[:, None]).squeeze(1)  # (I, vocabulary)
-            tokens = self.processors(prefixes, scores).argmax(-1)
+            scores = self.processors(prefixes, scores)
+            tokens = scores.argmax(-1)
             sequences[alive, length] = tokens.masked_fill(over, self.decoder.pad)
             gained = scores.gather(1, tokens[:, None]).squeeze(1) - _logsumexp(scores)
             log_probs[alive] += gained.masked_fill(over, 0.0)

@@ -7,8 +7,7 @@
 
 The weights are random, scaled so that answers hang on the contexts; a bias on the end token, which grows from word to
 word, makes them 3 to 12 tokens long. transformers' side gets the contexts' attention mask handed to its inner
-`generate`, which leaves it
-out. Both sides read the same contexts, padded to the longest of the batch.
+`generate`, which leaves it out. Both sides read the same contexts, padded to the longest of the batch.
 """
 
 import datetime
