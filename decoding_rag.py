@@ -13,14 +13,11 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
+from torch.nn.functional import log_softmax
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
 
-# Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
-CHUNK_TOKENS = 2048
-# Rows of the output matrix in one pass of the scoring: the logits stay in the processor's cache.
-CHUNK_VOCABULARY = 8192
+from token_trees import CHUNK_TOKENS, Past, full_precision, tree_decoder
 
 
 @torch.no_grad()
@@ -56,72 +53,69 @@ def generate_answers(
     assert decoding in ("thorough", "fast"), decoding
     assert doc_scores.shape == (len(context_input_ids) // n_docs, n_docs), doc_scores.shape
     settings = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length, **generate_kwargs}
-    decoder = _decoder(model.generator)
+    decoder = tree_decoder(model.generator)
     lost = doc_scores.isneginf().all(1, keepdim=True)
     first = torch.arange(n_docs, device=doc_scores.device) == 0
-    doc_scores = _full_precision(doc_scores).masked_fill(lost & first, 0.0)
+    doc_scores = full_precision(doc_scores).masked_fill(lost & first, 0.0)
 
     if isinstance(model, RagTokenForGeneration):
         memory = decoder.read(context_input_ids, context_attention_mask)
         found = _Search(model, settings, decoder, memory, context_input_ids, log_softmax(doc_scores, -1)).run()
-        answers = [_trim(a, decoder.pad) for own in found.sequences for a in own[:num_return_sequences].tolist()]
-        return _stack(answers, decoder.pad, doc_scores.device)
+        answers = [own[:num_return_sequences] for own in _candidates(found.sequences, decoder.pad)]
+        return _stack(answers, num_return_sequences, decoder.pad, doc_scores.device)
 
     present = doc_scores.flatten() > float("-inf")  # (B * n_docs)
     context_input_ids = context_input_ids[present]
     memory = decoder.read(context_input_ids, context_attention_mask[present])
     found = _Search(model.generator, settings, decoder, memory, context_input_ids).run()
+    candidates = _candidates(found.sequences, decoder.pad)
     bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
     answers, document = [], 0
     for own_scores in doc_scores:
         doc_log_probs = log_softmax(own_scores[own_scores > float("-inf")], -1)  # (n)
         own = slice(document, document + len(doc_log_probs))
         document = own.stop
-        candidates = [tuple(_trim(c, decoder.pad)) for c in found.sequences[own].flatten(0, 1).tolist()]
-        distinct = list(dict.fromkeys(candidates))
+        pool = [candidate for beams in candidates[own] for candidate in beams]
+        distinct = list(dict.fromkeys(pool))
         if decoding == "fast":
-            scores = _beam_scores(distinct, candidates, found.log_probs[own] + doc_log_probs[:, None])
+            scores = _beam_scores(distinct, pool, found.log_probs[own] + doc_log_probs[:, None])
         else:
             scores = _marginal_log_probs(decoder, memory.select(own), distinct, doc_log_probs, bos)
-        if not do_deduplication:
-            scores, distinct = scores[[distinct.index(c) for c in candidates]], candidates
-        best = scores.topk(min(num_return_sequences, len(distinct))).indices.tolist()
-        answers += [distinct[i] for i in best] + [()] * (num_return_sequences - len(best))
-    return _stack(answers, decoder.pad, doc_scores.device)
+        if do_deduplication:
+            pool = distinct
+        else:
+            scores = scores[[distinct.index(candidate) for candidate in pool]]
+        best = scores.topk(min(num_return_sequences, len(pool))).indices.tolist()
+        answers.append([pool[i] for i in best])
+    return _stack(answers, num_return_sequences, decoder.pad, doc_scores.device)
 
 
-def _trim(tokens: list[int], pad_token_id: int) -> list[int]:
-    """Without the padding behind the last token."""
-    end = len(tokens)
-    while end and tokens[end - 1] == pad_token_id:
-        end -= 1
-    return tokens[:end]
+def _candidates(sequences: torch.Tensor, pad_token_id: int) -> list[list[tuple[int, ...]]]:
+    """Sequences (items, num_beams, T) without their padding; the decoder's first token and one more always stay."""
+
+    def trim(tokens: list[int]) -> tuple[int, ...]:
+        end = len(tokens)
+        while end > 2 and tokens[end - 1] == pad_token_id:
+            end -= 1
+        return tuple(tokens[:end])
+
+    return [[trim(tokens) for tokens in beams] for beams in sequences.tolist()]
 
 
-def _stack(answers: list, pad_token_id: int, device) -> torch.Tensor:
-    """Token lists of different lengths to (len(answers), T)."""
+def _stack(answers: list[list[tuple]], rows: int, pad_token_id: int, device) -> torch.Tensor:
+    """The token tuples of B questions, at most `rows` each, to (B * rows, T)."""
+    answers = [answer for own in answers for answer in own + [()] * (rows - len(own))]
     length = max(map(len, answers))
     return torch.tensor([[*a, *[pad_token_id] * (length - len(a))] for a in answers], dtype=torch.long, device=device)
-
-
-def _full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float32 at least: sums of 50,000 half-precision terms overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _logsumexp(x: torch.Tensor) -> torch.Tensor:
-    """`x.logsumexp(-1)`, on a CPU eight times as fast: of the two only log_softmax has a kernel of its own."""
-    return x.amax(-1) - log_softmax(x, -1).amax(-1)
 
 
 # ---- the score of a candidate answer to RAG-Sequence
 
 
-def _beam_scores(distinct: list, candidates: list, log_probs: torch.Tensor) -> torch.Tensor:
-    """log sum over the documents that found it of p(z) p(candidate | z): log_probs (n, num_beams) to (C)."""
-    log_probs = log_probs.flatten()
-    found = torch.tensor([[c == d for c in candidates] for d in distinct], device=log_probs.device)  # (C, candidates)
-    return log_probs.masked_fill(~found, float("-inf")).logsumexp(-1)
+def _beam_scores(distinct: list, pool: list, log_probs: torch.Tensor) -> torch.Tensor:
+    """log sum of p(z) p(candidate | z) over the documents that found it: the pool's log_probs (n, num_beams) to (C)."""
+    found = torch.tensor([[c == d for c in pool] for d in distinct], device=log_probs.device)  # (C, n * num_beams)
+    return log_probs.flatten().masked_fill(~found, float("-inf")).logsumexp(-1)
 
 
 def _marginal_log_probs(decoder, memory, candidates: list, doc_log_probs: torch.Tensor, bos: int | None):
@@ -165,11 +159,11 @@ def _edge_log_probs(decoder, memory, nodes: list, edges: list) -> torch.Tensor:
             ancestors[node] |= ancestors[parent]
     tokens = torch.tensor([token for _, token in nodes], device=device)
     depths, ancestors = torch.tensor(depths, device=device), ancestors.to(device)
-    places, targets = torch.tensor(edges, device=device).unbind(1)
-    log_probs = []
-    for documents in torch.arange(len(memory.mask), device=device).split(max(1, CHUNK_TOKENS // len(nodes))):
-        own = memory.select(documents)
-        hidden = decoder.decode(tokens.expand(len(documents), -1), depths, ancestors[None], own)
+    places, targets = torch.tensor(edges, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+    log_probs, step = [], max(1, CHUNK_TOKENS // len(nodes))
+    for first in range(0, len(memory.mask), step):
+        own = memory.select(slice(first, first + step))
+        hidden = decoder.decode(tokens.expand(len(own.mask), -1), depths, ancestors[None], own)
         log_probs.append(decoder.token_log_probs(hidden, places, targets))
     return torch.cat(log_probs)
 
@@ -226,7 +220,7 @@ class _Search:
         owner._prepare_special_tokens(self.config, True, device=self.device)
         owner._prepare_generated_length(self.config, False, False, "input_ids", 1, context_input_ids)
         self.stops = owner._get_stopping_criteria(self.config, StoppingCriteriaList())
-        self.past = _Past(capacity=1 + self.config.num_beams * (self.config.max_length - 1))
+        self.past = Past(capacity=1 + self.config.num_beams * (self.config.max_length - 1))
         self.ancestors = None  # (I, N, tokens in self.past)
         self._set_processors()
 
@@ -324,7 +318,7 @@ class _Search:
             beams = self._advance(beams, length)
             over = ~beams.improvable.squeeze(1) | (beams.finished.all(1) & (config.early_stopping is True))
             found.sequences[beams.item] = beams.sequences
-            found.log_probs[beams.item] = beams.scores * beams.lengths.squeeze(-1) ** config.length_penalty
+            found.log_probs[beams.item] = beams.scores * beams.lengths.squeeze(-1).float() ** config.length_penalty
             if over.all():
                 break
             if (rows := self._drop(over)) is not None:
@@ -383,204 +377,3 @@ class _Search:
             beams.item, running, running_scores, parents.squeeze(-1), sequences, finished_scores, lengths, finished,
             improvable,
         )  # fmt: skip
-
-
-# ---- trees of tokens that hang on documents
-
-
-@dataclass
-class _Memory:
-    """What the decoder reads of D documents: cross-attention keys and values (D, heads, S, head size) of each layer."""
-
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    mask: torch.Tensor  # (D, 1, 1, S) bool
-
-    def select(self, documents) -> "_Memory":
-        return _Memory([(keys[documents], values[documents]) for keys, values in self.layers], self.mask[documents])
-
-
-class _Past:
-    """Keys and values of the tokens decoded so far; they are appended and never moved."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.steps, self.length = capacity, 0, 0
-        self.depths = None  # (length) of each token in its tree
-        self.layers = []  # (2, D, heads, capacity, head size)
-
-    def grow(self, depths: torch.Tensor) -> None:
-        self.steps += 1
-        self.length += len(depths)
-        self.depths = depths if self.depths is None else torch.cat([self.depths, depths])
-
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        documents, heads, new, size = keys.shape
-        if layer == len(self.layers):
-            self.layers.append(keys.new_empty(2, documents, heads, self.capacity, size))
-        self.layers[layer][0, :, :, self.length - new : self.length] = keys
-        self.layers[layer][1, :, :, self.length - new : self.length] = values
-        return self.layers[layer][:, :, :, : self.length].unbind(0)
-
-    def select(self, documents: torch.Tensor) -> None:
-        for i, layer in enumerate(self.layers):
-            kept = layer.new_empty(2, len(documents), *layer.shape[2:])
-            kept[:, :, :, : self.length] = layer[:, documents, :, : self.length]
-            self.layers[i] = kept
-
-
-class _Decoder:
-    """A generator's encoder and decoder, the decoder over trees of tokens; the subclasses know their layers."""
-
-    def __init__(self, generator):
-        self.encoder, self.decoder, self.config = generator.get_encoder(), generator.get_decoder(), generator.config
-        self.pad = generator.config.pad_token_id
-        self.weight = generator.get_output_embeddings().weight  # (vocabulary, d)
-        self.bias = self.weight.new_zeros(len(self.weight))
-
-    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Memory:
-        """Encode contexts (D, S) in groups of similar length, so that little padding is encoded."""
-        lengths = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=input_ids.device)).amax(1)
-        order, layers = lengths.argsort(), None
-        lengths = lengths[order].tolist()
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * lengths[stop] <= CHUNK_TOKENS:
-                stop += 1
-            rows, length = order[start:stop], lengths[stop - 1]
-            encoded = self.encoder(input_ids[rows, :length], attention_mask=attention_mask[rows, :length])[0]
-            projected = [
-                (self.heads(key(encoded)), self.heads(value(encoded))) for key, value in self.cross_projections()
-            ]
-            if layers is None:
-                shape = len(order), projected[0][0].shape[1], lengths[-1], projected[0][0].shape[3]
-                layers = [(encoded.new_zeros(shape), encoded.new_zeros(shape)) for _ in projected]
-            for (keys, values), (new_keys, new_values) in zip(layers, projected, strict=True):
-                keys[rows, :, :length], values[rows, :, :length] = new_keys, new_values
-            start = stop
-        return _Memory(layers, attention_mask[:, None, None, : lengths[-1]].bool())
-
-    def decode(self, tokens, depths, ancestors, memory: _Memory, past: _Past | None = None) -> torch.Tensor:
-        """Last hidden states of tokens (D, N) that hang on D documents, (D, N, d).
-
-        Args:
-            depths: (N), 0 for the decoder's first token.
-            ancestors: (D or 1, N, tokens in `past` and these), True where a token attends.
-        """
-        if past is None:
-            key_depths = depths
-        else:
-            past.grow(depths)
-            key_depths = past.depths
-        bias = self.self_attention_bias(ancestors[:, None], depths, key_depths)
-        hidden = self.embed(tokens, depths)
-        for i, (layer, (memory_keys, memory_values)) in enumerate(zip(self.layers(), memory.layers, strict=True)):
-
-            def attend_self(query, keys, values, i=i):
-                keys, values = self.heads(keys), self.heads(values)
-                if past is not None:
-                    keys, values = past.append(i, keys, values)
-                return self.attend(query, keys, values, bias)
-
-            def attend_memory(query, keys=memory_keys, values=memory_values):
-                return self.attend(query, keys, values, memory.mask)
-
-            hidden = self.apply(layer, hidden, attend_self, attend_memory)
-        return self.finish(hidden)
-
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(D, N, d) to (D, heads, N, head size)."""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-
-    def attend(self, query, keys, values, mask) -> torch.Tensor:
-        attended = scaled_dot_product_attention(self.heads(query), keys, values, attn_mask=mask, scale=self.scale)
-        return attended.transpose(1, 2).flatten(2)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _full_precision(linear(hidden, self.weight, self.bias))
-
-    def token_log_probs(self, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p(targets | hidden[:, places]): (n, N, d), (E), (E) to (n, E), without all logits at a time."""
-        chunks = zip(self.weight.split(CHUNK_VOCABULARY), self.bias.split(CHUNK_VOCABULARY), strict=True)
-        normalizers = [_logsumexp(_full_precision(linear(hidden, weight, bias))) for weight, bias in chunks]
-        normalizer = torch.stack(normalizers).logsumexp(0)  # (n, N)
-        logits = _full_precision(hidden[:, places] * self.weight[targets]).sum(-1) + self.bias[targets]
-        return logits - normalizer[:, places]
-
-
-class _BartDecoder(_Decoder):
-    def __init__(self, generator):
-        super().__init__(generator)
-        self.n_heads, self.scale = self.config.decoder_attention_heads, None
-        self.bias = generator.final_logits_bias[0]
-
-    def layers(self):
-        return self.decoder.layers
-
-    def cross_projections(self):
-        return [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in self.decoder.layers]
-
-    def embed(self, tokens, depths):
-        positions = self.decoder.embed_positions(tokens, position_ids=depths)
-        return self.decoder.layernorm_embedding(self.decoder.embed_tokens(tokens) + positions)
-
-    def self_attention_bias(self, ancestors, depths, key_depths):
-        return ancestors
-
-    def apply(self, layer, hidden, attend_self, attend_memory):
-        own, cross = layer.self_attn, layer.encoder_attn
-        attended = own.out_proj(attend_self(own.q_proj(hidden), own.k_proj(hidden), own.v_proj(hidden)))
-        hidden = layer.self_attn_layer_norm(hidden + attended)
-        hidden = layer.encoder_attn_layer_norm(hidden + cross.out_proj(attend_memory(cross.q_proj(hidden))))
-        return layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
-
-    def finish(self, hidden):
-        return hidden
-
-
-class _T5Decoder(_Decoder):
-    def __init__(self, generator):
-        super().__init__(generator)
-        self.n_heads, self.scale = self.config.num_heads, 1.0
-
-    def layers(self):
-        return self.decoder.block
-
-    def cross_projections(self):
-        return [(block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v) for block in self.decoder.block]
-
-    def embed(self, tokens, depths):
-        return self.decoder.embed_tokens(tokens)
-
-    def self_attention_bias(self, ancestors, depths, key_depths):
-        """T5's bias by distance, (D or 1, heads, N, keys): a distance in the tree is one in the sequence."""
-        first = self.decoder.block[0].layer[0].SelfAttention
-        buckets = first._relative_position_bucket(
-            key_depths - depths[:, None],
-            bidirectional=False,
-            num_buckets=first.relative_attention_num_buckets,
-            max_distance=first.relative_attention_max_distance,
-        )
-        bias = first.relative_attention_bias(buckets).permute(2, 0, 1)
-        return bias.masked_fill(~ancestors, float("-inf"))
-
-    def apply(self, block, hidden, attend_self, attend_memory):
-        own, cross, feed_forward = block.layer
-        normed, attention = own.layer_norm(hidden), own.SelfAttention
-        hidden = hidden + attention.o(attend_self(attention.q(normed), attention.k(normed), attention.v(normed)))
-        attention = cross.EncDecAttention
-        hidden = hidden + attention.o(attend_memory(attention.q(cross.layer_norm(hidden))))
-        return feed_forward(hidden)
-
-    def finish(self, hidden):
-        hidden = self.decoder.final_layer_norm(hidden)
-        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
-
-
-DECODERS = {"bart": _BartDecoder, "t5": _T5Decoder}
-
-
-def _decoder(generator) -> _Decoder:
-    if generator.config.model_type not in DECODERS:
-        known = " and ".join(DECODERS)
-        raise ValueError(f"a RAG model's generator must be {known}, not {generator.config.model_type}")
-    return DECODERS[generator.config.model_type](generator)

@@ -19,6 +19,7 @@ FLOORS = [
         "pooled_encoder",
         "passages_rag",
         "ranks_rag",
+        "token_trees",
         "hub_rag",
     },
     {"finetune_arguments_rag", "index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},

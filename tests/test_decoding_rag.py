@@ -159,6 +159,7 @@ def test_same_token_ids_as_transformers(kind, model_class, num_beams):
         {"early_stopping": "never", "length_penalty": 2.0, "num_beams": 2},
         {"forced_bos_token_id": 5, "forced_eos_token_id": 6},
         {"eos_token_id": [1, 2, 16], "num_beams": 3},
+        {"length_penalty": -1},
         {"encoder_no_repeat_ngram_size": 1},
     ],
     ids=lambda s: "-".join(s),
@@ -323,6 +324,15 @@ def test_rows_without_a_candidate_are_padding():
     answers = generate_answers(model, *same, n_docs=N_DOCS, num_beams=1, num_return_sequences=2, max_length=MAX_LENGTH)
     assert len(answers) == 2 * QUESTIONS
     assert (answers[1::2] == 1).all() and not (answers[::2] == 1).all(1).any()
+
+
+def test_answers_without_a_word():
+    """An untrained T5 may decode nothing but padding."""
+    model = make_rag(RagSequenceForGeneration, make_t5(0))
+    model.generator.generation_config.suppress_tokens = None
+    nn.init.zeros_(model.generator.lm_head.weight)
+    answers = generate_answers(model, *make_contexts(0), n_docs=N_DOCS, num_beams=1, max_length=MAX_LENGTH)
+    assert answers.tolist() == [[0, 0]] * QUESTIONS
 
 
 @pytest.mark.parametrize(
