@@ -72,15 +72,17 @@ class Ranks:
         problem = f"{step}: rank {source} {hint}"
         return Transfer(lambda: dist.irecv(tensor, src=source, group=self.group), tensor, problem, self.timeout)
 
-    def send_outcome(self, to: int, step: str, error: Exception | None = None, text: str = "", values=()) -> None:
-        """Tell another rank that this one's part of a step went well, with a text and int64 values, or why not."""
+    def send_outcome(self, to: int, step: str, error: Exception | None = None, text: str = "", values=()) -> list:
+        """Tell another rank that this one's part of a step went well, with a text and int64 values, or why not.
+
+        Returns the transfers to wait for.
+        """
         if error is not None:
             text = str(error) if isinstance(error, UserError | RankError) else f"{type(error).__name__}: {error}"
         status = GOOD if error is None else USER_ERROR if isinstance(error, UserError) else ERROR
         message = np.frombuffer(text.encode(), dtype=np.uint8).copy()
         head = np.concatenate([[status, message.size], np.ravel(values)]).astype(np.int64)
-        for transfer in [self.send(head, to, step), self.send(message, to, step)]:
-            transfer.wait()
+        return [self.send(head, to, step), self.send(message, to, step)]
 
     def receive_outcome(self, source: int, step: str, size: int = 0) -> Callable[..., tuple[str, np.ndarray]]:
         """Begin to hear another rank's `send_outcome` with `size` integers.
@@ -120,7 +122,8 @@ class Ranks:
         except Exception as error:
             failure = error
         if self.rank != 0:
-            self.send_outcome(0, step, failure)
+            for transfer in self.send_outcome(0, step, failure):
+                transfer.wait()
             self.receive_outcome(0, step)()
             return
         deadline = self.deadline()
@@ -138,9 +141,14 @@ class Ranks:
         Args:
             values: for each of the others the values it waits for.
         """
-        for rank in self.others:
+        transfers = [
+            transfer
+            for rank in self.others
+            for transfer in self.send_outcome(rank, step, failure, text, values[rank - 1] if values else ())
+        ]
+        for transfer in transfers:
             try:
-                self.send_outcome(rank, step, failure, text, values[rank - 1] if values else ())
+                transfer.wait()
             except RankError as error:  # the others are still to hear it
                 failure = failure or error
         if failure is not None:
