@@ -8,6 +8,7 @@ A token attends to its ancestors in the tree and to its document. A beam search 
 `Past` keeps its keys and values and never moves them. Candidate answers are one tree, whose beginnings they share.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,16 @@ class Past:
             self.layers[i] = kept
 
 
+def _groups_of_similar_length(lengths: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """Rows of about CHUNK_TOKENS tokens together, and the length of the longest, so that little padding is encoded."""
+    order = lengths.argsort()
+    lengths, start = lengths[order].tolist(), 0
+    for stop in range(1, len(lengths) + 1):
+        if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > CHUNK_TOKENS:
+            yield order[start:stop], lengths[stop - 1]
+            start = stop
+
+
 class TreeDecoder:
     """A generator's encoder and decoder, the decoder over trees of tokens; the subclasses know their layers."""
 
@@ -78,27 +89,19 @@ class TreeDecoder:
         self.bias = self.weight.new_zeros(len(self.weight))
 
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
-        """Encode contexts (D, S) in groups of similar length, so that little padding is encoded."""
+        """Encode contexts (D, S) and project what cross-attention reads of them."""
         lengths = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=input_ids.device)).amax(1)
-        order, layers = lengths.argsort(), None
-        lengths = lengths[order].tolist()
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * lengths[stop] <= CHUNK_TOKENS:
-                stop += 1
-            rows, length = order[start:stop], lengths[stop - 1]
+        longest, layers = int(lengths.max()), []
+        for rows, length in _groups_of_similar_length(lengths):
             encoded = self.encoder(input_ids[rows, :length], attention_mask=attention_mask[rows, :length])[0]
-            projected = [
-                (self.heads(key(encoded)), self.heads(value(encoded))) for key, value in self.cross_projections()
-            ]
-            if layers is None:
-                shape = len(order), projected[0][0].shape[1], lengths[-1], projected[0][0].shape[3]
-                layers = [(encoded.new_zeros(shape), encoded.new_zeros(shape)) for _ in projected]
-            for (keys, values), (new_keys, new_values) in zip(layers, projected, strict=True):
-                keys[rows, :, :length], values[rows, :, :length] = new_keys, new_values
-            start = stop
-        return Memory(layers, attention_mask[:, None, None, : lengths[-1]].bool())
+            for i, projections in enumerate(self.cross_projections()):
+                for j, projection in enumerate(projections):
+                    projected = self.heads(projection(encoded))  # (rows, heads, length, head size)
+                    if i == len(layers):
+                        documents, heads, _, size = len(lengths), *projected.shape[1:]
+                        layers.append(projected.new_zeros(2, documents, heads, longest, size))
+                    layers[i][j, rows, :, :length] = projected
+        return Memory([tuple(layer) for layer in layers], attention_mask[:, None, None, :longest].bool())
 
     def decode(self, tokens, depths, ancestors, memory: Memory, past: Past | None = None) -> torch.Tensor:
         """Last hidden states of tokens (D, N) that hang on D documents, (D, N, d).
