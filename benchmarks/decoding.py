@@ -221,7 +221,7 @@ def main(args: BenchmarkArguments) -> list[dict]:
         return [{"different": compare(args, c)} for c in (RagSequenceForGeneration, RagTokenForGeneration)]
     generator, rounds = make_generator(args.size, 0), 1 if args.short else args.rounds
     return [
-        measure(args, RagSequenceForGeneration, generator, 1 if args.short else 3, rounds),
+        measure(args, RagSequenceForGeneration, generator, 1 if args.short else 2, rounds),
         measure(args, RagTokenForGeneration, generator, args.batch_size, rounds),
     ]
 
