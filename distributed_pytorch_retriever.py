@@ -75,7 +75,7 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         ids_of, vectors_of = [np.zeros(shape, dtype=np.int64) for shape in shapes], None
         if failure is None:
             try:
-                doc_ids, vectors = search_to_send(self.index, np.concatenate(everybody), n_docs)
+                _, doc_ids, vectors = search_to_send(self.index, np.concatenate(everybody), n_docs)
                 bounds = np.cumsum([len(one) for one in everybody])[:-1]
                 ids_of, vectors_of = (
                     np.split(doc_ids, bounds),

@@ -6,10 +6,15 @@
     docs = index.get_doc_dicts(doc_ids)
 
 Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy. The id of
-a passage is its row number; -1 marks a slot for which FAISS found no passage: a zero vector, empty title and text.
+a passage is its row number; -1 marks a slot for which no passage was found: a zero vector, empty title and text.
+
+An index may be cut into shards, so that it can be larger than a machine: then its path is a folder with a FAISS file
+for each, named by the rows it holds. Rows are counted from 0 in every file.
 """
 
+import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +23,10 @@ import faiss
 import numpy as np
 
 from cli_rag import UserError, raise_problems
+from device_search_rag import DeviceSearch, DeviceUnavailableError
 from utils_rag import load_json, save_json
+
+logger = logging.getLogger(__name__)
 
 PASSAGE_COLUMNS = ("title", "text", "embeddings")
 DESCRIPTION_FILE = "index.json"
@@ -53,9 +61,11 @@ class EmbeddingColumn:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def blocks(self, size: int = 65536) -> Iterable[np.ndarray]:
-        """All vectors in order, as float32 arrays of at most `size` rows."""
-        for chunk in self.chunks:
+    def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
+        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
+        rows = range(len(self)) if rows is None else rows
+        for chunk, first in zip(self.chunks, self.starts, strict=False):
+            chunk = chunk[max(rows.start - first, 0) : max(rows.stop - first, 0)]
             for start in range(0, len(chunk), size):
                 yield np.ascontiguousarray(chunk[start : start + size], dtype=np.float32)
 
@@ -93,6 +103,12 @@ class IndexVectors:
             vectors[found] = self.faiss_index.reconstruct_batch(ids[found])[:, : self.dimension]
         return vectors
 
+    def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
+        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
+        rows = range(self.faiss_index.ntotal) if rows is None else rows
+        for start in range(rows.start, rows.stop, size):
+            yield self.gather(np.arange(start, min(start + size, rows.stop)))
+
 
 class KnowledgeIndex:
     """Passages with embeddings and a FAISS index over them, behind transformers' `Index` interface.
@@ -104,13 +120,18 @@ class KnowledgeIndex:
         passages: dataset with the columns title (str), text (str) and, unless `vectors_from` is "index", embeddings
             (lists of `vector_size` floats).
         vector_size: dimension d of the embeddings and of the queries.
-        index_path: the FAISS file; None when `faiss_index` is given.
+        index_path: the FAISS file, or a folder of shards; None when `faiss_index` is given.
         faiss_index: an index in memory, over the passages in their order.
         vectors_from: where the vectors that are returned come from. "passages": their embeddings, which every process
             can read; "index": what the FAISS index gives back of them, which only a process that opened it can.
         ef_search: candidates that an HNSW search keeps; None for the index's own.
         nprobe: lists that an IVF search visits; None for the index's own.
+        device: "cuda", "cuda:1" or "cpu" compares the questions with all vectors, held there in half precision; where
+            that cannot be, and with None, FAISS searches.
         index_flag: the flag that gave the index, for the messages.
+
+    Attributes:
+        fallback: why the device is not used, if it was to be.
 
     Raises:
         UserError: a column is missing, or dimension or count of passages, index and model do not fit each other.
@@ -121,7 +142,7 @@ class KnowledgeIndex:
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,
         vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
-        index_flag: str = "--index_path",
+        device: str | None = None, index_flag: str = "--index_path",
     ):  # fmt: skip
         needed = PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2]
         missing = [name for name in needed if name not in passages.column_names]
@@ -141,24 +162,29 @@ class KnowledgeIndex:
         self.index_path = index_path
         self.index_flag = index_flag
         self.effort = {"efSearch": ef_search, "nprobe": nprobe}
+        self.device = device
+        self.fallback: str | None = None
+        self.device_search: DeviceSearch | None = None
         self.faiss_index = None
+        self.rows = range(len(self))  # those that are searched: of one shard fewer than all
         if faiss_index is not None:
             self._accept(faiss_index)
 
     @classmethod
-    def load_from_disk(cls, vector_size: int, passages_path, index_path, **effort) -> "KnowledgeIndex":
-        """Map the two parts that `use_own_knowledge_dataset.py` leaves; the FAISS file only at `init_index`.
+    def load_from_disk(cls, vector_size: int, passages_path, index_path, **search) -> "KnowledgeIndex":
+        """Map the two parts that `use_own_knowledge_dataset.py` leaves; FAISS files only at `init_index`.
 
-        `effort` is ef_search and nprobe.
+        `search` is ef_search, nprobe and device.
         """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
         if passages_path is None or not (Path(passages_path) / "dataset_info.json").is_file():
             problems.append(f"--passages_path {passages_path} is not a folder of passages; {remedy}")
-        if index_path is None or not Path(index_path).is_file():
-            problems.append(f"--index_path {index_path} is not a FAISS index file; {remedy}")
+        is_file = index_path is not None and Path(index_path).is_file()
+        if not is_file and not (index_path is not None and shard_files(index_path)):
+            problems.append(f"--index_path {index_path} is not a FAISS index file, nor a folder of shards; {remedy}")
         raise_problems(problems)
-        return cls(datasets.load_from_disk(str(passages_path)), vector_size, index_path=str(index_path), **effort)
+        return cls(datasets.load_from_disk(str(passages_path)), vector_size, index_path=str(index_path), **search)
 
     @classmethod
     def from_dataset(cls, indexed_dataset, vector_size: int) -> "KnowledgeIndex":
@@ -167,19 +193,76 @@ class KnowledgeIndex:
             raise UserError("indexed_dataset has no index; call indexed_dataset.add_faiss_index('embeddings') first")
         return cls(indexed_dataset, vector_size, faiss_index=indexed_dataset.get_index("embeddings").faiss_index)
 
-    def is_initialized(self) -> bool:
-        return self.faiss_index is not None
+    @property
+    def num_shards(self) -> int:
+        """FAISS files that the index consists of."""
+        return len(self._files())
 
-    def init_index(self) -> None:
-        """Map the FAISS file; a second call does nothing."""
-        if not self.is_initialized():
+    def _files(self) -> list[tuple[str, int, int]]:
+        """The FAISS files, each with the rows it holds."""
+        if self.index_path is not None and Path(self.index_path).is_dir():
+            return [(str(path), start, end) for path, start, end in shard_files(self.index_path)]
+        return [(self.index_path, 0, len(self))]
+
+    def is_initialized(self) -> bool:
+        return self.faiss_index is not None or self.device_search is not None
+
+    def init_index(self, shard: int | None = None) -> None:
+        """Map the FAISS file, or all shards of it, or the one of this number; a second call does nothing."""
+        if self.is_initialized():
+            return
+        files = self._files()
+        self._check_rows(files)
+        files = files if shard is None else [files[shard]]
+        self.rows = range(files[0][1], files[-1][2])
+        if self.device is not None and self.vectors_from == "passages":
+            self._search_on_device()
+        if self.device_search is None:
+            self._accept(self._map(files))
+        if self.device is not None and self.vectors_from == "index":
+            self._search_on_device()
+
+    def _check_rows(self, files: list[tuple[str, int, int]]) -> None:
+        """The rows of the shards follow each other."""
+        expected = 0
+        for _, start, end in files:
+            if start != expected:
+                raise UserError(
+                    f"{self.index_flag} {self.index_path}: its shards do not hold row {min(start, expected)} exactly "
+                    "once; put all of one index there, and no other"
+                )
+            expected = end
+        if expected != len(self):
+            raise UserError(_other_count(self.index_flag, self.index_path, expected, len(self)))
+
+    def _map(self, files: list[tuple[str, int, int]]):
+        """The FAISS index of these files, the rows of one behind those of the other."""
+        parts = []
+        for path, start, end in files:
             try:
-                self._accept(faiss.read_index(self.index_path, faiss.IO_FLAG_MMAP_IFC))
+                parts.append(faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC))
             except RuntimeError as error:
                 raise UserError(
-                    f"{self.index_flag} {self.index_path} is not a whole FAISS index "
-                    f"({str(error).splitlines()[0]}); build or fetch it again"
+                    f"{self.index_flag} {path} is not a whole FAISS index ({str(error).splitlines()[0]}); build or "
+                    "fetch it again"
                 ) from error
+            if parts[-1].ntotal != end - start:
+                raise UserError(_other_count(self.index_flag, path, parts[-1].ntotal, end - start))
+        if len(parts) == 1:
+            return parts[0]
+        whole = faiss.IndexShards(parts[0].d, False, True)  # one after the other, each with all threads
+        for part in parts:
+            whole.add_shard(part)
+        return whole
+
+    def _search_on_device(self) -> None:
+        try:
+            self.device_search = DeviceSearch(
+                self.embeddings.blocks(rows=self.rows), len(self.rows), self.vector_size, self.device
+            )
+        except DeviceUnavailableError as error:
+            self.fallback = f"--index_device {self.device}: {error}; FAISS searches instead"
+            logger.warning(self.fallback)
 
     def _accept(self, faiss_index) -> None:
         problems = []
@@ -189,11 +272,8 @@ class KnowledgeIndex:
                 f"{self.index_flag} {self.index_path} has dimension {dimension}, but the question encoder gives "
                 f"{self.vector_size}; build the index with the matching context encoder"
             )
-        if faiss_index.ntotal != len(self):
-            problems.append(
-                f"{self.index_flag} {self.index_path} holds {faiss_index.ntotal} vectors, but there are {len(self)} "
-                "passages; take the two that were built together"
-            )
+        if faiss_index.ntotal != len(self.rows):
+            problems.append(_other_count(self.index_flag, self.index_path, faiss_index.ntotal, len(self.rows)))
         raise_problems(problems + self._set_effort(faiss_index))
         self.faiss_index = faiss_index
         if self.vectors_from == "index":
@@ -208,7 +288,7 @@ class KnowledgeIndex:
             try:
                 faiss.ParameterSpace().set_index_parameter(faiss_index, name, value)
             except RuntimeError:
-                kind = type(faiss.downcast_index(faiss_index)).__name__
+                kind = type(_one_of(faiss_index)).__name__
                 problems.append(f"{flag} {value}: an index of kind {kind} has no such setting; leave it out")
         return problems
 
@@ -217,7 +297,11 @@ class KnowledgeIndex:
 
     def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B, n_docs) float32 and ids (B, n_docs) int64 of the largest inner products, best first."""
-        return self.faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), n_docs)
+        searcher = self.device_search or self.faiss_index
+        scores, ids = searcher.search(np.ascontiguousarray(queries, dtype=np.float32), n_docs)
+        if self.rows.start:
+            ids[ids >= 0] += self.rows.start
+        return scores, ids
 
     def get_top_docs(self, question_hidden_states: np.ndarray, n_docs: int = 5) -> tuple[np.ndarray, np.ndarray]:
         """One search for the whole batch, one gather.
@@ -246,10 +330,15 @@ class KnowledgeIndex:
 
     def settings(self) -> dict:
         """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe, vectors' origin."""
-        index = faiss.downcast_index(self.faiss_index)
+        size = {"passages": len(self), "dimension": self.vector_size}
+        if self.device_search is not None:
+            return self.device_search.settings() | size
+        index = _one_of(self.faiss_index)
         if isinstance(index, faiss.IndexPreTransform):
             index = faiss.downcast_index(index.index)
-        settings = {"kind": type(index).__name__, "passages": len(self), "dimension": self.vector_size}
+        settings = {"kind": type(index).__name__} | size
+        if isinstance(self.faiss_index, faiss.IndexShards):
+            settings["shards"] = self.faiss_index.count()
         graph = faiss.downcast_index(index.quantizer) if isinstance(index, faiss.IndexIVF) else index
         if hasattr(graph, "hnsw"):
             settings["ef_search"] = graph.hnsw.efSearch
@@ -260,12 +349,26 @@ class KnowledgeIndex:
         return settings
 
 
-def search_effort(config) -> dict:
-    """ef_search and nprobe of a `RagConfig`, which has them only where they were set."""
-    return {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
+def _one_of(faiss_index):
+    """A FAISS index by its own class; of shards, which are all of one kind, the first."""
+    if isinstance(faiss_index, faiss.IndexShards):
+        faiss_index = faiss_index.at(0)
+    return faiss.downcast_index(faiss_index)
 
 
-def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _other_count(flag: str, path, found: int, expected: int) -> str:
+    return (
+        f"{flag} {path} holds {found} vectors, but there are {expected} passages; take the two that were built together"
+    )
+
+
+def search_settings(config) -> dict:
+    """ef_search, nprobe and device of a `RagConfig`, which has them only where they were set."""
+    effort = {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
+    return effort | {"device": getattr(config, "index_device", None)}
+
+
+def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
     """A search on behalf of another process, which has mapped the same passages.
 
     Args:
@@ -274,17 +377,43 @@ def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray,
         n_docs: passages a query.
 
     Returns:
-        doc_ids (B, n_docs) int64 and the embeddings (B, n_docs, d) float32, but None in place of these where the other
-        process can read them itself.
+        scores (B, n_docs) float32, doc_ids (B, n_docs) int64 and the embeddings (B, n_docs, d) float32; but None in
+        place of the embeddings where the other process can read them itself, else of the scores.
     """
     if isinstance(index, KnowledgeIndex) and index.vectors_from == "passages":
-        return index.search(queries, n_docs)[1], None
+        return *index.search(queries, n_docs), None
     doc_ids, vectors = index.get_top_docs(queries, n_docs)
     shape = (len(queries), n_docs)  # transformers' legacy index loses it where there are no queries
     return (
+        None,
         np.asarray(doc_ids, dtype=np.int64).reshape(shape),
         np.asarray(vectors, dtype=np.float32).reshape(*shape, queries.shape[1]),
     )
+
+
+def best_of_shards(answers: list[tuple[np.ndarray, np.ndarray]], n_docs: int) -> np.ndarray:
+    """The ids (B, n_docs) int64 of the largest scores among those that every shard found.
+
+    Args:
+        answers: scores (B, n) float32 and ids (B, n) int64 of each shard, in the order of their rows.
+    """
+    scores, ids = (np.concatenate(parts, axis=1) for parts in zip(*answers, strict=True))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :n_docs]  # what is missing scores least
+    return np.take_along_axis(ids, best, axis=1)
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def shard_path(folder: str | os.PathLike, start: int, end: int) -> Path:
+    """The FAISS file of the rows from `start` to before `end`, in the folder of an index that is cut into shards."""
+    return Path(folder) / f"rows-{start:012d}-{end:012d}.faiss"
+
+
+def shard_files(folder: str | os.PathLike) -> list[tuple[Path, int, int]]:
+    """The FAISS files of such a folder, each with its first row and the one behind its last, in the rows' order."""
+    found = [(path, re.fullmatch(r"rows-(\d+)-(\d+)\.faiss", path.name)) for path in Path(folder).glob("rows-*.faiss")]
+    return sorted(((path, int(rows[1]), int(rows[2])) for path, rows in found if rows), key=lambda file: file[1:])
 
 
 def build_faiss_index(blocks: Iterable[np.ndarray], dimension: int, m: int = 128):

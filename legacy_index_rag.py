@@ -25,7 +25,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from cli_rag import UserError, check_file, raise_problems
-from index_rag import KnowledgeIndex, search_effort
+from index_rag import KnowledgeIndex, search_settings
 
 INDEX_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index.dpr"
 IDS_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index_meta.dpr"
@@ -43,14 +43,14 @@ class LegacyIndex(KnowledgeIndex):
         passage_ids: (N,) int64, the passage's id for each vector of the FAISS index.
         vector_size: dimension d of the queries; the FAISS index has d + 1.
         index_path: the FAISS file.
-        effort: ef_search and nprobe.
+        search: ef_search, nprobe and device.
     """
 
     extra_dimensions = 1
 
-    def __init__(self, passages: Dataset, passage_ids: np.ndarray, vector_size: int, index_path: str, **effort):
-        super().__init__(passages, vector_size, index_path=index_path, vectors_from="index", **effort)
-        self.passage_ids = passage_ids
+    def __init__(self, passages: Dataset, passage_ids: np.ndarray, vector_size: int, index_path: str, **search):
+        self.passage_ids = passage_ids  # as many as there are vectors
+        super().__init__(passages, vector_size, index_path=index_path, vectors_from="index", **search)
         ids_in_file = passages.data.column("id").to_numpy()
         self.order = np.argsort(ids_in_file, kind="stable")  # rows by their id
         self.sorted_ids = ids_in_file[self.order]
@@ -70,8 +70,11 @@ class LegacyIndex(KnowledgeIndex):
         return np.einsum("bd,bnd->bn", queries, vectors).astype(np.float32), doc_ids
 
     def get_top_docs(self, question_hidden_states: np.ndarray, n_docs: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        longer = np.pad(question_hidden_states.astype(np.float32), ((0, 0), (0, 1)))  # (B, d + 1)
-        _, places = self.faiss_index.search(longer, n_docs)
+        queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
+        if self.device_search is not None:  # inner products: no extra dimension
+            _, places = self.device_search.search(queries, n_docs)
+        else:
+            _, places = self.faiss_index.search(np.pad(queries, ((0, 0), (0, 1))), n_docs)
         found = places >= 0
         doc_ids = np.full(places.shape, -1, dtype=np.int64)
         doc_ids[found] = self.passage_ids[places[found]]
@@ -108,7 +111,7 @@ def open_legacy(config) -> LegacyIndex:
     raise_problems(_trust_problems(folder / IDS_FILE))
     ids = _read_ids(folder / IDS_FILE)
     passages = _passages(passages_file)
-    return LegacyIndex(passages, ids, config.retrieval_vector_size, str(folder / INDEX_FILE), **search_effort(config))
+    return LegacyIndex(passages, ids, config.retrieval_vector_size, str(folder / INDEX_FILE), **search_settings(config))
 
 
 # --- Passages ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Neither torch nor transformers is imported: an actor that only searches is back 
 """
 
 from cli_rag import UserError
-from index_rag import KnowledgeIndex, search_effort
+from index_rag import KnowledgeIndex, search_settings
 from legacy_index_rag import open_legacy
 from wiki_dpr_rag import open_wiki_dpr
 
@@ -15,7 +15,7 @@ from wiki_dpr_rag import open_wiki_dpr
 def open_custom(config) -> KnowledgeIndex:
     """The two parts that `use_own_knowledge_dataset.py` leaves, at passages_path and index_path."""
     return KnowledgeIndex.load_from_disk(
-        config.retrieval_vector_size, config.passages_path, config.index_path, **search_effort(config)
+        config.retrieval_vector_size, config.passages_path, config.index_path, **search_settings(config)
     )
 
 

@@ -31,10 +31,12 @@ class RayRetriever:
     Args:
         config: `RagConfig`, or what `index_config` makes of it.
         workers_on_node: actors among which the node's cores are shared.
+        shard: number of the one shard of the index that is held; None for all.
     """
 
-    def __init__(self, config=None, workers_on_node: int = 1):
+    def __init__(self, config=None, workers_on_node: int = 1, shard: int | None = None):
         self.config = config
+        self.shard = shard
         self.index = None
         # Ray sets OMP_NUM_THREADS to 1 for an actor that reserves no more cores.
         faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_on_node))
@@ -47,14 +49,24 @@ class RayRetriever:
         if self.index is None:
             self.index = open_index(config) if index is None else index
 
-    def init_retrieval(self) -> None:
-        """Open the index; a second call does nothing, so that it also asks whether the actor is ready."""
+    def init_retrieval(self) -> str | None:
+        """Open the index; a second call does nothing, so that it also asks whether the actor is ready.
+
+        Returns:
+            Why a device that was to search does not, if so.
+        """
         self.create_rag_retriever(self.config, None, None, None)
         if not self.index.is_initialized():
-            self.index.init_index()
+            self.index.init_index(*([] if self.shard is None else [self.shard]))  # transformers' take no argument
+        return getattr(self.index, "fallback", None)
+
+    def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """One search for the whole batch, among all passages or those of the shard; see `search_to_send`."""
+        self.init_retrieval()
+        return search_to_send(self.index, queries, n_docs)
 
     def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """One search for the whole batch.
+        """`search` as the public suite has it.
 
         Args:
             question_hidden_states: (B, d) float32.
@@ -64,5 +76,4 @@ class RayRetriever:
             doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32, or None in place of these where the
             caller's own memory-mapped passages hold them.
         """
-        self.init_retrieval()
-        return search_to_send(self.index, question_hidden_states, n_docs)
+        return self.search(question_hidden_states, n_docs)[1:]

@@ -29,7 +29,7 @@ import faiss
 
 from cli_rag import UserError, check_file, raise_problems
 from hub_rag import fetch_dataset, require_space
-from index_rag import EmbeddingColumn, KnowledgeIndex, search_effort
+from index_rag import EmbeddingColumn, KnowledgeIndex, search_settings
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def open_wiki_dpr(config) -> KnowledgeIndex:
         index = {"faiss_index": _flat_index(passages, config.retrieval_vector_size)}
     else:
         index = {"index_path": str(folder / index_file)}
-    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **search_effort(config)}
+    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **search_settings(config)}
     return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **settings)
 
 

@@ -21,6 +21,7 @@ FLOORS = [
         "ranks_rag",
         "token_trees",
         "hub_rag",
+        "device_search_rag",
     },
     {"finetune_arguments_rag", "index_rag", "models_rag", "decoding_rag", "loss_rag", "warm_start"},
     {"wiki_dpr_rag", "legacy_index_rag"},

@@ -10,8 +10,11 @@ from cli_rag import UserError
 from index_rag import (
     EmbeddingColumn,
     KnowledgeIndex,
+    best_of_shards,
     build_faiss_index,
     read_description,
+    shard_files,
+    shard_path,
     write_description,
     write_faiss_index,
 )
@@ -50,6 +53,73 @@ def test_search_finds_the_largest_inner_products(index):
     expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :4]
     np.testing.assert_array_equal(ids, expected)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, expected, 1), rtol=1e-4)
+
+
+def test_blocks_of_some_rows():
+    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
+    whole = pa.array(list(rows), type=pa.list_(pa.float32(), 4))
+    column = EmbeddingColumn(pa.chunked_array([whole.slice(0, 3), whole.slice(3, 7)]), 4)
+    for some in (range(10), range(2, 9), range(3), range(4, 10), range(3, 3)):
+        blocks = list(column.blocks(size=2, rows=some))
+        assert all(0 < len(block) <= 2 for block in blocks)
+        np.testing.assert_array_equal(np.concatenate([np.zeros((0, 4), np.float32), *blocks]), rows[some])
+
+
+# --- Shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(knowledge, index, tmp_path) -> dict:
+    """The flags of the same passages with an index in three shards."""
+    for start, end in [(0, 3), (3, 4), (4, 8)]:
+        part = faiss.IndexFlatIP(DIMENSION)
+        part.add(index.embeddings.gather(np.arange(start, end)))
+        write_faiss_index(part, shard_path(tmp_path, start, end))
+    return {"passages_path": knowledge["passages_path"], "index_path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("n_docs", [1, 4, 8, 10])
+def test_a_sharded_index_finds_the_same(index, shards, n_docs):
+    queries = np.random.default_rng(0).standard_normal((5, DIMENSION)).astype(np.float32)
+    scores, ids = index.search(queries, n_docs)
+    together = KnowledgeIndex.load_from_disk(DIMENSION, **shards)
+    together.init_index()
+    assert together.settings() == {"kind": "IndexFlatIP", "passages": 8, "dimension": DIMENSION, "shards": 3}
+    found_scores, found_ids = together.search(queries, n_docs)
+    np.testing.assert_array_equal(found_ids, ids)
+    np.testing.assert_allclose(found_scores, scores, rtol=1e-5)
+
+    answers = []
+    for number in range(together.num_shards):
+        one = KnowledgeIndex.load_from_disk(DIMENSION, **shards)
+        one.init_index(shard=number)
+        answers.append(one.search(queries, n_docs))
+    np.testing.assert_array_equal(best_of_shards(answers, n_docs), ids)
+
+
+def test_shards_that_do_not_belong_together_are_refused(shards, tmp_path):
+    first, second, last = [path for path, _, _ in shard_files(tmp_path)]
+
+    def message() -> str:
+        with pytest.raises(UserError) as error:
+            KnowledgeIndex.load_from_disk(DIMENSION, **shards).init_index()
+        return str(error.value)
+
+    moved = second.rename(tmp_path / "elsewhere.faiss")
+    assert f"--index_path {tmp_path}: its shards do not hold row 3 exactly once" in message()
+    moved.rename(second)
+    again = shard_path(tmp_path, 2, 4)
+    again.write_bytes(second.read_bytes())
+    assert "row 2 exactly once" in message()
+    again.unlink()
+    longer = last.rename(shard_path(tmp_path, 4, 9))
+    assert "holds 9 vectors, but there are 8 passages" in message()
+    longer.rename(last)
+    last.write_bytes(first.read_bytes())
+    assert f"{last} holds 3 vectors, but there are 4 passages" in message()
+
+
+# --- Settings and faults ----------------------------------------------------------------------------------------------
 
 
 def test_documents_of_missing_ids_are_empty(index):
