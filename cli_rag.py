@@ -14,6 +14,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +50,13 @@ def check_file(flag: str, path: str | os.PathLike | None, remedy: str) -> list[s
         what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
         return [f"{flag} {path} {what}; {remedy}"]
     return []
+
+
+def check_device(flag: str, name: str | None) -> list[str]:
+    """The problem with the name of a device, if any; whether there is such a one takes torch to tell."""
+    if name is None or re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        return []
+    return [f"{flag} {name} is no device; give cuda, cuda:1 or cpu, or leave it out"]
 
 
 class RagArgumentParser(HfArgumentParser):

@@ -8,6 +8,8 @@
 Each rank has an actor of its own to ask, shared evenly; where that one is busy, the least busy one is asked too and the
 first answer taken. Query vectors travel there and ids back; passages and their vectors are read on each rank. An actor
 that dies is restarted by Ray while the others answer. Ray is an optional package, imported where it is used.
+
+Of an index in S shards actor i holds shard i mod S; one actor of each shard is asked, and the best of all are taken.
 """
 
 import logging
@@ -20,11 +22,13 @@ import tempfile
 import time
 import uuid
 from collections import deque
+from functools import partial
 from math import ceil
 
 import numpy as np
 
 from cli_rag import UserError
+from index_rag import best_of_shards
 from ranks_rag import Ranks
 from retrieval_actor_rag import RayRetriever, index_config
 from retriever_rag import RagKnowledgeRetriever
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Ray's queues and arrays on a cluster of our own: a batch of queries and ids is far below a megabyte.
 OBJECT_STORE_BYTES = 100 * 2**20
+# Allows the pickles of a legacy index to be read (legacy_index_rag.py).
+TRUST = ("TRUST_REMOTE_CODE",)
 # Seconds beyond the usual after which a worker that has not answered counts as busy.
 SHORTEST_PATIENCE = 0.02
 
@@ -66,8 +72,7 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
         self.retrieval_workers = retrieval_workers
         self.timeout = timeout
-        self.actors: list = []  # handles, the first is this rank's own
-        self.seconds: deque[float] = deque(maxlen=32)  # what the last retrievals took
+        self.pools: list[ActorPool] = []  # one for each shard
 
     @classmethod
     def from_pretrained(cls, retriever_name_or_path, actor_handles, indexed_dataset=None, **kwargs):
@@ -78,51 +83,80 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
 
     def init_retrieval(self) -> None:
         """Have the actors open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""
-        if self.actors:
+        if self.pools:
             return
         if isinstance(self.retrieval_workers, RetrievalWorkers):
-            self.actors = self.retrieval_workers.connect(self.config)
+            pools = self.retrieval_workers.connect(self.config, self.index.num_shards)
         else:
-            self.actors = list(self.retrieval_workers)
-            _ask_all(
-                self.actors, "create_rag_retriever", index_config(self.config), None, None, None, timeout=self.timeout
-            )
-            _ask_all(self.actors, "init_retrieval", timeout=self.timeout)
+            pools = [list(self.retrieval_workers)]  # each with the whole index, in however many shards
+            given = (index_config(self.config), None, None, None)
+            _ask_all(pools[0], "create_rag_retriever", *given, timeout=self.timeout)
+            _ask_all(pools[0], "init_retrieval", timeout=self.timeout)
+        self.pools = [ActorPool(actors, self.timeout) for actors in pools]
 
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
-        """As the parent's, in this rank's own actor; in the least busy one where that is busy, or has died."""
+        """As the parent's, in one actor of each shard, all at the same time."""
         import ray
 
-        assert self.actors, "call init_retrieval() first"
-        start = time.monotonic()
-        deadline = start + self.timeout
-        actor = self.actors[0]
+        assert self.pools, "call init_retrieval() first"
+        deadline = time.monotonic() + self.timeout
+        shared = queries if len(self.pools) == 1 else ray.put(queries)  # all actors of a node read one copy
+        asked = [pool.ask(shared, n_docs) for pool in self.pools]
+        found = [pool.answer(own, deadline) for pool, own in zip(self.pools, asked, strict=True)]
+        if len(found) > 1:
+            doc_ids = best_of_shards([(scores, ids) for scores, ids, _ in found], n_docs)
+            return doc_ids, self.index.embeddings.gather(doc_ids)
+        _, doc_ids, vectors = found[0]
+        # Ray's arrays are read-only.
+        return doc_ids.copy(), self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
+
+
+class ActorPool:
+    """Actors that hold the same passages, any of which may answer.
+
+    Args:
+        actors: handles, the first is this rank's own.
+        timeout: seconds an answer may take, the restart of dead actors included; for the messages.
+    """
+
+    def __init__(self, actors: list, timeout: float):
+        self.actors = actors
+        self.timeout = timeout
+        self.seconds: deque[float] = deque(maxlen=32)  # what the last answers took
+
+    def ask(self, queries, n_docs: int) -> "Asked":
+        """Ask this rank's own actor; `queries` is an array or Ray's reference to one."""
+        return Asked(self.actors[0], queries, n_docs)
+
+    def answer(self, asked: "Asked", deadline: float) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """What `RayRetriever.search` returned, in the least busy actor where the asked one is busy, or has died."""
+        import ray
+
+        answers = [asked.answer]
         while True:
-            # Ray's own retries would wait for the restart of an actor, while another one is free.
-            answers = [actor.retrieve.options(max_task_retries=0).remote(queries, n_docs)]
             try:
-                if len(self.actors) > 1 and (free := self._free_before(answers[0], actor, deadline)) is not None:
-                    answers.append(free.retrieve.options(max_task_retries=0).remote(queries, n_docs))
+                if len(self.actors) > 1 and (free := self._free_before(asked, deadline)) is not None:
+                    answers.append(Asked(free, asked.queries, asked.n_docs).answer)
                 ready, _ = ray.wait(answers, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
                 if not ready:
                     raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s")
-                doc_ids, vectors = ray.get(ready[0])
+                found = ray.get(ready[0])
             except ray.exceptions.RayActorError as error:
                 logger.warning(f"a retrieval worker died, another is asked: {_first_line(error)}")
-                actor = self._least_busy(self.actors, [], deadline)
+                asked = Asked(self._least_busy(self.actors, [], deadline), asked.queries, asked.n_docs)
+                answers = [asked.answer]
                 continue
-            self.seconds.append(time.monotonic() - start)
-            # Ray's arrays are read-only.
-            return doc_ids.copy(), self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
+            self.seconds.append(time.monotonic() - asked.start)
+            return found
 
-    def _free_before(self, answer, asked, deadline: float):
+    def _free_before(self, asked: "Asked", deadline: float):
         """An actor that is free while the one that was asked lets us wait; None if its answer comes first."""
         import ray
 
         patience = min(SHORTEST_PATIENCE + 4 * statistics.median(self.seconds or [0]), deadline - time.monotonic())
-        if ray.wait([answer], timeout=max(patience, 0))[0]:
+        if ray.wait([asked.answer], timeout=max(patience, 0))[0]:
             return None
-        return self._least_busy([actor for actor in self.actors if actor is not asked], [answer], deadline)
+        return self._least_busy([actor for actor in self.actors if actor is not asked.actor], [asked.answer], deadline)
 
     def _least_busy(self, actors: list, answers: list, deadline: float):
         """The actor that answers first, None where one of `answers` comes before.
@@ -147,6 +181,16 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         if answers:
             return None
         raise RuntimeError("every retrieval worker has died for good")
+
+
+class Asked:
+    """A search that has begun in an actor."""
+
+    def __init__(self, actor, queries, n_docs: int):
+        self.actor, self.queries, self.n_docs = actor, queries, n_docs
+        self.start = time.monotonic()
+        # Ray's own retries would wait for the restart of this actor, while another one is free.
+        self.answer = actor.search.options(max_task_retries=0).remote(queries, n_docs)
 
 
 class RetrievalWorkers:
@@ -183,22 +227,35 @@ class RetrievalWorkers:
             self.actors = []
             self.connection.close()
 
-    def connect(self, config) -> list:
-        """Handles of the actors, ready to search the index that `config` describes, this rank's preferred one first.
+    def connect(self, config, num_shards: int = 1) -> list[list]:
+        """Handles of the actors, ready to search the index that `config` describes.
 
         Collective where a process group is up: rank 0 creates the actors, the others look them up by name.
+
+        Args:
+            num_shards: of that index.
+
+        Returns:
+            For each shard the actors that hold it, this rank's preferred one first.
         """
         if not self.actors:
             self.ranks = Ranks(self.timeout)
-            meeting = self.ranks.from_rank_zero("start of the retrieval workers", lambda: self._create(config))
+            create = partial(self._create, config, num_shards)
+            meeting = self.ranks.from_rank_zero("start of the retrieval workers", create)
             self.ranks.all_or_none("reaching the retrieval workers", lambda: self._attach(meeting))
-        first = self.ranks.rank % self.num_workers
-        return self.actors[first:] + self.actors[:first]
+        pools = [self.actors[shard::num_shards] for shard in range(num_shards)]
+        first = self.ranks.rank
+        return [pool[first % len(pool) :] + pool[: first % len(pool)] for pool in pools]
 
-    def _create(self, config) -> dict:
+    def _create(self, config, num_shards: int) -> dict:
         """Rank 0: the actors, each with its index open; returns what the other ranks need to reach them."""
         import ray
 
+        if self.num_workers < num_shards:
+            raise UserError(
+                f"--num_retrieval_workers {self.num_workers}: each holds one shard of --index_path "
+                f"{config.index_path}, which has {num_shards}; give {num_shards} or more"
+            )
         meeting = self.connection.open(self.num_workers)
         gpus = ray.cluster_resources().get("GPU", 0)
         if self.gpus_each * self.num_workers > gpus:
@@ -215,13 +272,21 @@ class RetrievalWorkers:
             "num_cpus": 0,  # they work while the ranks wait for them
             "num_gpus": self.gpus_each,
             "scheduling_strategy": "SPREAD",
+            # What this process may read the actors may read, also on a cluster that was started elsewhere.
+            "runtime_env": {"env_vars": {name: os.environ[name] for name in TRUST if name in os.environ}},
         }
-        retriever = ray.remote(RayRetriever)
+        plain_config = index_config(config)
+        if self.gpus_each and getattr(config, "index_device", None) is None:
+            plain_config.index_device = "cuda"  # the one that Ray gives it
+        retriever, actors_on_node = ray.remote(RayRetriever), ceil(self.num_workers / nodes)
         actors = [
-            retriever.options(name=name, **options).remote(index_config(config), ceil(self.num_workers / nodes))
-            for name in self._names()
+            retriever.options(name=name, **options).remote(
+                plain_config, actors_on_node, shard=number % num_shards if num_shards > 1 else None
+            )
+            for number, name in enumerate(self._names())
         ]
-        _ask_all(actors, "init_retrieval", timeout=self.timeout)
+        for fallback in filter(None, set(_ask_all(actors, "init_retrieval", timeout=self.timeout))):
+            logger.warning(f"retrieval workers: {fallback}")
         self.actors = actors
         return meeting | {"namespace": self.namespace}
 
@@ -357,12 +422,12 @@ def _authenticate(environment: dict[str, str]) -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _ask_all(actors: list, method: str, *args, timeout: float) -> None:
-    """Call a method of every actor and wait for all; their mistakes of the user's come back as such."""
+def _ask_all(actors: list, method: str, *args, timeout: float) -> list:
+    """What a method of every actor returns; their mistakes of the user's come back as such."""
     import ray
 
     try:
-        ray.get([getattr(actor, method).remote(*args) for actor in actors], timeout=timeout)
+        return ray.get([getattr(actor, method).remote(*args) for actor in actors], timeout=timeout)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cli_rag import UserError, check_file, parse_into, raise_problems
+from cli_rag import UserError, check_device, check_file, parse_into, raise_problems
 from utils_rag import read_lines
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,10 @@ class EvalArguments:
     )
     nprobe: int | None = field(
         default=None, metadata={"help": "Lists an IVF search visits: more find more, slower; the index's own."}
+    )
+    index_device: str | None = field(
+        default=None,
+        metadata={"help": "cuda, cuda:1 or cpu: compare with all embeddings, held there; left out, FAISS searches."},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout."}
@@ -116,6 +120,7 @@ def _range_problems(args: EvalArguments) -> list[str]:
     ]
     if min(args.k, default=0) < 1:
         problems.append(f"--k {' '.join(map(str, args.k))}: give one or more numbers, each 1 or more")
+    problems += check_device("--index_device", args.index_device)
     if args.min_length > args.max_length:
         problems.append(f"--min_length {args.min_length} is more than --max_length {args.max_length}; lower it")
     if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "auto"):

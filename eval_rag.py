@@ -42,7 +42,7 @@ from utils_rag import (
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
 PASSAGE_FILES = ("data-*.arrow",)
-SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors")
+SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cli_rag import RagArgumentParser, raise_problems
+from cli_rag import RagArgumentParser, check_device, raise_problems
 from trainer_flags_rag import add_trainer_flags
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,10 @@ class RetrievalArguments:
     index_path: str | None = _flag(None, "FAISS index file of these passages (custom), or a folder (legacy).")
     ef_search: int | None = _flag(None, "Candidates an HNSW search keeps: more find more, slower; the index's own.")
     nprobe: int | None = _flag(None, "Lists an IVF search visits: more find more, slower; the index's own.")
+    index_device: str | None = _flag(
+        None,
+        "cuda, cuda:1 or cpu: compare with all embeddings, held there in half precision; left out, FAISS searches.",
+    )
     dataset: str | None = _flag(
         None, "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; the checkpoint's."
     )
@@ -76,6 +80,7 @@ class RetrievalArguments:
     )
     ray_address: str = _flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
     num_retrieval_workers: int = _flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
+    retrieval_worker_gpus: float = _flag(0.0, "Share of a GPU for each of them, which then searches on it.")
     distributed_port: int = _flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
 
     def __post_init__(self):
@@ -199,7 +204,7 @@ AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_
 train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length
 ef_search nprobe"""
 AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
-weight_decay adam_epsilon max_grad_norm save_interval"""
+weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus"""
 PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
 MINUS_ONE_OR_MORE = "early_stopping_patience"
 ALL_OR_SOME = "n_train n_val n_test"
@@ -227,7 +232,7 @@ def _group_of(args: FinetuneArguments, group: type) -> Any:
 
 
 def _contradictions(args: FinetuneArguments) -> list[str]:
-    problems = []
+    problems = _retrieval_contradictions(args.retrieval)
     precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]
     precisions += [f"--precision {args.trainer['precision']}"] if args.trainer["precision"] is not None else []
     if len(precisions) > 1:
@@ -241,6 +246,23 @@ def _contradictions(args: FinetuneArguments) -> list[str]:
     if args.run.gpus is not None and not all(part.strip().lstrip("-").isdigit() for part in args.run.gpus.split(",")):
         problems.append(f"--gpus {args.run.gpus} is neither a number of GPUs nor a list of theirs such as 0,1")
     return problems
+
+
+def _retrieval_contradictions(retrieval: RetrievalArguments) -> list[str]:
+    if problems := check_device("--index_device", retrieval.index_device):
+        return problems
+    uses_ray = retrieval.distributed_retriever == "ray"
+    if retrieval.retrieval_worker_gpus and not uses_ray:
+        return [
+            f"--retrieval_worker_gpus {retrieval.retrieval_worker_gpus:g} is for --distributed_retriever ray; give "
+            "--index_device cuda instead"
+        ]
+    if uses_ray and (retrieval.index_device or "").startswith("cuda") and not retrieval.retrieval_worker_gpus:
+        return [
+            f"--index_device {retrieval.index_device}: Ray shows its processes only the GPUs that are set aside for "
+            "them; give --retrieval_worker_gpus 1"
+        ]
+    return []
 
 
 def _run_problems(run: RunArguments) -> list[str]:

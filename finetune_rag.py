@@ -20,7 +20,13 @@ from utils_rag import check_data_files, load_json, save_git_info, save_json
 # What an earlier run in the same folder must agree with, for this one to be its continuation. Left out: what changes
 # neither weights nor order of examples, and how long to train.
 FREE_TO_CHANGE = {
-    "retrieval": {"distributed_retriever", "ray_address", "num_retrieval_workers", "distributed_port"},
+    "retrieval": {
+        "distributed_retriever",
+        "ray_address",
+        "num_retrieval_workers",
+        "retrieval_worker_gpus",
+        "distributed_port",
+    },
     "data": {"eval_batch_size", "num_workers", "n_test", "test_max_target_length"},
     "training": {"num_train_epochs", "early_stopping_patience", "fp16_opt_level"},
 }
@@ -154,7 +160,9 @@ def _pytorch_retriever(args: FinetuneArguments, parts: tuple):
 def _ray_retriever(args: FinetuneArguments, parts: tuple):
     from distributed_ray_retriever import RagRayDistributedRetriever, RetrievalWorkers
 
-    with RetrievalWorkers(args.retrieval.num_retrieval_workers, args.retrieval.ray_address) as workers:
+    retrieval = args.retrieval
+    settings = (retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus)
+    with RetrievalWorkers(*settings) as workers:
         yield RagRayDistributedRetriever(*parts, workers)
 
 

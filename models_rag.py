@@ -57,7 +57,7 @@ MODEL_FLAG = "--model_name_or_path"
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
 # Settings of the search that RagConfig lacks; a checkpoint has them where they were set (see open_index_rag.py).
-INDEX_SETTINGS = ("dataset_encoding", "doc_vectors", "ef_search", "nprobe")
+INDEX_SETTINGS = ("dataset_encoding", "doc_vectors", "ef_search", "nprobe", "index_device")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 

@@ -12,7 +12,9 @@ from transformers import BartConfig, DPRConfig, RagConfig
 
 from cli_rag import UserError
 from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
+from index_rag import shard_path, write_faiss_index
 from legacy_index_rag import IDS_FILE, INDEX_FILE, PASSAGES_PICKLE
+from open_index_rag import open_index
 from ranks_rag import RankError
 from retriever_rag import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES
@@ -49,6 +51,30 @@ def legacy_config(tmp_path, monkeypatch):
     return rag_config(index_name="legacy", index_path=str(tmp_path))
 
 
+@pytest.fixture
+def sharded_config(config, tmp_path):
+    """The same passages with an exact index in three shards."""
+    return rag_config(
+        index_name="custom", passages_path=config.passages_path, index_path=write_shards(config, tmp_path)
+    )
+
+
+def write_shards(config, folder) -> str:
+    embeddings = open_index(config).embeddings
+    for start, end in [(0, 3), (3, 4), (4, 8)]:
+        index = faiss.IndexFlatIP(DIMENSION)
+        index.add(embeddings.gather(np.arange(start, end)))
+        write_faiss_index(index, shard_path(folder, start, end))
+    return str(folder)
+
+
+@pytest.fixture
+def device_config(config):
+    return rag_config(
+        index_name="custom", passages_path=config.passages_path, index_path=config.index_path, index_device="cpu"
+    )
+
+
 def queries_of(rank: int, round_number: int) -> np.ndarray:
     rows = ROUNDS[round_number][0][rank]
     return np.random.default_rng((rank, round_number)).standard_normal((rows, DIMENSION), dtype=np.float32)
@@ -63,7 +89,7 @@ def all_rounds(rank: int, config) -> list:
     return [retriever.retrieve(queries_of(rank, number), n_docs) for number, (_, n_docs) in enumerate(ROUNDS)]
 
 
-@pytest.mark.parametrize("kind", ["config", "legacy_config"])
+@pytest.mark.parametrize("kind", ["config", "legacy_config", "sharded_config", "device_config"])
 def test_every_rank_gets_what_one_process_gets(kind, request, tmp_path):
     config = request.getfixturevalue(kind)
     alone = RagKnowledgeRetriever(config, None, None)
@@ -117,7 +143,7 @@ def test_an_error_in_the_search_reaches_every_rank(config, tmp_path):
         assert "retrieval 1: rank 0 failed: ZeroDivisionError" in str(error)
 
 
-def open_index(rank: int, config) -> None:
+def start(rank: int, config) -> None:
     RagPyTorchDistributedRetriever(config, None, None).init_retrieval()
 
 
@@ -125,7 +151,7 @@ def test_a_mistake_of_the_users_reaches_every_rank(knowledge, tmp_path):
     broken = tmp_path / "broken.faiss"
     broken.write_bytes(b"IHNf")
     config = rag_config(**knowledge | {"index_path": str(broken)})
-    for error in run_ranks(open_index, 2, tmp_path, config):
+    for error in run_ranks(start, 2, tmp_path, config):
         assert isinstance(error, UserError) and "--index_path" in str(error)
 
 

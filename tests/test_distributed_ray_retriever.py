@@ -21,7 +21,7 @@ from distributed_ray_retriever import (
 from retriever_rag import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, ROOT
 from tests.many_ranks import run_ranks
-from tests.test_distributed_pytorch_retriever import rag_config
+from tests.test_distributed_pytorch_retriever import device_config, legacy_config, rag_config, write_shards  # noqa: F401
 
 ray = pytest.importorskip("ray")
 
@@ -32,6 +32,11 @@ def queries_of(seed: int, rows: int) -> np.ndarray:
 
 def process_of(actor) -> int:
     return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+def actors_of(retriever) -> list:
+    [pool] = retriever.pools
+    return pool.actors
 
 
 def ray_processes() -> set[str]:
@@ -90,6 +95,35 @@ def test_retrieve_gives_what_one_process_gives(retriever, alone, rows, n_docs):
     same(retriever.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
 
 
+@pytest.mark.parametrize("kind", ["legacy_config", "device_config"])
+def test_other_indexes_give_what_one_process_gives(kind, request, retriever):
+    config = request.getfixturevalue(kind)
+    alone = RagKnowledgeRetriever(config, None, None)
+    with RetrievalWorkers(1) as workers:
+        other = RagRayDistributedRetriever(config, None, None, workers)
+        other.init_retrieval()
+        for rows, n_docs in [(3, 2), (0, 3), (2, len(PASSAGES))]:
+            same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+
+
+@pytest.mark.parametrize("num_workers", [3, 5])
+def test_actors_with_a_shard_each_find_what_one_index_does(config, alone, retriever, tmp_path, num_workers):
+    sharded = rag_config(
+        index_name="custom", passages_path=config.passages_path, index_path=write_shards(config, tmp_path)
+    )
+    with RetrievalWorkers(num_workers) as workers:
+        other = RagRayDistributedRetriever(sharded, None, None, workers)
+        other.init_retrieval()
+        assert [len(pool.actors) for pool in other.pools] == ([1, 1, 1] if num_workers == 3 else [2, 2, 1])
+        for rows, n_docs in [(3, 2), (0, 3), (40, 5), (2, len(PASSAGES))]:
+            same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+        for pool in other.pools:  # one of every shard dies
+            os.kill(process_of(pool.actors[0]), signal.SIGKILL)
+        same(other.retrieve(queries_of(3, 3), 3), alone.retrieve(queries_of(3, 3), 3))
+    with RetrievalWorkers(2) as workers, pytest.raises(UserError, match=r"--num_retrieval_workers 2: .* has 3; give 3"):
+        RagRayDistributedRetriever(sharded, None, None, workers).init_retrieval()
+
+
 def test_our_own_cluster_is_locked_and_listens_on_this_machine_only(retriever):
     from ray._raylet import AuthenticationMode, get_authentication_mode
 
@@ -104,21 +138,21 @@ def test_our_own_cluster_is_locked_and_listens_on_this_machine_only(retriever):
 def test_a_killed_actor_costs_a_moment_and_comes_back(retriever, alone):
     queries = queries_of(1, 4)
     expected = alone.retrieve(queries, 3)
-    old = process_of(retriever.actors[0])
+    old = process_of(actors_of(retriever)[0])
     os.kill(old, signal.SIGKILL)
     start = time.monotonic()
     for _ in range(5):
         same(retriever.retrieve(queries, 3), expected)
     assert time.monotonic() - start < 5  # Ray takes about a second to notice
-    assert process_of(retriever.actors[0]) != old
-    both = [process_of(actor) for actor in retriever.actors]
+    assert process_of(actors_of(retriever)[0]) != old
+    both = [process_of(actor) for actor in actors_of(retriever)]
     for process in both:
         os.kill(process, signal.SIGKILL)
     same(retriever.retrieve(queries, 3), expected)
 
 
 def test_a_busy_actor_is_not_asked(retriever):
-    for actor in retriever.actors:
+    for actor in actors_of(retriever):
         busy = actor.__ray_call__.remote(lambda self: time.sleep(2))
         start = time.monotonic()
         retriever.retrieve(queries_of(2, 4), 3)
@@ -127,9 +161,9 @@ def test_a_busy_actor_is_not_asked(retriever):
 
 
 def test_a_retrieval_that_takes_too_long_says_so(config, retriever):
-    impatient = RagRayDistributedRetriever(config, None, None, retriever.actors[:1], timeout=0.5)
+    impatient = RagRayDistributedRetriever(config, None, None, actors_of(retriever)[:1], timeout=0.5)
     impatient.init_retrieval()
-    busy = retriever.actors[0].__ray_call__.remote(lambda self: time.sleep(1.5))
+    busy = actors_of(retriever)[0].__ray_call__.remote(lambda self: time.sleep(1.5))
     with pytest.raises(TimeoutError, match=r"within 0\.5 s"):
         impatient.retrieve(queries_of(2, 4), 3)
     ray.get(busy)
@@ -167,7 +201,7 @@ def two_ranks(rank: int, config) -> tuple:
         retriever = RagRayDistributedRetriever(config, None, None, workers)
         retriever.init_retrieval()
         found = [retriever.retrieve(queries_of(rank, rows), 3) for rows in (1 + rank, 4)]
-        return [process_of(actor) for actor in retriever.actors], found, workers.namespace
+        return [process_of(actor) for actor in actors_of(retriever)], found, workers.namespace
 
 
 def test_every_rank_reaches_the_same_actors(config, alone, tmp_path):
