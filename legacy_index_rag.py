@@ -13,7 +13,6 @@ A pickle can run any program when it is read. These are read only where TRUST_RE
 and even then by a reader that knows containers, strings and numbers and refuses all else before it is run.
 """
 
-import csv
 import hashlib
 import os
 import pickle
@@ -25,6 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from cli_rag import UserError, check_file, raise_problems
+from documents_rag import DprRowError, dpr_rows
 from index_rag import KnowledgeIndex, search_settings
 
 INDEX_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index.dpr"
@@ -139,18 +139,11 @@ def read_dpr_tsv(path: str | os.PathLike) -> Iterator[dict]:
         UserError: a row that is not of this form.
     """
     with open(path, encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", strict=True)
         try:
-            for row in rows:
-                if rows.line_num == 1 and row[:1] == ["id"]:
-                    continue
-                number, text, title = row
-                yield {"id": int(number), "text": text, "title": title}
-        except (csv.Error, ValueError) as error:
-            raise UserError(
-                f"--index_path {path} line {rows.line_num} is not `number TAB text TAB title` ({error}); quotes in a "
-                "quoted field must be doubled"
-            ) from error
+            for _, number, text, title in dpr_rows(file):
+                yield {"id": number, "text": text, "title": title}
+        except DprRowError as error:
+            raise UserError(f"--index_path {path} {error}") from error
 
 
 def _read_pickled_passages(path: str) -> Iterator[dict]:

@@ -1,10 +1,9 @@
-"""Documents from a tab-separated file, cut into passages of 100 words; read line by line, whatever its size.
+"""Documents cut into passages of 100 words, one after the other, whatever the size of their source.
 
-    survey = survey_documents("my_knowledge_dataset.csv")      # problems, counts and digest, in one pass
-    for title, text in read_passages("my_knowledge_dataset.csv"): ...
+    survey = survey_documents("my_documents.jsonl.zst")      # problems, counts and digest, in one pass
+    for title, text in read_passages("my_documents.jsonl.zst"): ...
 
-A line is `title TAB text`. Nothing is quoted or escaped: quotation marks, `NA` and `null` are what they are, and only
-\\n, \\r\\n and \\r end a line. A first line that reads `title TAB text` is a header and skipped.
+documents_rag.py says which files and folders are read.
 """
 
 import hashlib
@@ -13,43 +12,50 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from cli_rag import UserError
+from documents_rag import Document, Fault, read_documents
+
 WORDS_PER_PASSAGE = 100
 PROBLEMS_SHOWN = 10
 
 
 @dataclass
 class DocumentsSurvey:
-    """What is in a file of documents.
+    """What is in a file or folder of documents.
 
     Attributes:
         problems: lines that name a fault each, ready for `raise_problems`.
-        documents: lines with a document.
-        passages: passages that they are cut into.
-        digest: of all that is read from the file.
+        documents: how many there are.
+        passages: pieces that they are cut into.
+        text_bytes: of the passages and their titles, in UTF-8.
+        digest: of the passages in their order: the same ones from another kind of file have the same digest.
     """
 
     problems: list[str] = field(default_factory=list)
     documents: int = 0
     passages: int = 0
+    text_bytes: int = 0
     digest: str = ""
 
 
 def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
-    """Read all of a file once and tell what is in it, the faults of at most ten lines among it."""
+    """Read all documents once and tell what is in them, the first ten faults among it."""
     survey = DocumentsSurvey()
     digest = hashlib.blake2b(digest_size=16)
     faults = 0
-    for number, line in _lines(path):
-        _, tab, text = line.partition("\t")
-        fault = _fault(line, tab, text)
-        if fault is None:
-            survey.documents += 1
-            survey.passages += len(split_text(text))
-            digest.update(f"{line}\n".encode())
+    for item in read_documents(path):
+        if isinstance(item, Fault):
+            faults += 1
+            if faults <= PROBLEMS_SHOWN:
+                survey.problems.append(_problem(item))
             continue
-        faults += 1
-        if faults <= PROBLEMS_SHOWN:
-            survey.problems.append(f"--csv_path {path} line {number}: {fault}")
+        survey.documents += 1
+        title = item.title.encode()
+        for passage in cut(item):
+            text = passage.encode()
+            digest.update(b"%d %d " % (len(title), len(text)) + title + text)
+            survey.passages += 1
+            survey.text_bytes += len(title) + len(text)
     if faults > PROBLEMS_SHOWN:
         survey.problems.append(f"--csv_path {path}: {faults - PROBLEMS_SHOWN} more lines like these")
     if not faults and not survey.documents:
@@ -59,11 +65,17 @@ def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
 
 
 def read_passages(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
-    """Title and text of each passage, in the order of the file, which `survey_documents` found without fault."""
-    for _, line in _lines(path):
-        title, _, text = line.partition("\t")
-        for passage in split_text(text):
-            yield title, passage
+    """Title and text of each passage, in the order of the documents, which `survey_documents` found without fault."""
+    for item in read_documents(path):
+        if isinstance(item, Fault):
+            raise UserError(f"{_problem(item)} (it has changed since it was looked at)")
+        for passage in cut(item):
+            yield item.title, passage
+
+
+def cut(document: Document) -> list[str]:
+    """The passages of a document; DPR's are passages already."""
+    return [document.text.strip()] if document.is_passage else split_text(document.text)
 
 
 def split_text(text: str, words: int = WORDS_PER_PASSAGE) -> list[str]:
@@ -73,25 +85,5 @@ def split_text(text: str, words: int = WORDS_PER_PASSAGE) -> list[str]:
     return [text[piece[0][0] : piece[-1][1]] for piece in pieces]
 
 
-def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
-    """Each line but a header, with its number from 1; bytes that are not UTF-8 become surrogates."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removesuffix("\n")
-            if number == 1 and [cell.strip().lower() for cell in line.split("\t")] == ["title", "text"]:
-                continue
-            yield number, line
-
-
-def _fault(line: str, tab: str, text: str) -> str | None:
-    if not line.strip():
-        return "is empty; remove it"
-    if not tab:
-        return "has no tab; write title, tab, text"
-    if not text.strip():
-        return "has no text behind the tab; write title, tab, text"
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return "is not UTF-8; convert the file (iconv -t utf-8)"
-    return None
+def _problem(fault: Fault) -> str:
+    return f"--csv_path {fault.place}: {fault.reason}"

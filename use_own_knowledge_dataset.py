@@ -34,7 +34,10 @@ ENCODER_FLAG = "--dpr_ctx_encoder_model_name"
 class KnowledgeArguments:
     csv_path: str = field(
         default=str(Path(__file__).parent / "test_data" / "my_knowledge_dataset.csv"),
-        metadata={"help": "Tab-separated file: a title and a text a line."},
+        metadata={
+            "help": "Documents: a file `title TAB text` a line, DPR's TSV, JSON lines or Parquet (title, text), .gz or "
+            ".zst of these, a dataset's folder, or a folder of them all."
+        },
     )
     question: str | None = field(default=None, metadata={"help": "Question to ask in the end, of --rag_model_name."})
     rag_model_name: str | None = field(
@@ -124,7 +127,7 @@ def check_arguments(args: KnowledgeArguments):
     """Read the whole file and look at every setting before anything is loaded; the survey of the file."""
     from passages_rag import survey_documents
 
-    problems = check_file("--csv_path", args.csv_path, "give a file with a line `title TAB text` for each document")
+    problems = [] if Path(args.csv_path).is_dir() else check_file("--csv_path", args.csv_path, "give your documents")
     for name in ("num_proc", "batch_size", "d", "m"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -259,7 +262,7 @@ def build(args: KnowledgeArguments, survey, embedder, description: dict) -> Know
             f"--output_dir {output} holds knowledge of other documents, another encoder or other settings; "
             "give another folder or remove it"
         )
-    check_space(args, survey.passages, embedder.dimension, partial_folder(passages_path, digest))
+    check_space(args, survey, embedder.dimension, partial_folder(passages_path, digest))
 
     output.mkdir(parents=True, exist_ok=True)
     (output / DESCRIPTION_FILE).unlink(missing_ok=True)  # from here on it would describe an index that is no more
@@ -275,12 +278,12 @@ def build(args: KnowledgeArguments, survey, embedder, description: dict) -> Know
     return knowledge
 
 
-def check_space(args: KnowledgeArguments, passages: int, dimension: int, partial: Path) -> None:
+def check_space(args: KnowledgeArguments, survey, dimension: int, partial: Path) -> None:
     """Refuse what the disk or the memory cannot hold, before hours of embedding; roughly, and rather too late."""
     import psutil
 
-    index = passages * (4 * dimension + 8 * args.m)  # FAISS: float32 vectors, 2 m links of 4 bytes
-    dataset = passages * 4 * dimension + os.path.getsize(args.csv_path)
+    index = survey.passages * (4 * dimension + 8 * args.m)  # FAISS: float32 vectors, 2 m links of 4 bytes
+    dataset = survey.passages * 4 * dimension + survey.text_bytes
     written = sum(file.stat().st_size for file in partial.glob("data-*.arrow"))
     existing = next(folder for folder in (partial, *partial.parents) if folder.exists())
     free, memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available

@@ -22,6 +22,7 @@ from consolidate_rag_checkpoint import parse_args as parse_consolidate
 from embed_passages_rag import PassageEmbedder
 from index_rag import KnowledgeIndex, read_description
 from models_rag import compose_rag, load_encoder, load_model, load_tokenizer, save_model
+from passages_rag import survey_documents
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
 from use_own_knowledge_dataset import ENCODER_FLAG, mismatches, parse_args
 from use_own_knowledge_dataset import main as build_knowledge
@@ -215,7 +216,7 @@ def test_too_small_a_disk_or_memory_is_told_in_bytes(flags, monkeypatch, tmp_pat
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50))
-    size = (tmp_path / "documents.csv").stat().st_size
+    size = survey_documents(tmp_path / "documents.csv").text_bytes
     with pytest.raises(UserError) as error:
         run(flags)
     disk, memory = str(error.value).splitlines()
