@@ -42,7 +42,10 @@ class ModelArguments:
     label_smoothing: float = _flag(0.0, "Share of the probability spread over the vocabulary; 0 is the plain loss.")
     freeze_question_encoder: bool = _flag(False, "Leave the question encoder as it is: a remedy for collapse.")
     freeze_embeds: bool = _flag(False, "Leave the generator's word and position embeddings as they are.")
-    gradient_checkpointing: bool = _flag(False, "Recompute activations in the backward pass: slower, less memory.")
+    gradient_checkpointing: bool = _flag(
+        False, "Recompute the generator's activations in the backward pass: less memory."
+    )
+    compile: bool = _flag(False, "torch.compile the generator: minutes at the start; see benchmarks/README.md.")
 
 
 @dataclass

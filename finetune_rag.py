@@ -126,8 +126,6 @@ def _load(args: FinetuneArguments):
     settings |= {name: getattr(args.retrieval, name) for name in names}
     settings["use_dummy_dataset"] = args.retrieval.use_dummy_dataset or None
     model = load_model(path, model_args.model_type, settings, model_args.cache_dir, config_name=model_args.config_name)
-    if model_args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     tokenizer = load_tokenizer(model_args.tokenizer_name or path, model_args.model_type, model_args.cache_dir)
     return model, tokenizer
 

@@ -15,6 +15,7 @@ import torch
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
 from decoding_rag import generate_answers
+from generator_rag import decode_answers, encode_contexts, output_layer
 from lightning_base import BaseTransformer
 from loss_rag import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
 from models_rag import save_model
@@ -45,6 +46,11 @@ class GenerativeQAModule(BaseTransformer):
         self.question_tokenizer = tokenizer.question_encoder if self.rag_loss else tokenizer
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
         self._freeze()
+        if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
+            self.generator.activation_checkpointing_enable()
+        if args.model.compile:
+            for part in (self.generator.get_encoder(), self.generator.get_decoder()):
+                part.compile(dynamic=True)  # every batch has lengths of its own
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @property
@@ -92,13 +98,12 @@ class GenerativeQAModule(BaseTransformer):
             return sequence_nll(logits, targets, pad_token_id, label_smoothing), None
         contexts = retrieve_contexts(self.model.rag, self.retriever, batch["input_ids"], batch["attention_mask"])
         n_docs = contexts.doc_scores.shape[1]
-        logits = self.generator(
-            input_ids=contexts.input_ids,
-            attention_mask=contexts.attention_mask,
-            decoder_input_ids=decoder_input_ids.repeat_interleave(n_docs, dim=0),
-            use_cache=False,
-        ).logits  # (B * n_docs, T, V)
-        return self.rag_loss(logits, contexts.doc_scores, targets, pad_token_id, label_smoothing), contexts
+        encoded = encode_contexts(self.generator, contexts.input_ids, contexts.attention_mask)
+        hidden = decode_answers(
+            self.generator, encoded, contexts.attention_mask, decoder_input_ids.repeat_interleave(n_docs, dim=0)
+        )  # (B * n_docs, T, d)
+        layer = output_layer(self.generator)
+        return self.rag_loss(hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing), contexts
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
         super().on_train_batch_start(batch, batch_idx)

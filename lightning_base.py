@@ -56,15 +56,9 @@ class BaseTransformer(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         training = self.args.training
-        groups = parameter_groups(self, training)
-        if training.adafactor:
-            optimizer = optimization.Adafactor(
-                groups, lr=training.learning_rate, scale_parameter=False, relative_step=False
-            )
-        else:
-            # A fused AdamW unscales float16's gradients inside its step, too late for clipping and for the log.
-            fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-            optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, eps=training.adam_epsilon, fused=fused)
+        # A fused AdamW unscales float16's gradients inside its step, too late for clipping and for the log.
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self, training, fused)
         # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.
         steps = max(int(self.trainer.estimated_stepping_batches), training.warmup_steps + 1)
         schedule = SCHEDULES[training.lr_scheduler](optimizer, training.warmup_steps, steps)
@@ -108,6 +102,18 @@ class BaseTransformer(pl.LightningModule):
             rows = [row for part in parts for row in json.loads(part)]
         by_index = {row["index"]: row for row in rows}
         return [by_index[index] for index in sorted(by_index)]
+
+
+def build_optimizer(module: torch.nn.Module, training: TrainingArguments, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW or Adafactor over the trainable parameters.
+
+    Args:
+        fused: whether AdamW may update each weight in one pass over memory, on a CPU several times as fast.
+    """
+    groups = parameter_groups(module, training)
+    if training.adafactor:
+        return optimization.Adafactor(groups, lr=training.learning_rate, scale_parameter=False, relative_step=False)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, eps=training.adam_epsilon, fused=fused)
 
 
 def parameter_groups(module: torch.nn.Module, training: TrainingArguments) -> list[dict[str, Any]]:

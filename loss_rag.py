@@ -4,13 +4,19 @@ RAG-Sequence  -log sum_z p(z|x) prod_t p(y_t | x, z, y_<t)         (Lewis et al.
 RAG-Token     -sum_t log sum_z p(z|x) p(y_t | x, z, y_<t)
 
     decoder_input_ids, targets = decoder_inputs_and_targets(labels, model.generator.config)
-    nll = rag_sequence_nll(logits, doc_scores, targets, pad_token_id, label_smoothing)         # (B,) nats
+    nll = rag_sequence_nll(hidden, output_layer, doc_scores, targets, pad_token_id, label_smoothing)   # (B,) nats
 
-All sums are taken in float32, whatever the precision of the logits: sums of 50,000 half-precision log-probabilities
-overflow. The values are those of transformers' `RagSequenceForGeneration` and `RagTokenForGeneration`.
+Logits (B * n_docs, T, V) are never held in whole. All sums over them are taken in float32, whatever the precision of
+the model: sums of 50,000 half-precision log-probabilities overflow. The values are those of transformers'
+`RagSequenceForGeneration` and `RagTokenForGeneration`.
 """
 
 import torch
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+# Words whose logits exist at a time.
+CHUNK_VOCABULARY = 8192
 
 
 def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +35,14 @@ def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[
     return labels, targets
 
 
-def rag_sequence_nll(logits, doc_scores, targets, pad_token_id: int, label_smoothing: float = 0.0) -> torch.Tensor:
+def rag_sequence_nll(
+    hidden, output_layer, doc_scores, targets, pad_token_id: int, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """RAG-Sequence loss of each example.
 
     Args:
-        logits: (B * n_docs, T, V), the documents of an example in a row.
+        hidden: (B * n_docs, T, d) the decoder's last hidden states, the documents of an example in a row.
+        output_layer: weight (V, d) and bias (V) that make logits of them; the bias gets no gradient.
         doc_scores: (B, n_docs), -inf for a document that is to have no probability.
         targets: (B, T) int64, right-padded.
         pad_token_id: positions with this target count nothing.
@@ -42,55 +51,134 @@ def rag_sequence_nll(logits, doc_scores, targets, pad_token_id: int, label_smoot
     Returns:
         (B,) float32, nats.
     """
-    n_docs = doc_scores.shape[1]
+    n_docs, weight = doc_scores.shape[1], output_layer[0]
     document_logprobs = torch.log_softmax(doc_scores.float(), dim=1)  # (B, n_docs)
-    logprobs, smooth = _token_logprobs(logits, targets.repeat_interleave(n_docs, dim=0), pad_token_id, label_smoothing)
-    nll = -(logprobs.sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
+    targets = targets.repeat_interleave(n_docs, dim=0)
+    is_pad = targets == pad_token_id
+    logprobs, normaliser = target_logprobs(hidden, *output_layer, targets)  # (B * n_docs, T)
+    nll = -(logprobs.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
     if not label_smoothing:
         return nll
     # transformers adds the document's log-probability to every word of one position before it sums over them.
-    vocabulary = logits.shape[-1]
-    smooth_nll = -(smooth.sum(1).view(-1, n_docs) + vocabulary * document_logprobs).logsumexp(1)
-    return _smoothed(nll, smooth_nll, label_smoothing, vocabulary)
+    smooth = _logit_sum(hidden, *output_layer) - len(weight) * normaliser
+    smooth = smooth.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs)
+    smooth_nll = -(smooth + len(weight) * document_logprobs).logsumexp(1)
+    return _smoothed(nll, smooth_nll, label_smoothing, len(weight))
 
 
-def rag_token_nll(logits, doc_scores, targets, pad_token_id: int, label_smoothing: float = 0.0) -> torch.Tensor:
+def rag_token_nll(
+    hidden, output_layer, doc_scores, targets, pad_token_id: int, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """RAG-Token loss of each example; arguments and result as `rag_sequence_nll`."""
     batch, n_docs = doc_scores.shape
     document_logprobs = torch.log_softmax(doc_scores.float(), dim=1).unsqueeze(-1)  # (B, n_docs, 1)
-    if not label_smoothing:
-        logprobs, _ = _token_logprobs(logits, targets.repeat_interleave(n_docs, dim=0), pad_token_id, 0.0)
-        marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
-        return -marginal.masked_fill(targets == pad_token_id, 0.0).sum(1)
-    # Smoothing spreads over the marginal distribution, so that here the whole of it is needed.
-    logprobs = torch.log_softmax(logits.float(), dim=-1).view(batch, n_docs, *logits.shape[1:])
-    marginal = (logprobs + document_logprobs.unsqueeze(-1)).logsumexp(1)  # (B, T, V)
     is_pad = targets == pad_token_id
-    nll = -marginal.gather(-1, targets.unsqueeze(-1)).squeeze(-1).masked_fill(is_pad, 0.0).sum(1)
-    smooth_nll = -marginal.sum(-1).masked_fill(is_pad, 0.0).sum(1)
-    return _smoothed(nll, smooth_nll, label_smoothing, logits.shape[-1])
+    logprobs, normaliser = target_logprobs(hidden, *output_layer, targets.repeat_interleave(n_docs, dim=0))
+    marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
+    nll = -marginal.masked_fill(is_pad, 0.0).sum(1)
+    if not label_smoothing:
+        return nll
+    # Smoothing spreads over the marginal distribution, of which every word is needed, a part of them at a time.
+    priors = (document_logprobs - normaliser.view(batch, n_docs, -1)).unsqueeze(-1)  # (B, n_docs, T, 1)
+    hidden = hidden.view(batch, n_docs, *hidden.shape[1:])
+    smooth = sum(
+        checkpoint(_sum_of_marginal_logprobs, hidden, *part, priors, use_reentrant=False)
+        for part in zip(*(tensor.split(CHUNK_VOCABULARY) for tensor in output_layer), strict=True)
+    )  # (B, T)
+    return _smoothed(nll, -smooth.masked_fill(is_pad, 0.0).sum(1), label_smoothing, len(output_layer[0]))
+
+
+def _sum_of_marginal_logprobs(hidden, weight, bias, priors) -> torch.Tensor:
+    """Over the words of `weight`, of log sum_z exp(logit + prior): (B, n_docs, T, d) to (B, T)."""
+    return (linear(hidden, weight, bias).float() + priors).logsumexp(1).sum(-1)
+
+
+def _logit_sum(hidden, weight, bias) -> torch.Tensor:
+    """Sum of the logits over the vocabulary, (N, T, d) to (N, T) float32."""
+    return hidden.float() @ weight.float().sum(0) + bias.float().sum()
 
 
 def sequence_nll(logits, targets, pad_token_id: int, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Loss of a generator without retrieval: logits (B, T, V), targets (B, T) to (B,) float32, nats."""
-    logprobs, smooth = _token_logprobs(logits, targets, pad_token_id, label_smoothing)
-    nll = -logprobs.sum(1)
-    return _smoothed(nll, -smooth.sum(1), label_smoothing, logits.shape[-1]) if label_smoothing else nll
-
-
-def _token_logprobs(logits, targets, pad_token_id: int, label_smoothing: float):
-    """Log-probability of each target and, if smoothing needs it, its sum over the vocabulary; both (N, T), 0 at pads.
+    """Loss of a generator without retrieval: logits (B, T, V), targets (B, T) to (B,) float32, nats.
 
     Only the normaliser is computed over the vocabulary: no second copy of the logits is kept for the backward pass.
     """
     logits = logits.float()
-    normaliser = logits.logsumexp(-1)  # (N, T)
+    normaliser = logits.logsumexp(-1)  # (B, T)
     is_pad = targets == pad_token_id
-    logprobs = (logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser).masked_fill(is_pad, 0.0)
+    nll = (normaliser - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).masked_fill(is_pad, 0.0).sum(1)
     if not label_smoothing:
-        return logprobs, None
-    return logprobs, (logits.sum(-1) - logits.shape[-1] * normaliser).masked_fill(is_pad, 0.0)
+        return nll
+    vocabulary = logits.shape[-1]
+    smooth_nll = (vocabulary * normaliser - logits.sum(-1)).masked_fill(is_pad, 0.0).sum(1)
+    return _smoothed(nll, smooth_nll, label_smoothing, vocabulary)
 
 
 def _smoothed(nll, smooth_nll, label_smoothing: float, vocabulary: int):
     return (1.0 - label_smoothing) * nll + label_smoothing / vocabulary * smooth_nll
+
+
+# --- Log-probabilities without logits ---------------------------------------------------------------------------------
+
+
+def target_logprobs(hidden, weight, bias, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target, and the log-normaliser of its distribution, both (N, T) float32.
+
+    The logits (N, T, V) never exist in whole: they are made for a part of the vocabulary at a time, and once more in
+    the backward pass.
+
+    Args:
+        hidden: (N, T, d).
+        weight: (V, d).
+        bias: (V); it gets no gradient.
+        targets: (N, T) int64.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
+    with torch.autocast(device, enabled=False):
+        results = _TargetLogprobs.apply(hidden.flatten(0, 1), weight, bias.to(weight), targets.flatten())
+    return tuple(result.view(targets.shape) for result in results)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """hidden (R, d), weight (V, d), bias (V), targets (R) to log-probabilities (R) and log-normalisers (R)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        target_logits = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        normalisers = []
+        for logits, place, is_here, _ in _parts_of_logits(hidden, weight, bias, targets):
+            target_logits += logits.gather(1, place).squeeze(1).masked_fill(~is_here, 0.0)
+            highest = logits.amax(1, keepdim=True)
+            # In place, where logsumexp would make a copy and, on a CPU, take several times as long.
+            normalisers.append(logits.sub_(highest).exp_().sum(1).log_() + highest.squeeze(1))
+        normaliser = torch.stack(normalisers).logsumexp(0)
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        return target_logits - normaliser, normaliser
+
+    @staticmethod
+    def backward(ctx, logprob_gradient, normaliser_gradient):
+        """d logprob / d logit is 1 at the target less the probability, d normaliser / d logit the probability."""
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
+        weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for logits, place, is_here, words in _parts_of_logits(hidden, weight, bias, targets):
+            probabilities = logits.sub_(normaliser.unsqueeze(1)).exp_()
+            gradient = probabilities.mul_((normaliser_gradient - logprob_gradient).unsqueeze(1))
+            gradient.scatter_add_(1, place, logprob_gradient.masked_fill(~is_here, 0.0).unsqueeze(1))
+            gradient = gradient.to(hidden.dtype)
+            hidden_gradient += gradient @ weight[words]
+            if weight_gradient is not None:
+                torch.mm(gradient.T, hidden, out=weight_gradient[words])
+        return hidden_gradient.to(hidden.dtype), weight_gradient, None, None
+
+
+def _parts_of_logits(hidden, weight, bias, targets):
+    """Logits (R, C) float32 of C words at a time, each row's target among these (R, 1), whether it is there, and which
+    words they are."""
+    for start in range(0, len(weight), CHUNK_VOCABULARY):
+        words = slice(start, min(start + CHUNK_VOCABULARY, len(weight)))
+        logits = torch.addmm(bias[words], hidden, weight[words].T).float()
+        is_here = (targets >= words.start) & (targets < words.stop)
+        yield logits, (targets - start).clamp(0, words.stop - start - 1).unsqueeze(1), is_here, words

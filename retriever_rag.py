@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import RagConfig, RagRetriever, RagTokenizer
 from transformers.models.rag.retrieval_rag import Index
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from cli_rag import UserError
 from index_rag import KnowledgeIndex
@@ -95,26 +96,46 @@ class RagKnowledgeRetriever(RagRetriever):
         return self.index.get_top_docs(queries, n_docs)
 
     def postprocess_docs(self, docs, input_strings, prefix, n_docs, return_tensors=None):
-        """Generator inputs "prefix title / text // question", (B * n_docs, S), a question's documents in a row."""
+        """Generator inputs "prefix title / text // question", (B * n_docs, S), a question's documents in a row.
+
+        Token ids and mask, int64: as torch tensors for return_tensors "pt", else as numpy arrays.
+        """
         contexts = [
             self._context(title, text, question, prefix or "")
             for question, found in zip(input_strings, docs, strict=True)
             for title, text in zip(found["title"][:n_docs], found["text"][:n_docs], strict=True)
         ]
-        encoded = self.generator_tokenizer(
-            contexts,
-            max_length=self.config.max_combined_length,
-            truncation=True,
-            padding="longest",
-            pad_to_multiple_of=gcd(CONTEXT_MULTIPLE, self.config.max_combined_length),  # 300 is no multiple of 8
-            return_tensors=return_tensors,
+        rows = self._tokenise(contexts, self.config.max_combined_length)
+        # 300 is no multiple of 8
+        input_ids, mask = _padded(
+            rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, self.config.max_combined_length)
         )
-        return encoded["input_ids"], encoded["attention_mask"]
+        return (torch.from_numpy(input_ids), torch.from_numpy(mask)) if return_tensors == "pt" else (input_ids, mask)
+
+    def _tokenise(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """The tokens of each text. A fast tokenizer is asked for ids alone: all else takes as long again."""
+        tokenizer = self.generator_tokenizer
+        if not tokenizer.is_fast:
+            return tokenizer(texts, max_length=max_length, truncation=True)["input_ids"]
+        tokenizer.set_truncation_and_padding(
+            padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+            max_length=max_length, stride=0, pad_to_multiple_of=None, padding_side=None,
+        )  # fmt: skip
+        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
 
     def _context(self, title: str, text: str, question: str, prefix: str) -> str:
         title = title.removeprefix('"').removesuffix('"')
         context = prefix + title + self.config.title_sep + text + self.config.doc_sep + question
         return context.replace("  ", " ")
+
+
+def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (N) of token ids as ids and mask (N, S) int64, padded on the right, S a multiple of `multiple`."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(-(-lengths.max() // multiple) * multiple) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate(rows)
+    return input_ids, mask.astype(np.int64)
 
 
 def check_n_docs(index: Index, n_docs: int) -> None:

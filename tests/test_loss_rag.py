@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
+import generator_rag
+import loss_rag
+from generator_rag import decode_answers, encode_contexts, output_layer
 from loss_rag import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
 from retriever_rag import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import QUESTIONS, make_rag
@@ -20,8 +23,11 @@ def generator(request):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("model_class", LOSSES)
 def test_loss_and_gradients_equal_transformers(
-    model_class, label_smoothing, generator, question_encoder, knowledge, bert_tokenizer
+    model_class, label_smoothing, generator, question_encoder, knowledge, bert_tokenizer, monkeypatch
 ):
+    """With contexts in several groups and the vocabulary in several parts."""
+    monkeypatch.setitem(generator_rag.GROUP_COST, "cpu", 1)
+    monkeypatch.setattr(loss_rag, "CHUNK_VOCABULARY", 32)
     generator, tokenizer = generator
     model = make_rag(model_class, question_encoder, generator, knowledge, label_smoothing=label_smoothing)
     retriever = RagKnowledgeRetriever(model.config, bert_tokenizer, tokenizer)
@@ -36,13 +42,12 @@ def test_loss_and_gradients_equal_transformers(
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     contexts = retrieve_contexts(model.rag, retriever, **questions)
-    logits = model.generator(
-        input_ids=contexts.input_ids,
-        attention_mask=contexts.attention_mask,
-        decoder_input_ids=decoder_input_ids.repeat_interleave(model.config.n_docs, dim=0),
-    ).logits
+    encoded = encode_contexts(model.generator, contexts.input_ids, contexts.attention_mask)
+    decoder_ids = decoder_input_ids.repeat_interleave(model.config.n_docs, dim=0)
+    hidden = decode_answers(model.generator, encoded, contexts.attention_mask, decoder_ids)
+    layer, pad_token_id = output_layer(model.generator), generator.config.pad_token_id
     ours = LOSSES[model_class](
-        logits, contexts.doc_scores, targets, generator.config.pad_token_id, label_smoothing=label_smoothing
+        hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing=label_smoothing
     )
     our_gradients = gradients(ours)
     model.set_retriever(retriever)
@@ -60,11 +65,11 @@ def test_loss_and_gradients_equal_transformers(
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_document_without_probability_changes_nothing(loss, label_smoothing):
     torch.manual_seed(0)
-    logits, scores = torch.randn(2 * 3, 4, 11), torch.randn(2, 3, requires_grad=True)
-    targets = torch.tensor([[3, 4, 5, 1], [6, 1, 1, 1]])
-    without = loss(logits.view(2, 3, 4, 11)[:, :2].reshape(4, 4, 11), scores[:, :2], targets, 1, label_smoothing)
+    hidden, scores = torch.randn(2 * 3, 4, 5), torch.randn(2, 3, requires_grad=True)
+    layer, targets = (torch.randn(11, 5), torch.randn(11)), torch.tensor([[3, 4, 5, 1], [6, 1, 1, 1]])
+    without = loss(hidden.view(2, 3, 4, 5)[:, :2].flatten(0, 1), layer, scores[:, :2], targets, 1, label_smoothing)
     masked = scores.masked_fill(torch.tensor([False, False, True]), float("-inf"))
-    with_missing = loss(logits, masked, targets, 1, label_smoothing)
+    with_missing = loss(hidden, layer, masked, targets, 1, label_smoothing)
     torch.testing.assert_close(with_missing, without)
     gradient = torch.autograd.grad(with_missing.sum(), scores)[0]
     assert gradient.isfinite().all() and (gradient[:, 2] == 0).all()

@@ -1,0 +1,78 @@
+"""Seconds from the command to its answer: `--help` of every script, a mistyped flag, and files that do not exist.
+
+    python benchmarks/startup.py --short
+    python benchmarks/startup.py --rounds 15
+
+Medians of new processes, after one that is not counted. What was imported is tested in tests/test_startup.py: none of
+torch, transformers, datasets, faiss, Lightning and Ray, which all wait until the arguments are good.
+"""
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli_rag import parse_into, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+GONE = "no/such/path"
+MISTAKES = {
+    "finetune_rag": ["--model_name_or_path", GONE, "--data_dir", GONE, "--output_dir", GONE],
+    "eval_rag": ["--model_name_or_path", GONE, "--evaluation_set", GONE, "--gold_data_path", GONE],
+    "use_own_knowledge_dataset": ["--csv_path", GONE, "--output_dir", GONE],
+    "consolidate_rag_checkpoint": ["--model_type", "rag_sequence", "--dest", GONE],
+    "parse_dpr_relevance_data": ["--src_path", GONE, "--evaluation_set", GONE, "--gold_data_path", GONE],
+    "quickstart": ["--config_file", GONE],
+}
+WAYS = {"--help": 0, "--hlep": 2, "missing files": 2}  # and the status of each
+
+
+@dataclass
+class BenchmarkArguments:
+    short: bool = field(default=False, metadata={"help": "Three rounds."})
+    rounds: int = field(default=9, metadata={"help": "Processes of each command."})
+
+    def __post_init__(self):
+        if self.short:
+            self.rounds = 3
+
+
+def parse_args(argv=None) -> BenchmarkArguments:
+    return parse_into(BenchmarkArguments, description=__doc__, argv=argv)
+
+
+def seconds(script: str, way: str) -> float:
+    words = MISTAKES[script] if way == "missing files" else [way]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], capture_output=True)
+    elapsed = time.perf_counter() - start
+    assert done.returncode == WAYS[way], done.stderr.decode()
+    return elapsed
+
+
+def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
+    print(
+        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, medians of {args.rounds}\n\n"
+        f"| script | {', s | '.join(WAYS)}, s |\n|{'---|' * (len(WAYS) + 1)}"
+    )
+    rows = {}
+    for script in MISTAKES:
+        rows[script] = {
+            way: statistics.median([seconds(script, way) for _ in range(args.rounds + 1)][1:]) for way in WAYS
+        }
+        print(f"| `{script}.py` | " + " | ".join(f"{value:.2f}" for value in rows[script].values()) + " |", flush=True)
+    slowest = {way: max(row[way] for row in rows.values()) for way in WAYS}
+    print(f"\nslowest: --help {slowest['--help']:.2f} s (bar 1), a mistake {max(slowest.values()):.2f} s (bar 2)")
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
