@@ -87,6 +87,12 @@ class EvalArguments:
     max_source_length: int = field(default=128, metadata={"help": "Question tokens kept, as in finetune_rag.py."})
     prefix: str = field(default="", metadata={"help": "Put before every question, as --prefix of finetune_rag.py was."})
     num_beams: int = field(default=4, metadata={"help": "Beams of generation; 1 is greedy."})
+    decoding: Literal["thorough", "fast"] = field(
+        default="thorough",
+        metadata={
+            "help": "rag_sequence: thorough scores every candidate under every passage, fast only where beams found it."
+        },
+    )
     min_length: int = field(default=1, metadata={"help": "Fewest tokens of an answer."})
     max_length: int = field(default=50, metadata={"help": "Most tokens of an answer."})
     print_predictions: bool = field(default=False, metadata={"help": "Print each question and its answer."})

@@ -113,6 +113,13 @@ def prediction_settings(args: EvalArguments) -> dict[str, Any]:
         )
     if args.eval_mode == "e2e":
         settings |= {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
+        if settings["model_type"] == "rag_sequence":
+            settings["decoding"] = args.decoding
+        elif args.decoding != "thorough":
+            raise UserError(
+                f"--decoding {args.decoding} is for rag_sequence; leave it out: --model_name_or_path "
+                f"{args.model_name_or_path} is a {settings['model_type']} model"
+            )
     elif args.answers_path is not None:
         settings["answers_path"] = file_identity(args.answers_path)
     return settings
@@ -196,6 +203,7 @@ def answer_from_passages(args, model, retriever, questions: list[str], _) -> tup
         contexts.attention_mask,
         contexts.doc_scores,
         n_docs=args.n_docs,
+        decoding=args.decoding,
         **generation_settings(args, model.generator),
     )
     answers = decode(retriever.generator_tokenizer, token_ids)

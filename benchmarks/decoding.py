@@ -1,15 +1,19 @@
 """Questions a second of `generate_answers` beside transformers' own `generate`: same weights, contexts and process.
 
     python benchmarks/decoding.py --short                          # under two minutes on two cores
-    python benchmarks/decoding.py --rounds 3
+    python benchmarks/decoding.py                                  # seven minutes
     python benchmarks/decoding.py --equal 500 --size small         # no clock, only whether the token ids are the same
-    python benchmarks/decoding.py --equal 500                      # the same at BART-base size: hours
+    python benchmarks/decoding.py --equal 500                      # the same at BART-base size: three hours
 
 The weights are random, scaled so that answers hang on the contexts; a bias on the end token, which grows from word to
 word, makes them 3 to 12 tokens long. transformers' side gets the contexts' attention mask handed to its inner
-`generate`, which leaves it out. Both sides read the same contexts, padded to the longest of the batch.
+`generate`, which leaves it out. Both sides read the same contexts, padded to the longest of the batch. Of RAG-Sequence,
+where it takes one question at a time whatever the batch, it answers the first --questions of each batch only. "Memory"
+is the peak that a call adds to the process. A difference that is none in float64 is a tie that float32 rounds one way
+or the other; any other difference ends the benchmark with an error.
 """
 
+import copy
 import datetime
 import os
 import platform
@@ -21,11 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from cli_rag import parse_into, run_script
 
 SIZES = {
     "base": {"d_model": 768, "layers": 6, "heads": 12, "ffn": 3072, "vocabulary": 50265},
+    "medium": {"d_model": 256, "layers": 3, "heads": 4, "ffn": 1024, "vocabulary": 50265},
     "small": {"d_model": 64, "layers": 2, "heads": 4, "ffn": 128, "vocabulary": 2000},
 }
 SETTINGS = {"num_beams": 4, "min_length": 1, "max_length": 16}
@@ -35,12 +41,18 @@ PAD, END = 1, 2
 @dataclass
 class BenchmarkArguments:
     short: bool = field(default=False, metadata={"help": "One round on few questions: under two minutes on two cores."})
-    rounds: int = field(default=3, metadata={"help": "Measured rounds; medians are reported."})
+    rounds: int = field(default=3, metadata={"help": "Measured rounds of a batch each; medians are reported."})
+    questions: int = field(default=4, metadata={"help": "Of a batch, those that transformers' RAG-Sequence answers."})
     batch_size: int = field(default=8, metadata={"help": "Questions decoded at a time."})
     n_docs: int = field(default=5, metadata={"help": "Documents a question."})
-    size: str = field(default="base", metadata={"help": "base (as BART-base) or small."})
+    size: str = field(default="base", metadata={"help": "base (as BART-base), medium or small."})
     equal: int = field(default=0, metadata={"help": "Only compare the token ids of so many random questions."})
     seeds: int = field(default=5, metadata={"help": "Random models that share the questions of --equal."})
+    first_seed: int = field(default=0, metadata={"help": "Of the random models and questions."})
+
+    def __post_init__(self):
+        if self.short:
+            self.rounds, self.questions = 1, 2
 
 
 def parse_args(argv=None) -> BenchmarkArguments:
@@ -130,11 +142,27 @@ def trim(sequences) -> list[list[int]]:
     return [[token for token in row if token != PAD] for row in sequences.tolist()]
 
 
-def timed(function, model, contexts) -> tuple[float, float, list]:
-    """Wall seconds and CPU seconds a question (the second is fair on a busy machine), and the answers."""
-    wall, cpu = time.perf_counter(), time.process_time()
+@dataclass
+class Cost:
+    """Of one call: seconds a question by the clock and of CPU time (fair on a busy machine), GiB added at the peak."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+def timed(function, model, contexts) -> tuple[Cost, list]:
+    """The cost of a call, and its answers."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    memory, wall, cpu = resident_gib("VmRSS"), time.perf_counter(), time.process_time()
     answers = trim(function(model, *contexts))
-    return (time.perf_counter() - wall) / len(answers), (time.process_time() - cpu) / len(answers), answers
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Cost(wall / len(answers), cpu / len(answers), resident_gib("VmHWM") - memory), answers
+
+
+def resident_gib(name: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 2**20
 
 
 def first_questions(contexts, n: int):
@@ -143,65 +171,71 @@ def first_questions(contexts, n: int):
     return ids[: n * n_docs], mask[: n * n_docs], doc_scores[:n]
 
 
-def measure(args, model_class, generator, questions: int, rounds: int) -> dict:
-    """Medians over the rounds. transformers' RAG-Sequence takes one question at a time: a few of the batch suffice."""
+def measure(args, model_class, generator, questions: int) -> dict:
+    """Medians over the rounds, and how many answers are the same."""
     model = make_model(model_class, generator, args.n_docs)
-    vocabulary = SIZES[args.size]["vocabulary"]
-    our_way(model, *make_contexts(1, args.n_docs, vocabulary, seed=99))
-    transformers_way(model, *make_contexts(1, args.n_docs, vocabulary, seed=99))
+    our_way(model, *make_contexts(1, args.n_docs, SIZES[args.size]["vocabulary"], seed=99))
     theirs, ours, same, lengths = [], [], 0, []
-    for seed in range(rounds):
-        contexts = make_contexts(args.batch_size, args.n_docs, vocabulary, seed)
-        *seconds, expected = timed(transformers_way, model, first_questions(contexts, questions))
-        theirs.append(seconds)
-        *seconds, answers = timed(our_way, model, contexts)
-        ours.append(seconds)
-        same += sum(map(list.__eq__, expected, answers))
+    for seed in range(args.first_seed, args.first_seed + args.rounds):
+        contexts = make_contexts(args.batch_size, args.n_docs, SIZES[args.size]["vocabulary"], seed)
+        cost, expected = timed(transformers_way, model, first_questions(contexts, questions))
+        theirs.append(cost)
+        cost, answers = timed(our_way, model, contexts)
+        ours.append(cost)
+        same += len(expected) - len(different_rows(model, contexts, expected, answers))
         lengths += map(len, answers)
-    median = statistics.median
-    wall, cpu = ([median(s[i] for s in side) for side in (theirs, ours)] for i in (0, 1))
-    result = {
-        "model": model_class.__name__, "transformers_s": wall[0], "ours_s": wall[1], "ratio": wall[0] / wall[1],
-        "cpu_ratio": cpu[0] / cpu[1], "same": f"{same} of {questions * rounds}",
-    }  # fmt: skip
+    result = {"model": model_class.__name__, "same": f"{same} of {questions * args.rounds}"}
+    for name in ("wall", "cpu", "memory"):
+        result[name] = [statistics.median(getattr(cost, name) for cost in side) for side in (theirs, ours)]
+    ratios = [one.wall / other.wall for one, other in zip(theirs, ours, strict=True)]
+    result["ratio"] = result["wall"][0] / result["wall"][1]
     print(
-        f"{result['model']}: transformers {wall[0]:.2f} s a question, ours {wall[1]:.2f} s: {result['ratio']:.1f}x "
-        f"(CPU time {cpu[0]:.1f} s, {cpu[1]:.1f} s: {result['cpu_ratio']:.1f}x); same token ids: {result['same']}; "
-        f"answers of {min(lengths)} to {max(lengths)} tokens, median {median(lengths):g}",
+        "{model}: transformers {wall[0]:.2f} s a question, ours {wall[1]:.2f} s: {ratio:.1f}x".format(**result),
+        f"({min(ratios):.1f} to {max(ratios):.1f} in {args.rounds} rounds);",
+        "CPU time {cpu[0]:.1f} s, {cpu[1]:.1f} s; memory {memory[0]:.2f} GiB, {memory[1]:.2f} GiB;".format(**result),
+        f"same token ids: {result['same']};",
+        f"answers of {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):g}",
         flush=True,
     )
     return result
 
 
-def compare(args, model_class) -> int:
-    """Count the questions whose token ids differ, and say of each whether float64 settles it as a tie."""
-    different = asked = 0
-    for seed in range(args.seeds):
+def compare(args, model_class) -> dict:
+    """How many of so many random questions to several random models get other token ids; ties, as others are errors."""
+    started, ties, asked = time.perf_counter(), 0, 0
+    for number in range(args.seeds):
+        seed = args.first_seed + number
         model = make_model(model_class, make_generator(args.size, seed), args.n_docs)
-        remaining = -(-args.equal // args.seeds)
+        remaining = args.equal // args.seeds + (number < args.equal % args.seeds)
         while remaining:
             batch = min(args.batch_size, remaining)
             contexts = make_contexts(batch, args.n_docs, SIZES[args.size]["vocabulary"], 1000 * seed + remaining)
             remaining -= batch
             expected, answers = trim(transformers_way(model, *contexts)), trim(our_way(model, *contexts))
             asked += batch
-            for row in (i for i in range(batch) if expected[i] != answers[i]):
-                different += 1
-                print(f"  differs: {expected[row]} {answers[row]}: {tie_or_fault(model, contexts, row)}", flush=True)
-        print(f"{model_class.__name__}: {asked} questions, {different} different", flush=True)
-    return different
+            ties += len(different_rows(model, contexts, expected, answers))
+        minutes = (time.perf_counter() - started) / 60
+        print(f"{model_class.__name__}: {asked} questions, {ties} of them ties, {minutes:.1f} minutes", flush=True)
+    return {"model": model_class.__name__, "asked": asked, "ties": ties}
 
 
-def tie_or_fault(model, contexts, row: int) -> str:
-    """A tie that float32 rounds one way or the other is none in float64: there both sides agree."""
-    import copy
-
+def different_rows(model, contexts, expected: list, answers: list) -> list[int]:
+    """The questions whose answers are not the same because float32 rounds a tie: in float64 they are the same."""
     ids, mask, doc_scores = contexts
     n = model.config.n_docs
-    one = ids[row * n : row * n + n], mask[row * n : row * n + n], doc_scores[row : row + 1].double()
-    model = copy.deepcopy(model).double()
-    same = trim(transformers_way(model, *one)) == trim(our_way(model, *one))
-    return "a tie, the same in float64" if same else "FAULT"
+    rows = [row for row, answer in enumerate(expected) if answer != answers[row]]
+    for row in rows:
+        print(f"  a difference: {expected[row]} {answers[row]}", flush=True)
+        one = ids[row * n : row * n + n], mask[row * n : row * n + n], doc_scores[row : row + 1].double()
+        exact = copy.deepcopy(model).double()
+        if trim(transformers_way(exact, *one)) != trim(our_way(exact, *one)):
+            raise SystemExit("it is one in float64 too: generate_answers is wrong")
+    return rows
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main(args: BenchmarkArguments) -> list[dict]:
@@ -212,17 +246,19 @@ def main(args: BenchmarkArguments) -> list[dict]:
     transformers.logging.set_verbosity_error()
     print(
         f"{datetime.date.today()}, {' '.join(sys.argv)}\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}\n{args.size} size, batch {args.batch_size}, {args.n_docs} documents, "
         f"{SETTINGS}",
         flush=True,
     )
     if args.equal:
-        return [{"different": compare(args, c)} for c in (RagSequenceForGeneration, RagTokenForGeneration)]
-    generator, rounds = make_generator(args.size, 0), 1 if args.short else args.rounds
+        return [compare(args, model_class) for model_class in (RagSequenceForGeneration, RagTokenForGeneration)]
+    generator = make_generator(args.size, args.first_seed)
+    contexts = make_contexts(1, args.n_docs, SIZES[args.size]["vocabulary"], seed=99)
+    transformers_way(make_model(RagTokenForGeneration, generator, args.n_docs), *contexts)  # to warm up
     return [
-        measure(args, RagSequenceForGeneration, generator, 1 if args.short else 2, rounds),
-        measure(args, RagTokenForGeneration, generator, args.batch_size, rounds),
+        measure(args, RagSequenceForGeneration, generator, min(args.questions, args.batch_size)),
+        measure(args, RagTokenForGeneration, generator, args.batch_size),
     ]
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from decoding_rag import generate_answers
+from token_trees import tree_decoder
 
 VOCABULARY, N_DOCS, QUESTIONS, MAX_LENGTH = 40, 4, 5, 14
 SEEDS = range(4)
@@ -200,6 +201,22 @@ def test_transformers_fills_with_the_end_token_where_the_pad_id_is_0():
     ids, mask, _ = make_contexts(0)
     filled = model.generator.generate(ids, attention_mask=mask, num_beams=4, num_return_sequences=4, max_length=10)
     assert any(row[-2:] == [1, 1] for row in filled.tolist())
+
+
+def test_sums_are_in_full_precision():
+    """Of a model in half precision only the logits are rounded: probabilities over them add up to 1 in float32."""
+    bart = make_bart(0).bfloat16()
+    ids, mask, _ = make_contexts(1)
+    decoder = tree_decoder(bart)
+    memory = decoder.read(ids, mask)
+    hidden = decoder.decode(ids[:, :1], torch.tensor([0]), torch.ones(1, 1, 1).bool(), memory)
+    vocabulary = torch.arange(VOCABULARY)
+    log_probs = decoder.token_log_probs(hidden, torch.zeros_like(vocabulary), vocabulary)
+    assert log_probs.dtype == decoder.logits(hidden).dtype == torch.float32
+    torch.testing.assert_close(log_probs, decoder.logits(hidden)[:, 0].log_softmax(-1), atol=0.05, rtol=0.02)
+    for model_class in (RagSequenceForGeneration, RagTokenForGeneration):
+        model = make_rag(model_class, bart)
+        assert generate_answers(model, *make_contexts(1), n_docs=N_DOCS, max_length=MAX_LENGTH).shape[0] == QUESTIONS
 
 
 def test_label_smoothing_and_n_docs_of_the_config_do_not_matter():

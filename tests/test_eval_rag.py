@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import decoding_rag
 import eval_rag
 from cli_rag import UserError
 from eval_arguments_rag import parse_qa_line
@@ -232,6 +233,23 @@ def test_another_checkpoint_or_other_settings_are_refused(run, rag_folder, rag_t
     write_lines([*ASKED[1:], "what is near"], files / "q")
     with pytest.raises(UserError, match=refused.format("evaluation_set .* \\(its content has changed\\)")):
         run(files / "other")
+
+
+def test_decoding_is_handed_on_noted_and_for_rag_sequence_only(run, rag_folder, checkpoint, files, monkeypatch):
+    used, original = set(), decoding_rag.generate_answers
+
+    def generate_answers(*args, decoding, **settings):
+        used.add(decoding)
+        return original(*args, decoding=decoding, **settings)
+
+    monkeypatch.setattr(decoding_rag, "generate_answers", generate_answers)
+    run(rag_folder, decoding="fast")
+    assert used == {"fast"}
+    assert load_json(files / "predictions.txt.settings.json")["settings"]["decoding"] == "fast"
+    with pytest.raises(UserError, match=r"decoding fast \(now thorough\)"):
+        run(rag_folder)
+    with pytest.raises(UserError, match=r"--decoding fast is for rag_sequence; leave it out: .* is a rag_token model"):
+        run(checkpoint("rag_token", "bart"), predictions="other.txt", decoding="fast")
 
 
 def test_all_checkpoints_are_measured_each_into_its_own_file(run, rag_folder, files, bart, capsys):
