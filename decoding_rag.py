@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
 
-from token_trees import CHUNK_TOKENS, Past, full_precision, tree_decoder
+from token_trees import CHUNK_TOKENS, Past, tree_decoder
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def generate_answers(
     decoder = tree_decoder(model.generator)
     lost = doc_scores.isneginf().all(1, keepdim=True)
     first = torch.arange(n_docs, device=doc_scores.device) == 0
-    doc_scores = full_precision(doc_scores).masked_fill(lost & first, 0.0)
+    doc_scores = doc_scores.to(decoder.dtype).masked_fill(lost & first, 0.0)
 
     if isinstance(model, RagTokenForGeneration):
         memory = decoder.read(context_input_ids, context_attention_mask)
@@ -282,7 +282,8 @@ class _Search:
         return rows
 
     def _greedy_search(self) -> _Found:
-        sequences, log_probs = self._blank(self.items), torch.zeros(self.items, device=self.device)
+        sequences = self._blank(self.items)
+        log_probs = torch.zeros(self.items, dtype=self.decoder.dtype, device=self.device)
         alive = torch.arange(self.items, device=self.device)
         over = torch.zeros_like(alive, dtype=torch.bool)
         for length in range(1, self.config.max_length):
@@ -302,13 +303,14 @@ class _Search:
 
     def _beam_search(self) -> _Found:
         config, shape = self.config, (self.items, self.config.num_beams)
+        kind = {"dtype": self.decoder.dtype, "device": self.device}
         beams = _Beams(
             item=torch.arange(self.items, device=self.device),
             running=self._blank(*shape),
-            running_scores=torch.tensor([0.0] + [-1e9] * (shape[1] - 1), device=self.device).repeat(shape[0], 1),
+            running_scores=torch.tensor([[0.0] + [-1e9] * (shape[1] - 1)] * shape[0], **kind),
             parents=torch.zeros(shape, dtype=torch.long, device=self.device),
             sequences=self._blank(*shape),
-            scores=torch.full(shape, -1e9, device=self.device),
+            scores=torch.full(shape, -1e9, **kind),
             lengths=torch.zeros(*shape, 1, dtype=torch.long, device=self.device),
             finished=torch.zeros(shape, dtype=torch.bool, device=self.device),
             improvable=torch.ones(shape[0], 1, dtype=torch.bool, device=self.device),

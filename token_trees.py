@@ -87,6 +87,7 @@ class TreeDecoder:
         self.pad = generator.config.pad_token_id
         self.weight = generator.get_output_embeddings().weight  # (vocabulary, d)
         self.bias = self.weight.new_zeros(len(self.weight))
+        self.dtype = full_precision(self.bias[:0]).dtype  # of log-probabilities
 
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
         """Encode contexts (D, S) and project what cross-attention reads of them."""

@@ -17,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from benchmarks import decoding
 from decoding_rag import generate_answers
 from token_trees import tree_decoder
 
@@ -219,6 +220,13 @@ def test_sums_are_in_full_precision():
         assert generate_answers(model, *make_contexts(1), n_docs=N_DOCS, max_length=MAX_LENGTH).shape[0] == QUESTIONS
 
 
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("model_class", [RagSequenceForGeneration, RagTokenForGeneration])
+def test_a_model_in_float64(model_class, num_beams):
+    ids, mask, doc_scores = make_contexts(1)
+    assert_same(make_rag(model_class, make_bart(0).double()), (ids, mask, doc_scores.double()), num_beams=num_beams)
+
+
 def test_label_smoothing_and_n_docs_of_the_config_do_not_matter():
     model = make_rag(RagSequenceForGeneration, make_bart(1))
     contexts = make_contexts(1, seed=1)
@@ -366,3 +374,16 @@ def test_an_unknown_generator_is_an_error():
     model.generator.config.model_type = "pegasus"
     with pytest.raises(ValueError, match="bart and t5, not pegasus"):
         generate_answers(model, *make_contexts(1), n_docs=N_DOCS)
+
+
+def test_benchmark_compares_and_ends_where_answers_differ(monkeypatch):
+    results = decoding.main(decoding.parse_args(["--size", "small", "--short"]))
+    assert [(r["model"], r["same"]) for r in results] == [
+        ("RagSequenceForGeneration", "2 of 2"),
+        ("RagTokenForGeneration", "8 of 8"),
+    ]
+    assert all(figure > 0 for result in results for name in ("wall", "cpu") for figure in result[name])
+    ours = decoding.our_way
+    monkeypatch.setattr(decoding, "our_way", lambda *args: ours(*args).flip(1))
+    with pytest.raises(SystemExit, match="generate_answers is wrong"):
+        decoding.main(decoding.parse_args(["--size", "small", "--equal", "2", "--seeds", "1"]))
