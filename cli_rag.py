@@ -10,12 +10,16 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
+import io
 import json
 import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +38,10 @@ HfArgumentParser = _load_hf_argument_parser()
 
 class UserError(ValueError):
     """A mistake of the user's; the message names the flag, its value and the remedy printed without traceback."""
+
+
+class ReportedError(UserError):
+    """A mistake of the user's that another process of the same job prints."""
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -140,6 +148,28 @@ def parse_into(*dataclass_types, description: str | None = None, argv: list[str]
     return parsed[0] if len(parsed) == 1 else parsed
 
 
+def _parse_once(parse_args):
+    """What `parse_args` returns. Of the ranks of a node, which share a command line, the first says what is wrong."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return parse_args()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parse_args()
+    except UserError as error:
+        raise ReportedError(str(error)) from error
+    except SystemExit as leaving:
+        if leaving.code == 0:  # --help
+            raise
+        raise ReportedError("told by argparse") from leaving
+
+
+def _leave_it_to_the_reporter() -> NoReturn:
+    """End with status 2 too, but second: torchrun ends all ranks, by SIGTERM, once it sees that one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1)
+    sys.exit(2)
+
+
 def run_script(parse_args, main) -> NoReturn:
     """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130."""
     # Fork-safe, quiet tokenizers: data-loading workers are forked after the tokenizer was used.
@@ -149,11 +179,14 @@ def run_script(parse_args, main) -> NoReturn:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     script = Path(sys.argv[0]).name
     try:
-        main(parse_args())
+        main(_parse_once(parse_args))
+    except ReportedError:
+        _leave_it_to_the_reporter()
     except UserError as error:
         print(*(f"{script}: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -7,6 +7,7 @@
     python eval_rag.py --model_name_or_path facebook/rag-sequence-nq --eval_mode retrieval --k 1 5 20 \\
         --evaluation_set output/biencoder-nq-dev.questions --gold_data_path output/biencoder-nq-dev.pages \\
         --predictions_path output/retrieval_preds.tsv
+    torchrun --standalone --nproc_per_node 8 eval_rag.py ...    # the same files, each rank answers its share
 
 The predictions file has a line a question: the answer (e2e) or the titles of the passages, tab-separated (retrieval).
 A complete one is scored again without the model, one with fewer lines (a killed run's) is continued, one of another
@@ -18,6 +19,7 @@ Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']
 the titles of the right passages, tab-separated.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,7 +30,7 @@ from typing import Any
 from cli_rag import UserError, run_script
 from eval_arguments_rag import EvalArguments, EvalData, checkpoint_folders, read_data, strip_title
 from eval_arguments_rag import parse_args as parse_eval_args
-from predictions_rag import Predictions, file_identity
+from predictions_rag import Predictions, differences, file_identity, missing_batches
 from utils_rag import (
     answer_recall_at_k,
     exact_match_score,
@@ -45,6 +47,8 @@ PASSAGE_FILES = ("data-*.arrow",)
 SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
+# Seconds that rank 0 waits for the slowest rank's batch; one that has died is noticed at once.
+RANK_TIMEOUT = 3600.0
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -52,30 +56,61 @@ def parse_args(argv: list[str] | None = None) -> EvalArguments:
 
 
 def main(args: EvalArguments) -> dict[str, Any]:
-    """The scores, as fractions by name; with `eval_all_checkpoints` those dicts by the checkpoint's name."""
-    data = read_data(args)
+    """The scores, as fractions by name; with `eval_all_checkpoints` those dicts by the checkpoint's name.
+
+    Collective under torchrun: every rank answers its share and returns the scores; rank 0 alone reads questions and
+    gold, writes files and prints.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        data = read_data(args)  # its mistakes are told before torch is imported
+        from ranks_rag import Ranks
+
+        return measure(args, data, Ranks(RANK_TIMEOUT))
+    from ranks_rag import joined_job
+
+    with joined_job(RANK_TIMEOUT) as ranks:
+        data = EvalData(**ranks.from_rank_zero("reading the questions", lambda: vars(read_data(args))))
+        return measure(args, data, ranks)
+
+
+def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
+    """`main` behind the data; `ranks` is a `Ranks`."""
     if not args.eval_all_checkpoints:
-        return evaluate(args, data)
+        return evaluate(args, data, ranks)
     scores = {}
     path = Path(args.predictions_path)
-    for folder in checkpoint_folders(args.model_name_or_path):
+    folders = ranks.from_rank_zero(
+        "listing the checkpoints", lambda: list(map(str, checkpoint_folders(args.model_name_or_path)))
+    )
+    for folder in map(Path, folders):
         own_path = path.with_name(f"{path.stem}.{folder.name}{path.suffix}")
-        scores[folder.name] = evaluate(
-            replace(args, model_name_or_path=str(folder), predictions_path=str(own_path)), data
-        )
-    print_table(scores)
+        own_args = replace(args, model_name_or_path=str(folder), predictions_path=str(own_path))
+        scores[folder.name] = evaluate(own_args, data, ranks)
+    if ranks.rank == 0:
+        print_table(scores)
     return scores
 
 
-def evaluate(args: EvalArguments, data: EvalData) -> dict[str, float]:
-    """Predict what is not predicted yet, score, print and write the scores of one checkpoint."""
-    settings = prediction_settings(args)
-    predictions = Predictions(args.predictions_path, data.questions, settings, args.recalculate)
+def evaluate(args: EvalArguments, data: EvalData, ranks) -> dict[str, float]:
+    """Predict what is not predicted yet, score, print and write the scores of one checkpoint. Collective."""
+    predictions = ranks.on_rank_zero("opening the predictions file", lambda: open_predictions(args, data))
+    done, settings = ranks.from_rank_zero(
+        "reading the predictions file", lambda: (len(predictions.lines), predictions.settings)
+    )
+    if done < len(data.questions):
+        predict_missing(args, data, predictions, ranks, done, settings)
+    return ranks.from_rank_zero("scoring", lambda: score(args, data, predictions))
+
+
+def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
+    predictions = Predictions(args.predictions_path, data.questions, prediction_settings(args), args.recalculate)
     if predictions.lines:
         state = "scored again" if predictions.is_complete else "continued"
         print(f"{args.predictions_path}: {len(predictions.lines):,} of {len(data.questions):,} lines, {state}")
-    if not predictions.is_complete:
-        predict_missing(args, data, predictions)
+    return predictions
+
+
+def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
     scores = {"e2e": score_answers, "retrieval": score_passages}[args.eval_mode](args, data, predictions)
     report(args, data, predictions, scores)
     return scores
@@ -142,19 +177,54 @@ def rag_config(args: EvalArguments):
 # --- Predictions ------------------------------------------------------------------------------------------------------
 
 
-def predict_missing(args: EvalArguments, data: EvalData, predictions: Predictions) -> None:
-    """Append the missing predictions, batch by batch."""
+def predict_missing(
+    args: EvalArguments, data: EvalData, predictions: Predictions | None, ranks, done: int, settings: dict[str, Any]
+) -> None:
+    """Append the missing predictions, batch by batch; the ranks take the batches in turn. Collective.
+
+    Args:
+        predictions: rank 0's; None elsewhere.
+        done: predictions made so far.
+        settings: those of the predictions.
+    """
     import torch
 
-    predict, index = load_predictor(args, predictions.settings["model_type"])
-    predictions.start(index)
-    batches = predictions.missing_batches(args.eval_batch_size)
+    def load():
+        if ranks.rank != 0:
+            check_same_files(args, settings, ranks.rank)
+        return load_predictor(args, settings["model_type"])
+
+    predict, index = ranks.all_or_none("loading the model", load)
+    ranks.on_rank_zero("starting the predictions file", lambda: predictions.start(index))
+    batches = missing_batches(done, len(data.questions), args.eval_batch_size)
+    rounds = [batches[start : start + ranks.size] for start in range(0, len(batches), ranks.size)]
+
+    def answer(batches: list[range]):
+        """This rank's batch of a round; the last round may have none for it."""
+        if ranks.rank < len(batches):
+            part = slice(batches[ranks.rank].start, batches[ranks.rank].stop)
+            return predict(data.questions[part], data.answers and data.answers[part])
+
+    def take(batches: list[range], answered: list) -> None:
+        for batch, (lines, details) in zip(batches, answered[: len(batches)], strict=True):
+            predictions.append(batch.start, lines, details)
+
     desc = "Answering" if args.eval_mode == "e2e" else "Retrieving"
+    if ranks.rank == 0:
+        total = sum(map(len, batches))
+        rounds = progress(rounds, total, desc, "questions", size=lambda batches: sum(map(len, batches)))
     with torch.inference_mode():
-        for questions in progress(batches, sum(map(len, batches)), desc, "questions", size=len):
-            done = len(predictions.lines)
-            answers = data.answers and data.answers[done : done + len(questions)]
-            predictions.append(*predict(questions, answers))
+        ranks.in_rounds(f"{desc.lower()}, round", rounds, answer, take)
+
+
+def check_same_files(args: EvalArguments, settings: dict[str, Any], rank: int) -> None:
+    """Another machine may have other files under the same names."""
+    own = prediction_settings(args)
+    if changed := differences(settings, own):
+        raise UserError(
+            f"rank {rank} on {os.uname().nodename} does not see the files that rank 0 sees: {', '.join(changed)}; give "
+            "paths that are the same on every node"
+        )
 
 
 def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
@@ -179,11 +249,15 @@ def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict
 
 
 def pick_device(name: str | None):
-    """The device by its name, the GPU if there is one, else the CPU."""
+    """The device by its name; else a GPU if there is one, the ranks of a node each their own; else the CPU."""
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # so that --index_device cuda means the same one
+        return device
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it

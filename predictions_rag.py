@@ -2,8 +2,9 @@
 
     predictions = Predictions("predictions.txt", questions, settings)
     predictions.start(index_settings)
-    for questions in predictions.missing_batches(batch_size=8):
-        predictions.append(lines, details)
+    for batch in missing_batches(len(predictions.lines), len(questions), batch_size=8):
+        lines, details = answer(questions[batch.start : batch.stop])
+        predictions.append(batch.start, lines, details)
 
 Beside `predictions.txt` stand `predictions.txt.settings.json`, the settings that made it, and
 `predictions.txt.jsonl`, a JSON record a question. The same settings continue an incomplete file; others are refused.
@@ -71,6 +72,16 @@ def _whole_lines(path: Path) -> tuple[list[str], bytes]:
         return [], b""
     whole, newline, rest = path.read_bytes().replace(b"\r\n", b"\n").rpartition(b"\n")
     return (whole.decode("utf-8-sig").split("\n") if newline else []), rest
+
+
+def missing_batches(done: int, total: int, batch_size: int) -> list[range]:
+    """The numbers of the questions, from 0, of every batch that lacks a prediction.
+
+    Batches lie where they lie in an uninterrupted run, also where a killed one left a batch half-written: padding, and
+    with it the last bits of the scores, depends on who shares a batch.
+    """
+    starts = range(done // batch_size * batch_size, total, batch_size) if done < total else ()
+    return [range(start, min(start + batch_size, total)) for start in starts]
 
 
 class Predictions:
@@ -156,14 +167,16 @@ class Predictions:
         if self.origin_known:
             save_json({"settings": self.settings, "index": index}, self.settings_path)
 
-    def missing_batches(self, batch_size: int) -> list[list[str]]:
-        """The questions without a prediction, in batches."""
-        rest = self.questions[len(self.lines) :]
-        return [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
+    def append(self, start: int, predictions: list[str], details: list[dict]) -> None:
+        """Add a batch's predictions, a line each, and what is to be told of them; on disk when this returns.
 
-    def append(self, predictions: list[str], details: list[dict]) -> None:
-        """Add the next predictions, a line each, and what is to be told of them; they are on disk when this returns."""
+        Args:
+            start: number, from 0, of the batch's first question; lines that are there already are kept.
+        """
         assert len(predictions) == len(details) and not any(re.search(r"[\r\n]", line) for line in predictions)
+        assert start <= len(self.lines)
+        there = len(self.lines) - start
+        predictions, details = predictions[there:], details[there:]
         records = [self._record(number) | detail for number, detail in enumerate(details, start=len(self.lines))]
         # The records first: those without a line are dropped when the run is continued.
         with open(self.records_path, "a", encoding="utf-8", newline="\n") as file:

@@ -2,14 +2,17 @@
 
     ranks = Ranks(timeout=600)                                # collective
     settings = ranks.from_rank_zero("start", read_settings)   # read on rank 0, known to all
+    with joined_job(timeout=600) as ranks: ...                # under torchrun: the job's process group, too
 
 Their gloo group is made inside the running job, so that no port and no network interface has to be chosen. One process
 needs no group: it is rank 0 of 1.
 """
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cli_rag import UserError
+from cli_rag import ReportedError, UserError
 
 GOOD, USER_ERROR, ERROR = range(3)
 
@@ -29,6 +32,34 @@ class RankError(RuntimeError):
 def world_size() -> int:
     """Ranks of the running job; 1 where no process group is up."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def joined_job(timeout: float) -> Iterator["Ranks"]:
+    """The ranks that torchrun started this process with; leaving ends the process group that was made for them.
+
+    Collective. One process makes no group, and a group that is already up is used and left as it is.
+
+    Args:
+        timeout: as of `Ranks`.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 or world_size() > 1:
+        yield Ranks(timeout)
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {size} and {', '.join(missing)} not set: start the ranks with torchrun, or unset WORLD_SIZE"
+        )
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=2 * timeout))
+    except RuntimeError as error:
+        raise RankError(f"rank {os.environ['RANK']}: the {size} ranks did not meet ({_reason(error)})") from error
+    try:
+        yield Ranks(timeout)
+    finally:
+        dist.destroy_process_group()
 
 
 class Ranks:
@@ -95,7 +126,7 @@ class Ranks:
             status, length, *_ = values = head.wait(deadline)
             text = self.receive((int(length),), torch.uint8, source, step).wait(deadline).tobytes().decode()
             if status == USER_ERROR:
-                raise UserError(text)
+                raise UserError(text) if source else ReportedError(text)  # what rank 0 tells it also raises
             if status == ERROR:
                 raise RankError(f"{step}: rank {source} failed: {text}")
             return text, values[2:]
@@ -104,36 +135,96 @@ class Ranks:
 
     def from_rank_zero(self, step: str, make: Callable[[], Any]) -> Any:
         """What `make()` returns on rank 0 (anything JSON can hold), on every rank; so with its error. Collective."""
+        if self.size == 1:
+            return make()
         if self.rank != 0:
             return json.loads(self.receive_outcome(0, step)()[0])
-        result, failure = None, None
-        try:
-            result = make()
-        except Exception as error:
-            failure = error
+        result, failure = _attempt(make)
         self.tell_the_others(step, failure, json.dumps(result))
         return result
 
-    def all_or_none(self, step: str, act: Callable[[], None]) -> None:
-        """`act()` on every rank; an error on one of them is raised on every rank. Collective."""
-        failure = None
-        try:
-            act()
-        except Exception as error:
-            failure = error
+    def on_rank_zero(self, step: str, make: Callable[[], Any]) -> Any:
+        """What `make()` returns, which stays on rank 0; None on the others, who share its error. Collective."""
+        made = []
+        self.from_rank_zero(step, lambda: made.append(make()))
+        return made[0] if made else None
+
+    def all_or_none(self, step: str, act: Callable[[], Any]) -> Any:
+        """What `act()` returns on this rank; an error on one of them is raised on every rank. Collective."""
+        if self.size == 1:
+            return act()
+        result, failure = _attempt(act)
         if self.rank != 0:
-            for transfer in self.send_outcome(0, step, failure):
-                transfer.wait()
-            self.receive_outcome(0, step)()
-            return
-        deadline = self.deadline()
-        outcomes = [self.receive_outcome(rank, step) for rank in self.others]
-        for outcome in outcomes:
+            self._report(step, failure)()
+            return result
+        _, problem = self._hear_all([self.receive_outcome(rank, step) for rank in self.others])
+        self.tell_the_others(step, failure or problem)
+        return result
+
+    def in_rounds(self, name: str, rounds: Iterable, act: Callable[[Any], Any], take: Callable[[Any, list], None]):
+        """Work that the ranks share, round by round, and rank 0 collects; an error on one is raised on every rank.
+
+        Collective. A rank works one round ahead of what rank 0 has taken, so that not every round is as long as its
+        slowest part.
+
+        Args:
+            name: what a round is called in messages.
+            rounds: as many on every rank.
+            act: on every rank, from a round to this rank's part of it, anything JSON can hold.
+            take: on rank 0, from a round to nothing, given the parts of it, rank by rank.
+        """
+        if self.size == 1:
+            for one in rounds:
+                take(one, [act(one)])
+        elif self.rank == 0:
+            self._collect_rounds(name, rounds, act, take)
+        else:
+            self._contribute_rounds(name, rounds, act)
+
+    def _collect_rounds(self, name: str, rounds: Iterable, act: Callable, take: Callable) -> None:
+        for number, one in enumerate(rounds, start=1):
+            step = f"{name} {number}"
+            answers = [self.receive_outcome(rank, step) for rank in self.others]
+            own, failure = _attempt(lambda one=one: act(one))
+            texts, problem = self._hear_all(answers)
+            failure = failure or problem
+            if failure is None:
+                parts = [own, *map(json.loads, texts)]
+                _, failure = _attempt(lambda one=one, parts=parts: take(one, parts))
+            self.tell_the_others(step, failure)
+
+    def _contribute_rounds(self, name: str, rounds: Iterable, act: Callable) -> None:
+        hear = None
+        for number, one in enumerate(rounds, start=1):
+            text, failure = _attempt(lambda one=one: json.dumps(act(one)))
+            if hear is not None:
+                hear()
+            hear = self._report(f"{name} {number}", failure, text)
+            if failure is not None:
+                hear()
+        if hear is not None:
+            hear()
+
+    def _report(self, step: str, failure: Exception | None, text: str | None = None) -> Callable[[], None]:
+        """Begin to tell rank 0 how this rank's part of a step went; returns a function that waits for its answer."""
+        answer = self.receive_outcome(0, step)
+        sent = self.send_outcome(0, step, failure, text or "")
+
+        def hear() -> None:
             try:
-                outcome(deadline)
+                answer()
             except (RankError, UserError) as error:
-                failure = failure or error
-        self.tell_the_others(step, failure)
+                raise error from failure
+            for transfer in sent:
+                transfer.wait()
+
+        return hear
+
+    def _hear_all(self, answers: list[Callable]) -> tuple[list[str], Exception | None]:
+        """Rank 0: the texts of the others, from `receive_outcome`, and the first of their errors; all are heard out."""
+        deadline = self.deadline()
+        heard = [_attempt(lambda answer=answer: answer(deadline)[0]) for answer in answers]
+        return [text for text, _ in heard], next((error for _, error in heard if error is not None), None)
 
     def tell_the_others(self, step: str, failure: Exception | None, text: str = "", values=None) -> None:
         """Rank 0's end of a step: every rank hears how it went, then rank 0 raises what went wrong, if anything did.
@@ -187,6 +278,14 @@ class Transfer:
         except RuntimeError as error:
             raise RankError(f"{self.problem} ({_reason(error)})") from error
         return self.tensor.numpy()
+
+
+def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `act()` returns, or its error."""
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
 
 
 def _reason(error: RuntimeError) -> str:

@@ -341,6 +341,18 @@ def test_an_unknown_device_is_named(run, rag_folder):
         run(rag_folder, device="toaster")
 
 
+def test_each_rank_of_a_node_has_a_gpu_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert eval_rag.pick_device(None) == torch.device("cuda:0")
+    for rank, device in (("3", "cuda:3"), ("5", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert eval_rag.pick_device(None) == current[-1] == torch.device(device)
+        assert eval_rag.pick_device("cpu") == torch.device("cpu")
+
+
 def test_qa_lines():
     assert parse_qa_line("who\t['Xiu Li Dai', \"Dai's\"]") == ["Xiu Li Dai", "Dai's"]
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from cli_rag import UserError
-from predictions_rag import Predictions, differences, file_identity
+from predictions_rag import Predictions, differences, file_identity, missing_batches
 from utils_rag import load_json, read_lines
 
 QUESTIONS = [f"question {n}" for n in range(5)]
@@ -21,10 +21,19 @@ def make(path, settings=SETTINGS, stop_after=None, **kwargs):
     predictions = Predictions(str(path), QUESTIONS, settings, **kwargs)
     predictions.start({"kind": "Flat"})
     done = []
-    for batch in predictions.missing_batches(2)[:stop_after]:
-        predictions.append(answered(batch), [{"answer": answer} for answer in answered(batch)])
-        done += batch
+    for batch in missing_batches(len(predictions.lines), len(QUESTIONS), 2)[:stop_after]:
+        questions = QUESTIONS[batch.start : batch.stop]
+        answers = answered(questions)
+        predictions.append(batch.start, answers, [{"answer": answer} for answer in answers])
+        done += questions
     return done
+
+
+def test_batches_lie_where_they_lay_before():
+    assert missing_batches(0, 5, 2) == [range(2), range(2, 4), range(4, 5)]
+    assert missing_batches(3, 5, 2) == [range(2, 4), range(4, 5)]
+    assert missing_batches(4, 5, 2) == [range(4, 5)]
+    assert missing_batches(5, 5, 2) == []
 
 
 def assert_complete(path):
@@ -52,7 +61,7 @@ def test_a_killed_run_is_continued_from_its_last_whole_line(tmp_path, cut):
     whole = path.read_bytes()
     path.write_bytes((whole + "änswer".encode()[:2])[: len(whole) + 2 - cut])
     kept = path.read_bytes().count(b"\n")
-    assert make(path) == QUESTIONS[kept:]
+    assert make(path) == QUESTIONS[kept // 2 * 2 :]  # a batch that was half-written is answered as a whole
     assert_complete(path)
 
 
@@ -77,7 +86,7 @@ def test_lost_records_keep_their_place(tmp_path):
 def test_empty_answers_are_lines_too(tmp_path):
     predictions = Predictions(str(tmp_path / "p"), QUESTIONS, SETTINGS)
     predictions.start({})
-    predictions.append(["", "a", "", "", ""], [{}] * 5)
+    predictions.append(0, ["", "a", "", "", ""], [{}] * 5)
     assert Predictions(str(tmp_path / "p"), QUESTIONS, SETTINGS).lines == ["", "a", "", "", ""]
 
 
