@@ -56,9 +56,7 @@ class BaseTransformer(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         training = self.args.training
-        # A fused AdamW unscales float16's gradients inside its step, too late for clipping and for the log.
-        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
-        optimizer = build_optimizer(self, training, fused)
+        optimizer = build_optimizer(self, training, fused=self.device.type in ("cpu", "cuda"))
         # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.
         steps = max(int(self.trainer.estimated_stepping_batches), training.warmup_steps + 1)
         schedule = SCHEDULES[training.lr_scheduler](optimizer, training.warmup_steps, steps)
@@ -108,12 +106,16 @@ def build_optimizer(module: torch.nn.Module, training: TrainingArguments, fused:
     """AdamW or Adafactor over the trainable parameters.
 
     Args:
-        fused: whether AdamW may update each weight in one pass over memory, on a CPU several times as fast.
+        fused: whether AdamW updates each weight in one pass over memory, on a CPU three times as fast.
     """
     groups = parameter_groups(module, training)
     if training.adafactor:
         return optimization.Adafactor(groups, lr=training.learning_rate, scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, eps=training.adam_epsilon, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, eps=training.adam_epsilon, fused=fused)
+    # Else it takes float16's gradients scaled and unscales them inside its step, too late for clipping and for the log;
+    # Lightning refuses to clip then, with bfloat16 too, which is not scaled at all.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def parameter_groups(module: torch.nn.Module, training: TrainingArguments) -> list[dict[str, Any]]:

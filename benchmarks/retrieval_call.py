@@ -122,8 +122,8 @@ def in_its_own_process(args: BenchmarkArguments, side: str, index: Path) -> dict
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def measure(args: BenchmarkArguments, kind: str, batch: int) -> dict:
-    index = build_index(args, kind).resolve()
+def measure(args: BenchmarkArguments, index: Path, batch: int) -> dict:
+    kind = index.stem
     opened = {side: in_its_own_process(args, side, index) for side in SIDES}
     retrievers = {side: make_retriever(side, index) for side in SIDES}
     queries = clustered(batch, DIMENSION, seed=10**6)
@@ -148,7 +148,7 @@ def measure(args: BenchmarkArguments, kind: str, batch: int) -> dict:
     return {"kind": kind, "ms": ms, "opened": opened}
 
 
-def measure_tokenising(args: BenchmarkArguments) -> dict:
+def measure_tokenising(args: BenchmarkArguments, index: Path) -> dict:
     """320 contexts: five passages for each of 64 questions."""
     import torch
 
@@ -157,7 +157,7 @@ def measure_tokenising(args: BenchmarkArguments) -> dict:
     for i in range(64):
         titles, texts = zip(*(passages[(N_DOCS * i + j) * 7 % len(passages)] for j in range(N_DOCS)), strict=True)
         docs.append({"title": list(titles), "text": list(texts)})
-    tokenizer, index = make_tokenizer(), build_index(args, "hnsw128")
+    tokenizer = make_tokenizer()
     retrievers = {side: make_retriever(side, index, tokenizer) for side in SIDES}
     ways = {
         side: lambda retriever=retriever: retriever.postprocess_docs(docs, questions[:64], None, N_DOCS, "pt")
@@ -184,6 +184,7 @@ def main(args: BenchmarkArguments) -> list[dict]:
     import faiss
     import transformers
 
+    hnsw, flat = (build_index(args, kind).resolve() for kind in ("hnsw128", "flat"))
     print(
         f"{datetime.date.today()}, {' '.join(sys.argv)}\n{platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, faiss {faiss.__version__}, transformers "
@@ -193,7 +194,7 @@ def main(args: BenchmarkArguments) -> list[dict]:
         f"transformers, MiB | same passages |\n|{'---|' * 12}",
         flush=True,
     )
-    return [measure(args, "hnsw128", 64), measure(args, "flat", 256), measure_tokenising(args)]
+    return [measure(args, hnsw, 64), measure(args, flat, 256), measure_tokenising(args, hnsw)]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ PARTS = ("encode", "retrieve", "tokenise", "forward", "backward", "optimiser")
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "One round of two steps a side."})
+    short: bool = field(default=False, metadata={"help": "One round of two steps a side, of which one counts."})
     rounds: int = field(default=3, metadata={"help": "Processes a side; each is a new one, so that memory is its own."})
     steps: int = field(default=6, metadata={"help": "Steps a process; the first is not counted."})
     batch_size: int = field(default=4, metadata={"help": "Questions a step."})
@@ -53,7 +53,7 @@ class BenchmarkArguments:
 
     def __post_init__(self):
         if self.short:
-            self.rounds, self.steps = 1, 3
+            self.rounds, self.steps = 1, 2
 
 
 def parse_args(argv=None) -> BenchmarkArguments:
@@ -244,7 +244,7 @@ def measure(args: BenchmarkArguments) -> dict:
         batches.append({name: tensor.to(args.device) for name, tensor in batch.items()})
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
     with torch.no_grad(), autocast:
-        equal = [losses(batch).tolist() for batch in batches[:2]]
+        equal = losses(batches[0]).tolist()
 
     clock.watch(rag.question_encoder, "forward", "encode")
     clock.watch(retriever, "retrieve", "retrieve")
@@ -345,7 +345,7 @@ def report(runs: dict[str, list[dict]]) -> dict:
         )
     public, ours = rows["public"], rows["ours"]
     pairs = zip(runs["public"][0]["losses"], runs["ours"][0]["losses"], strict=True)
-    difference = max(abs(a / b - 1) for theirs, mine in pairs for a, b in zip(theirs, mine, strict=True))
+    difference = max(abs(mine / theirs - 1) for theirs, mine in pairs)
     result = {
         "speed": public["step"] / ours["step"], "memory": ours["peak"] / public["peak"], "padding": ours["padding"],
         "loss_difference": difference, "tokens_a_second": ours["tokens"] / ours["step"],

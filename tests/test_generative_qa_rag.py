@@ -10,6 +10,7 @@ from generative_qa_rag import GenerativeQAModule
 from models_rag import load_model
 from retriever_rag import RagKnowledgeRetriever
 from tests.conftest import QUESTIONS
+from tests.test_finetune_rag import run
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,13 @@ def test_compile_changes_neither_loss_nor_gradients(step, monkeypatch):
     assert compiled == [{"dynamic": True}] * 2
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(same, gradients)
+
+
+def test_a_run_in_bf16_with_gradient_checkpointing(model_folder, data_dir, tmp_path):
+    """The whole script: training, validation and its generation under autocast; weights stay in float32."""
+    metrics = run(
+        model_folder["bart"], data_dir, tmp_path / "out", "--bf16", "--gradient_checkpointing", "--max_steps", 2
+    )
+    assert metrics["val_avg_loss"] > 0
+    state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {weight.dtype for weight in state.values()} <= {torch.float32, torch.int64}

@@ -10,10 +10,12 @@ from itertools import chain
 
 import pytest
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch.nn.utils import get_total_norm
 from transformers import optimization
 
 from cli_rag import UserError
-from lightning_base import AtomicCheckpointIO, build_logger, build_trainer, parameter_groups
+from lightning_base import AtomicCheckpointIO, build_logger, build_optimizer, build_trainer, parameter_groups
 from tests.conftest import ROOT
 from tests.lightning_toy import At, Killed, ToyModule, fit, toy_args, write_data
 
@@ -158,6 +160,23 @@ def test_adafactor_is_there(tmp_path):
     trainer, _ = fit(toy_args(tmp_path, "--adafactor", "--max_steps", "2"))
     assert isinstance(trainer.optimizers[0], optimization.Adafactor)
     assert logged(tmp_path, "lr") == pytest.approx([0.1, 0.05])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_a_scaled_loss_are_unscaled_before_they_are_clipped(fused, tmp_path):
+    """As --fp16 does it; a fused AdamW left alone would unscale them inside its step, and Lightning refuse to clip."""
+    module = Parts()
+    optimizer = build_optimizer(module, toy_args(tmp_path).training, fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(sum(parameter.sum() for parameter in module.parameters())).backward()
+    scaler.unscale_(optimizer)
+    assert {gradient.item() for p in module.parameters() for gradient in p.grad.flatten()} == {1.0}
+    MixedPrecision("16-mixed", "cpu", scaler).clip_gradients(optimizer, 1.0)
+    assert get_total_norm([parameter.grad for parameter in module.parameters()]).item() == pytest.approx(1.0, abs=1e-4)
+    before = [parameter.clone() for parameter in module.parameters()]
+    scaler.step(optimizer)
+    for old, new in zip(before, module.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1)  # AdamW's first step is the learning rate, whatever the gradient
 
 
 def test_gradient_norms_are_logged_before_they_are_clipped(tmp_path):

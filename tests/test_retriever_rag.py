@@ -9,6 +9,7 @@ from transformers import RagRetriever
 
 from cli_rag import UserError
 from index_rag import KnowledgeIndex
+from models_rag import load_tokenizer
 from retriever_rag import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS
 
@@ -57,6 +58,21 @@ def test_contexts_of_any_length_limit(max_combined_length, retriever, slow_retri
     slow = slow_retriever(questions.input_ids, vectors, n_docs=3, return_tensors="pt").context_input_ids
     assert fast.shape[1] <= max_combined_length
     assert torch.equal(fast, slow[:, : fast.shape[1]])
+
+
+def test_a_tokenizer_without_a_fast_backend_makes_the_same_contexts(retriever, vectors, monkeypatch):
+    docs = retriever.retrieve(vectors, n_docs=3)[2]
+    arguments = (docs, [question for question, _ in QUESTIONS], "prefix ", 3)
+    fast, mask = retriever.postprocess_docs(*arguments, return_tensors="pt")
+    monkeypatch.setattr(type(retriever.generator_tokenizer), "is_fast", False)
+    slow, slow_mask = retriever.postprocess_docs(*arguments)
+    assert isinstance(slow, np.ndarray) and (fast.numpy() == slow).all() and (mask.numpy() == slow_mask).all()
+
+
+@pytest.mark.parametrize("generator", ["bart", "t5"])
+def test_tokenizers_of_a_checkpoint_are_fast_ones(generator, checkpoint):
+    tokenizer = load_tokenizer(str(checkpoint("rag_sequence", generator)))
+    assert tokenizer.question_encoder.is_fast and tokenizer.generator.is_fast
 
 
 def test_retrieve_contexts_gives_the_scores_of_rag_model(rag_sequence, retriever, questions):
