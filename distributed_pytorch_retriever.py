@@ -8,6 +8,8 @@ Query vectors travel to rank 0 and ids come back; passages and their vectors are
 memory-mapped. Only vectors that nothing but the open index can give (`index.vectors_from` "index") travel too.
 """
 
+from collections import defaultdict
+
 import numpy as np
 import torch
 
@@ -32,6 +34,7 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         self.timeout = timeout
         self.ranks: Ranks | None = None
         self.retrievals = 0  # so far, for the messages
+        self.room: defaultdict[int, int] = defaultdict(int)  # questions that a rank's first message has room for
 
     def init_retrieval(self, distributed_port: int | None = None) -> None:
         """Rank 0 opens the index; where it cannot, every rank fails. A second call does nothing.
@@ -59,7 +62,8 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
         ranks = self.ranks
         answer = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
-        sent = [ranks.send(np.array([len(queries), n_docs]), 0, step), ranks.send(queries, 0, step)]
+        sent = [ranks.send(message, 0, step) for message in pack(queries, n_docs, self.room[ranks.rank])]
+        self.room[ranks.rank] = len(queries)
         follows, doc_ids = answer()
         for transfer in sent:
             transfer.wait()
@@ -95,21 +99,46 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
 
         Each rank is heard out, also after a failure: it is to hear of it, not to hang.
         """
-        ranks, deadline = self.ranks, self.ranks.deadline()
+        ranks, deadline, d = self.ranks, self.ranks.deadline(), queries.shape[1]
         everybody, shapes, failure = [queries], [(len(queries), n_docs)], None
-        for head in [ranks.receive((2,), torch.int64, rank, step) for rank in ranks.others]:
+        firsts = [ranks.receive((HEAD + self.room[rank] * d,), torch.float32, rank, step) for rank in ranks.others]
+        for rank, first in zip(ranks.others, firsts, strict=True):
+            rows, wanted, own = 0, n_docs, queries[:0]
             try:
-                shapes.append(tuple(map(int, head.wait(deadline))))
-            except RankError as error:
-                shapes.append((0, n_docs))
-                failure = failure or error
-        rows = [(shape[0], queries.shape[1]) for shape in shapes]
-        for body in [ranks.receive(rows[rank], torch.float32, rank, step) for rank in ranks.others]:
-            try:
-                everybody.append(body.wait(deadline))
+                rows, wanted, own = unpack(first.wait(deadline), d)
+                if own is None:
+                    own = ranks.receive((rows, d), torch.float32, rank, step).wait(deadline)
             except RankError as error:
                 failure = failure or error
+            self.room[rank] = rows
+            everybody.append(own)
+            shapes.append((rows, wanted))
         for rank, (_, wanted) in enumerate(shapes):
             if wanted != n_docs and failure is None:
                 failure = RankError(f"{step}: rank {rank} asks for {wanted} passages a question, rank 0 for {n_docs}")
         return everybody, shapes, failure
+
+
+# --- Messages to rank 0 -----------------------------------------------------------------------------------------------
+# The fewer messages, the fewer waits for the operating system: questions go with their number in one, where they are no
+# more than those of the retrieval before, and in a second one where they are.
+
+HEAD = 4  # float32 places that hold two int64
+
+
+def pack(queries: np.ndarray, n_docs: int, room: int) -> list[np.ndarray]:
+    """Queries (B, d) float32 as one message with room for `room` of them, or as one without any and one with all."""
+    first = np.zeros(HEAD + room * queries.shape[1], dtype=np.float32)
+    first[:HEAD] = np.array([len(queries), n_docs]).view(np.float32)
+    if len(queries) > room:
+        return [first, queries]
+    first[HEAD : HEAD + queries.size] = queries.reshape(-1)
+    return [first]
+
+
+def unpack(first: np.ndarray, d: int) -> tuple[int, int, np.ndarray | None]:
+    """B, n_docs and the queries (B, d), or None in place of these where they are in a second message."""
+    rows, n_docs = map(int, first[:HEAD].view(np.int64))
+    if HEAD + rows * d > len(first):
+        return rows, n_docs, None
+    return rows, n_docs, first[HEAD : HEAD + rows * d].reshape(rows, d)

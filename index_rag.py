@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 
 from cli_rag import UserError, raise_problems
+from columns_rag import EmbeddingColumn, IndexVectors, TextColumn
 from device_search_rag import DeviceSearch, DeviceUnavailableError
 from utils_rag import load_json, save_json
 
@@ -30,85 +31,6 @@ logger = logging.getLogger(__name__)
 
 PASSAGE_COLUMNS = ("title", "text", "embeddings")
 DESCRIPTION_FILE = "index.json"
-
-
-class EmbeddingColumn:
-    """The vectors of a memory-mapped Arrow column, gathered by row without decoding anything else.
-
-    Args:
-        column: chunked Arrow array of lists of `dimension` floats (fixed-size or not).
-        dimension: length of every vector.
-
-    Raises:
-        UserError: the lists are not all `dimension` long.
-    """
-
-    def __init__(self, column, dimension: int):
-        self.dimension = dimension
-        # Each chunk is a view into the mapped file: (rows, d), no copy.
-        self.chunks = [self._as_matrix(chunk) for chunk in column.chunks if len(chunk)]
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
-
-    def _as_matrix(self, chunk) -> np.ndarray:
-        values = chunk.flatten().to_numpy(zero_copy_only=True)
-        if len(values) != len(chunk) * self.dimension:
-            raise UserError(
-                f"the passages' embeddings have dimension {len(values) / len(chunk):g}, but the question encoder gives "
-                f"{self.dimension}; embed the passages with the matching context encoder"
-            )
-        return values.reshape(len(chunk), self.dimension)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
-        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
-        rows = range(len(self)) if rows is None else rows
-        for chunk, first in zip(self.chunks, self.starts, strict=False):
-            chunk = chunk[max(rows.start - first, 0) : max(rows.stop - first, 0)]
-            for start in range(0, len(chunk), size):
-                yield np.ascontiguousarray(chunk[start : start + size], dtype=np.float32)
-
-    def gather(self, ids: np.ndarray) -> np.ndarray:
-        """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
-        flat = ids.reshape(-1)
-        vectors = np.empty((flat.size, self.dimension), dtype=np.float32)
-        chunk_of = np.searchsorted(self.starts, flat, side="right") - 1
-        rows = flat - self.starts[chunk_of]
-        # Row by row: what lies together in a batch's ids is spread over the file, a few rows of a chunk at most.
-        for place, (number, row) in enumerate(zip(chunk_of.tolist(), rows.tolist(), strict=True)):
-            vectors[place] = self.chunks[number][row] if number >= 0 else 0.0
-        return vectors.reshape(*ids.shape, self.dimension)
-
-
-class IndexVectors:
-    """The vectors that a FAISS index gives back of what it keeps: exact (Flat), rounded (SQ8) or approximate (PQ).
-
-    Args:
-        faiss_index: index over the passages in their order.
-        dimension: of the vectors wanted; what an index has beyond it (the legacy one) is cut off.
-    """
-
-    def __init__(self, faiss_index, dimension: int):
-        self.faiss_index = faiss_index
-        self.dimension = dimension
-        lists = faiss.try_extract_index_ivf(faiss_index)
-        if lists is not None:
-            lists.make_direct_map()  # where each id lies in the lists: 8 bytes of memory a passage
-
-    def gather(self, ids: np.ndarray) -> np.ndarray:
-        """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
-        vectors = np.zeros((*ids.shape, self.dimension), dtype=np.float32)
-        found = ids >= 0
-        if found.any():
-            vectors[found] = self.faiss_index.reconstruct_batch(ids[found])[:, : self.dimension]
-        return vectors
-
-    def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
-        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
-        rows = range(self.faiss_index.ntotal) if rows is None else rows
-        for start in range(rows.start, rows.stop, size):
-            yield self.gather(np.arange(start, min(start + size, rows.stop)))
 
 
 class KnowledgeIndex:
@@ -155,6 +77,7 @@ class KnowledgeIndex:
         if passages._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
             passages = passages.flatten_indices()
         self.passages = passages.with_format(None).select_columns(["title", "text"])
+        self.titles, self.texts = (TextColumn(passages.data.column(name)) for name in ("title", "text"))
         self.vectors_from = vectors_from
         self.embeddings: EmbeddingColumn | IndexVectors | None = None
         if vectors_from == "passages":
@@ -320,11 +243,7 @@ class KnowledgeIndex:
     def get_doc_dicts(self, doc_ids: np.ndarray) -> list[dict]:
         """For each row of `doc_ids` (B, n_docs) a dict of the lists "title" and "text"; each passage is read once."""
         wanted, place = np.unique(doc_ids, return_inverse=True)
-        # Straight from the mapped columns: `datasets` makes a table of the rows first, which takes twice as long.
-        titles, texts = (
-            [column[row].as_py() if row >= 0 else "" for row in wanted.tolist()]
-            for column in (self.passages.data.column("title"), self.passages.data.column("text"))
-        )
+        titles, texts = self.titles.gather(wanted), self.texts.gather(wanted)
         return [
             {"title": [titles[i] for i in row], "text": [texts[i] for i in row]}
             for row in place.reshape(doc_ids.shape).tolist()

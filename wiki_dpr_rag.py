@@ -28,8 +28,9 @@ import datasets
 import faiss
 
 from cli_rag import UserError, check_file, raise_problems
+from columns_rag import EmbeddingColumn
 from hub_rag import fetch_dataset, require_space
-from index_rag import EmbeddingColumn, KnowledgeIndex, search_settings
+from index_rag import KnowledgeIndex, search_settings
 
 logger = logging.getLogger(__name__)
 

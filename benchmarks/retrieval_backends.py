@@ -5,9 +5,11 @@
 
 Random clustered vectors and passages of about 100 words are written to --folder first, and reused. Every worker (a
 rank) asks for 5 passages of each of 8 questions, all workers at once; "ms a retrieval" is the median of every worker's
-every call, until vectors and texts are there. "FAISS alone" is one process that has the machine for itself and searches
-as many questions as all workers together. "Memory" is what opening and searching added to the proportional memory (PSS)
-of the ranks and of all they started. "copies" is the local way without memory-mapping, for comparison.
+every call, until vectors and texts are there. "FAISS alone" is the same searches without all else: as many processes as
+search in that way, with its number of threads, each with the questions that come to it, all at once (for pytorch one
+process with the questions of all workers, for local one with its own for each worker). "Memory" is what opening and
+searching added to the proportional memory (PSS) of the ranks and of all they started. "copies" is the local way without
+memory-mapping, for comparison.
 """
 
 import datetime
@@ -19,6 +21,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
@@ -177,19 +180,46 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
     writer.send((seconds[10:], memory))
 
 
-def faiss_alone(size: int, folder: Path, kind: str, args, writer) -> None:
-    """Seconds of FAISS for what all workers ask at a time, on all cores."""
+@dataclass(frozen=True)
+class Searchers:
+    """How a way spreads the questions of all workers over processes that search."""
+
+    processes: int
+    searches: int  # one after the other, of each process
+    questions: int  # of each search
+
+    @classmethod
+    def of(cls, way: str, size: int, args) -> "Searchers":
+        if way == "pytorch":
+            return cls(1, 1, args.batch_size * size)
+        processes = min(args.actors, size) if way == "ray" else size
+        return cls(processes, -(-size // processes), args.batch_size)
+
+
+def faiss_alone(rank: int, searchers: Searchers, barrier, folder: Path, kind: str, args, writer) -> None:
+    """Seconds of FAISS for the same searches, without any of the suite's code."""
     import faiss
 
-    faiss.omp_set_num_threads(CORES)
+    faiss.omp_set_num_threads(max(1, CORES // searchers.processes))
     index = faiss.read_index(str(folder / f"{kind}.faiss"), faiss.IO_FLAG_MMAP_IFC)
     seconds = []
     for call in range(10 + args.calls):
-        queries = clustered(args.batch_size * size, args.dimension, seed=10**6 + call)
+        seed = 10**6 + call * searchers.processes + rank
+        batches = clustered(searchers.searches * searchers.questions, args.dimension, seed)
+        batches = batches.reshape(searchers.searches, searchers.questions, args.dimension)
+        barrier.wait()
         start = time.perf_counter()
-        index.search(queries, args.n_docs)
+        for queries in batches:
+            index.search(queries, args.n_docs)
         seconds.append(time.perf_counter() - start)
     writer.send(seconds[10:])
+
+
+def time_alone(searchers: Searchers, folder: Path, kind: str, args) -> float:
+    """Median milliseconds of `faiss_alone`."""
+    barrier = FORK_SERVER.Barrier(searchers.processes)
+    ranks = [(rank, searchers, barrier, folder, kind, args) for rank in range(searchers.processes)]
+    return 1000 * statistics.median(second for own in run(faiss_alone, ranks) for second in own)
 
 
 def run(target, arguments: list[tuple]) -> list:
@@ -214,37 +244,39 @@ def run(target, arguments: list[tuple]) -> list:
 def main(args: BenchmarkArguments) -> list[dict]:
     FORK_SERVER.set_forkserver_preload(["torch.distributed", "faiss", "transformers.models.rag.retrieval_rag"])
     folder = build(args).resolve()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "faiss-cpu", "ray"))
     print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {CORES} cores; {args.passages} x "
-        f"{args.dimension}, batch {args.batch_size} a worker, {args.n_docs} passages, medians of {args.calls} calls\n\n"
+        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{platform.processor() or platform.machine()}, {CORES} cores, "
+        f"{versions}\n{args.passages} x {args.dimension}, batch {args.batch_size} a worker, {args.n_docs} passages, "
+        f"medians of {args.calls} calls a worker\n\n"
         "| index | way | workers | ms a retrieval | FAISS alone, ms | beyond it, ms | memory, MiB |\n"
         "|---|---|---|---|---|---|---|",
         flush=True,
     )
-    rows = []
+    rows, alone = [], {}
     for kind in args.kinds:
-        alone = {
-            size: 1000 * statistics.median(run(faiss_alone, [(size, folder, kind, args)])[0]) for size in args.workers
-        }
         for way in args.ways:
             for size in args.workers:
-                store = f"file://{folder}/store-{uuid4().hex}"
-                results = run(rank_main, [(rank, size, store, way, folder, kind, args) for rank in range(size)])
-                ms = 1000 * statistics.median(seconds for times, _ in results for seconds in times)
-                row = {
-                    "index": kind, "way": way, "workers": size, "ms": ms, "faiss_ms": alone[size],
-                    "beyond_ms": ms - alone[size], "memory_mib": sum(memory for _, memory in results),
-                }  # fmt: skip
-                rows.append(row)
-                print(
-                    f"| {kind} | {way} | {size} | {ms:.2f} | {alone[size]:.2f} | {row['beyond_ms']:.2f} | "
-                    f"{row['memory_mib']:.0f} |",
-                    flush=True,
-                )
-                for left in folder.glob("store-*"):
-                    left.unlink()
+                searchers = Searchers.of(way, size, args)
+                if (kind, searchers) not in alone:
+                    alone[kind, searchers] = time_alone(searchers, folder, kind, args)
+                row = {"index": kind, "way": way, "workers": size, "faiss_ms": alone[kind, searchers]}
+                rows.append(row | measure(way, size, folder, kind, args, alone[kind, searchers]))
+                print("| {index} | {way} | {workers} | {ms:.2f} | {faiss_ms:.2f} | {beyond_ms:.2f} | {memory_mib:.0f} |"
+                      .format(**rows[-1]), flush=True)  # fmt: skip
     save_json(rows, folder / "results.json")
     return rows
+
+
+def measure(way: str, size: int, folder: Path, kind: str, args, alone: float) -> dict:
+    """Median milliseconds of all workers' calls, those beyond FAISS's own, and the memory of the machine."""
+    store = folder / f"store-{uuid4().hex}"
+    try:
+        results = run(rank_main, [(rank, size, f"file://{store}", way, folder, kind, args) for rank in range(size)])
+    finally:
+        store.unlink(missing_ok=True)
+    ms = 1000 * statistics.median(seconds for times, _ in results for seconds in times)
+    return {"ms": ms, "beyond_ms": ms - alone, "memory_mib": sum(memory for _, memory in results)}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ FLOORS = [
         "token_trees",
         "hub_rag",
         "device_search_rag",
+        "columns_rag",
     },
     {
         "finetune_arguments_rag",

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from cli_rag import UserError
+from columns_rag import EmbeddingColumn, TextColumn
 from index_rag import (
-    EmbeddingColumn,
     KnowledgeIndex,
     best_of_shards,
     build_faiss_index,
@@ -53,6 +53,11 @@ def test_search_finds_the_largest_inner_products(index):
     expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :4]
     np.testing.assert_array_equal(ids, expected)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, expected, 1), rtol=1e-4)
+
+
+def test_strings_by_row():
+    words = pa.chunked_array([["a", "b"], [], ["", "Ünï"]], type=pa.string())
+    assert TextColumn(words).gather(np.array([3, -1, 0, 3, 2])) == ["Ünï", "", "a", "Ünï", ""]
 
 
 def test_blocks_of_some_rows():

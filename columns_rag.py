@@ -1,0 +1,114 @@
+"""The columns of the passages, memory-mapped: strings and vectors by row, without decoding anything else.
+
+embeddings = EmbeddingColumn(passages.data.column("embeddings"), dimension=768)
+embeddings.gather(doc_ids)                                # (B, n_docs) int64 to (B, n_docs, 768) float32
+TextColumn(passages.data.column("title")).gather(row_numbers)
+"""
+
+from collections.abc import Iterable
+
+import faiss
+import numpy as np
+
+from cli_rag import UserError
+
+
+class _Column:
+    """A memory-mapped Arrow column of some chunks, of which a row is read without decoding anything else."""
+
+    def __init__(self, column):
+        self.chunks = [self._view(chunk) for chunk in column.chunks if len(chunk)]
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+
+    def _view(self, chunk):
+        return chunk
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _places(self, ids: np.ndarray) -> Iterable[tuple[int, int]]:
+        """For each of `ids` (n,) the number of its chunk, -1 where the id is -1, and the row in it."""
+        numbers = np.searchsorted(self.starts, ids, side="right") - 1
+        return zip(numbers.tolist(), (ids - self.starts[numbers]).tolist(), strict=True)
+
+
+class TextColumn(_Column):
+    """The strings of a column."""
+
+    def gather(self, ids: np.ndarray) -> list[str]:
+        """The strings of `ids` (n,) int64, "" where an id is -1."""
+        return [self.chunks[number][row].as_py() if number >= 0 else "" for number, row in self._places(ids)]
+
+
+class EmbeddingColumn(_Column):
+    """The vectors of a column of lists of floats, fixed-size or not.
+
+    Args:
+        column: chunked Arrow array.
+        dimension: length of every vector.
+
+    Raises:
+        UserError: the lists are not all `dimension` long.
+    """
+
+    def __init__(self, column, dimension: int):
+        self.dimension = dimension
+        super().__init__(column)
+
+    def _view(self, chunk) -> np.ndarray:
+        """(rows, d), a view into the mapped file."""
+        values = chunk.flatten().to_numpy(zero_copy_only=True)
+        if len(values) != len(chunk) * self.dimension:
+            raise UserError(
+                f"the passages' embeddings have dimension {len(values) / len(chunk):g}, but the question encoder gives "
+                f"{self.dimension}; embed the passages with the matching context encoder"
+            )
+        return values.reshape(len(chunk), self.dimension)
+
+    def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
+        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
+        rows = range(len(self)) if rows is None else rows
+        for chunk, first in zip(self.chunks, self.starts, strict=False):
+            chunk = chunk[max(rows.start - first, 0) : max(rows.stop - first, 0)]
+            for start in range(0, len(chunk), size):
+                yield np.ascontiguousarray(chunk[start : start + size], dtype=np.float32)
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
+        flat = ids.reshape(-1)
+        vectors = np.zeros((flat.size, self.dimension), dtype=np.float32)
+        # Rows of a search lie in as many chunks: a copy each is quicker than a selection of each chunk.
+        for place, (number, row) in enumerate(self._places(flat)):
+            if number >= 0:
+                vectors[place] = self.chunks[number][row]
+        return vectors.reshape(*ids.shape, self.dimension)
+
+
+class IndexVectors:
+    """The vectors that a FAISS index gives back of what it keeps: exact (Flat), rounded (SQ8) or approximate (PQ).
+
+    Args:
+        faiss_index: index over the passages in their order.
+        dimension: of the vectors wanted; what an index has beyond it (the legacy one) is cut off.
+    """
+
+    def __init__(self, faiss_index, dimension: int):
+        self.faiss_index = faiss_index
+        self.dimension = dimension
+        lists = faiss.try_extract_index_ivf(faiss_index)
+        if lists is not None:
+            lists.make_direct_map()  # where each id lies in the lists: 8 bytes of memory a passage
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
+        vectors = np.zeros((*ids.shape, self.dimension), dtype=np.float32)
+        found = ids >= 0
+        if found.any():
+            vectors[found] = self.faiss_index.reconstruct_batch(ids[found])[:, : self.dimension]
+        return vectors
+
+    def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
+        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
+        rows = range(self.faiss_index.ntotal) if rows is None else rows
+        for start in range(rows.start, rows.stop, size):
+            yield self.gather(np.arange(start, min(start + size, rows.stop)))
