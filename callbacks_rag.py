@@ -22,15 +22,19 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
+from cli_rag import UserError
 from finetune_arguments_rag import FinetuneArguments, trainer_settings
 from utils_rag import atomic_folder, load_json, save_json
 
+SECONDS_TO_APPEAR = 60  # a network disk shows a new file that long after it was looked for in vain
+STOPPED = 128 + signal.SIGTERM  # exit status
 MONITOR = "val_em"  # exact match over the validation examples, a fraction, equal on every rank
 
 
 def build_callbacks(args: FinetuneArguments) -> list[Callback]:
     """The callbacks of a finetuning run."""
     callbacks: list[Callback] = [
+        SharedFolder(args.run.output_dir),
         ValidationAtTheEnd(),
         BestCheckpoints(args.run.output_dir, save_interval=60 * args.run.save_interval),
         MetricsWriter(args.run.output_dir),
@@ -39,12 +43,37 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
         callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
     if not trainer_settings(args)["enable_progress_bar"]:
         callbacks.append(ProgressLines())
-    return callbacks
+    return [*callbacks, StopTogether()]
 
 
 def _is_real_run(trainer: pl.Trainer) -> bool:
     """Whether what happens now counts: not in the sanity check before the training, nor in --fast_dev_run."""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+
+
+class SharedFolder(Callback):
+    """Refuses to train on several nodes that do not see the same output folder: each reads the checkpoints in it."""
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.output_dir = Path(output_dir)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Collective."""
+        if trainer.num_nodes == 1:
+            return
+        own = trainer.ckpt_path or str(self.output_dir / "hparams.json")  # rank 0 has written it
+        sees_it = own == trainer.strategy.broadcast(own) and self._is_seen(own)
+        if not trainer.strategy.reduce_boolean_decision(sees_it):
+            raise UserError(
+                f"--output_dir {self.output_dir} is not the same folder on every node; put it on a disk that all share"
+            )
+
+    @staticmethod
+    def _is_seen(path: str) -> bool:
+        deadline = time.monotonic() + SECONDS_TO_APPEAR
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(1)
+        return os.path.exists(path)
 
 
 class BestCheckpoints(Checkpoint):
@@ -112,11 +141,10 @@ class BestCheckpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Asked to end (SIGTERM, as schedulers do), Lightning stops all ranks between two batches: save, and fail."""
-        if isinstance(exception, SIGTERMException):
-            if _is_real_run(trainer) and self._may_save_between_batches(trainer):
-                self._save_last(trainer)
-            exception.code = 128 + signal.SIGTERM  # Lightning's own would be 0
+        """`StopTogether` has stopped all ranks between two batches."""
+        is_stopped = isinstance(exception, SIGTERMException)
+        if is_stopped and _is_real_run(trainer) and self._may_save_between_batches(trainer):
+            self._save_last(trainer)
 
     @staticmethod
     def _may_save_between_batches(trainer: pl.Trainer) -> bool:
@@ -182,6 +210,42 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path.rename(gone))
     else:
         path.unlink()
+
+
+class StopTogether(Callback):
+    """Where one rank is asked to end (SIGTERM, as schedulers do), all end behind the same batch, with status 143.
+
+    Lightning's own handler, which this one replaces, talks to the other ranks wherever it interrupts this one: of two
+    ranks in the middle of a step each then waits for the other. Its loops do the rest: they stop at the end of a batch.
+    """
+
+    def __init__(self):
+        self.process, self.is_asked = os.getpid(), False
+
+    def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._note)
+
+    on_sanity_check_start = on_train_start = on_test_start = _listen
+
+    def _note(self, *_: Any) -> None:
+        if self.is_asked and os.getpid() != self.process:
+            os._exit(STOPPED)  # a process that reads data: first the whole job was asked, now it is
+        self.is_asked = True
+
+    def _agree(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Collective."""
+        asked = trainer.strategy.reduce_boolean_decision(self.is_asked, all=False)
+        trainer._signal_connector.received_sigterm = asked
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *batch: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():  # gradients half collected could not be saved
+            self._agree(trainer)
+
+    on_validation_batch_end = on_test_batch_end = _agree
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            exception.code = STOPPED  # Lightning's own would be 0
 
 
 class ValidationAtTheEnd(Callback):

@@ -171,7 +171,11 @@ def _leave_it_to_the_reporter() -> NoReturn:
 
 
 def run_script(parse_args, main) -> NoReturn:
-    """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130."""
+    """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130.
+
+    SIGTERM ends it with 143, by way of every `finally`.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Fork-safe, quiet tokenizers: data-loading workers are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # bars are for terminals

@@ -15,9 +15,10 @@ Of an index in S shards actor i holds shard i mod S; one actor of each shard is 
 import logging
 import os
 import secrets
-import shutil
+import signal
 import socket
 import statistics
+import subprocess
 import tempfile
 import time
 import uuid
@@ -349,7 +350,7 @@ class RayConnection:
             ray.shutdown()
             self.opened = False
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.remover.communicate()
             self.folder = None
 
     def _start(self, num_workers: int) -> str:
@@ -361,13 +362,12 @@ class RayConnection:
         _on_loopback(True)
         self.opened = True
         self.folder = tempfile.mkdtemp(prefix="rag_ray_")
-        ray.init(
+        self.remover = _remover(self.folder)
+        _init_ray(
             address="local",
             num_cpus=num_workers,  # as many processes as Ray starts ahead
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
             _temp_dir=self.folder,
         )
         return ray.get_runtime_context().gcs_address
@@ -380,7 +380,7 @@ class RayConnection:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
             _on_loopback(loopback)
             self.opened = True
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _init_ray(address=address)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             remedy = (
                 "Ray's own cluster of rank 0 serves one node; for several, run `ray start --head` and join it by "
@@ -392,6 +392,26 @@ class RayConnection:
                 f"--ray_address {self.address}: no Ray cluster can be reached at {address} ({_first_line(error)}); "
                 f"{remedy}"
             ) from error
+
+
+def _init_ray(**settings) -> None:
+    """`ray.init` without its handler of SIGTERM, which ends the job with status 15 in the middle of a step."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _remover(folder: str) -> subprocess.Popen:
+    """A process that removes the folder at the end of the pipe to it, so also where this process is killed.
+
+    The kernel ends Ray's processes then; they may write on for a moment.
+    """
+    command = ["sh", "-c", 'cat; rm -rf "$0"; while [ -e "$0" ]; do sleep 0.2; rm -rf "$0"; done', folder]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def _running_cluster() -> str | None:

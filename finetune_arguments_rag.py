@@ -8,6 +8,7 @@ Neither torch nor Lightning is imported, so that `--help` and a mistyped flag an
 
 import importlib.util
 import logging
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -301,6 +302,11 @@ def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
     if settings["strategy"] == "auto" and (args.model.encoder_layerdrop or args.model.decoder_layerdrop):
         # A dropped layer gets no gradient, which DistributedDataParallel would otherwise wait for.
         settings["strategy"] = "ddp_find_unused_parameters_true"
+    if (ranks_on_node := os.environ.get("LOCAL_WORLD_SIZE")) is not None:  # torchrun has started the ranks
+        if settings["devices"] == "auto":
+            settings["devices"] = int(ranks_on_node)
+        if settings["num_nodes"] == 1:
+            settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(ranks_on_node)
     if settings["enable_progress_bar"] is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()  # in a log file, callbacks_rag.ProgressLines instead
     return settings | {

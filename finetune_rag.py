@@ -2,7 +2,8 @@
 
     one process   python finetune_rag.py --model_name_or_path CHECKPOINT --data_dir DATA --output_dir OUT
     one node      python finetune_rag.py ... --gpus 8 --fp16
-    two nodes     torchrun --nnodes 2 --nproc_per_node 8 ... finetune_rag.py ... --gpus 8 --num_nodes 2
+    two nodes     torchrun --nnodes 2 --nproc_per_node 8 --node_rank N --master_addr NODE_0 --master_port 29500 \\
+                      finetune_rag.py ... --fp16
 
 DATA holds train|val|test .source and .target, one example a line. OUT receives metrics.json, hparams.json,
 git_log.json, the best three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging
@@ -88,12 +89,13 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
 
     from callbacks_rag import build_callbacks
     from generative_qa_rag import GenerativeQAModule
+    from launch_rag import ended_together
     from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
 
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     trainer = build_trainer(args, build_callbacks(args), build_logger(args))
     model, tokenizer = _load(args)
-    with _retriever(args, model, tokenizer) as retriever:
+    with ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
         module = GenerativeQAModule(args, model, tokenizer, retriever)
         data = Seq2SeqDataModule(args.data, args.training.seed, module.question_tokenizer, module.answer_tokenizer)
         metrics, best = {}, None

@@ -6,10 +6,10 @@
 #       --index_path path/to/my_knowledge_dataset_hnsw_index.faiss --gpus 8 --fp16
 #
 # Whatever is given behind the name wins over the settings below, which are a start for question answering with a large
-# generator. Two nodes: `torchrun --nnodes 2 --nproc_per_node 8 ...` in place of `python`, with `--num_nodes 2`.
+# generator. Two nodes: on each, without --gpus, LAUNCH="torchrun --nnodes 2 --nproc_per_node 8 ..." before the name.
 set -euo pipefail
 
-python "$(dirname "$0")/finetune_rag.py" \
+${LAUNCH:-python} "$(dirname "$0")/finetune_rag.py" \
     --model_name_or_path "${MODEL_NAME_OR_PATH:?a RAG checkpoint; consolidate_rag_checkpoint.py makes one}" \
     --data_dir "${DATA_DIR:?the folder of train|val|test .source and .target}" \
     --output_dir "${OUTPUT_DIR:?the folder to write to}" \
@@ -20,5 +20,5 @@ python "$(dirname "$0")/finetune_rag.py" \
     --learning_rate 3e-05 --lr_scheduler polynomial --warmup_steps 500 \
     --num_train_epochs 100 --early_stopping_patience 10 \
     --weight_decay 0.001 --max_grad_norm 0.1 \
-    --label_smoothing 0.1 --dropout 0.1 --attention_dropout 0.1 \
+    --label_smoothing 0.1 --dropout 0.1 \
     "$@"

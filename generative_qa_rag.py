@@ -117,9 +117,17 @@ class GenerativeQAModule(BaseTransformer):
         read = batch["attention_mask"] if contexts is None else contexts.attention_mask
         self.tokens = int(read.sum()) + int((batch["labels"] != self.generator.config.pad_token_id).sum())
         if contexts is not None:
-            self.log("distinct_docs", distinct_share(contexts.doc_ids), sync_dist=True)
-            self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean(), sync_dist=True)
+            self._log_retrieval(batch, contexts)
         return loss
+
+    def _log_retrieval(self, batch: dict, contexts: RetrievedContexts) -> None:
+        """The signs of collapse, over the batch of all ranks. Collective."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
+            return
+        ids = zip(batch["index"], contexts.doc_ids.tolist(), strict=True)
+        rows = self.gather_rows([{"index": index, "doc_ids": doc_ids} for index, doc_ids in ids])
+        self.log("distinct_docs", distinct_share(np.array([row["doc_ids"] for row in rows])))
+        self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean() * batch["loss_weight"], sync_dist=True)
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         rate = self.tokens / (time.perf_counter() - self.step_started)

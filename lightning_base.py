@@ -21,6 +21,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.data import suggested_max_num_workers
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.profilers import SimpleProfiler
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn.utils import get_total_norm
@@ -30,6 +31,7 @@ from transformers import optimization
 from batches_rag import GlobalBatchSampler, ResumableDataLoader
 from cli_rag import UserError, raise_problems
 from finetune_arguments_rag import DataArguments, FinetuneArguments, TrainingArguments, trainer_settings
+from launch_rag import RankLauncher
 from utils_rag import Seq2SeqDataset, atomic_write
 
 SCHEDULES = {
@@ -94,12 +96,18 @@ class BaseTransformer(pl.LightningModule):
         """
         if self.trainer.world_size > 1:
             text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(self.device)
-            sizes = self.all_gather(torch.tensor(len(text), device=self.device)).tolist()
-            texts = self.all_gather(torch.nn.functional.pad(text, (0, max(sizes) - len(text)))).cpu()
-            parts = [bytes(part[:size].tolist()) for part, size in zip(texts, sizes, strict=True)]
+            sizes = [int(size) for size in self._gather(torch.tensor(len(text), device=self.device))]
+            texts = self._gather(torch.nn.functional.pad(text, (0, max(sizes) - len(text))))
+            parts = [part[:size].cpu().numpy().tobytes() for part, size in zip(texts, sizes, strict=True)]
             rows = [row for part in parts for row in json.loads(part)]
         by_index = {row["index"]: row for row in rows}
         return [by_index[index] for index in sorted(by_index)]
+
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, all of one shape. Collective."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(gathered, tensor)
+        return gathered
 
 
 def build_optimizer(module: torch.nn.Module, training: TrainingArguments, fused: bool = True) -> torch.optim.Optimizer:
@@ -267,11 +275,22 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
     profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **settings, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"the Lightning Trainer refuses its settings: {' '.join(str(error).split())}") from error
+    ranks = trainer.num_devices * trainer.num_nodes
+    started = int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else ranks  # by torchrun
+    if started != ranks:
+        raise UserError(
+            f"--devices {settings['devices']} on --num_nodes {settings['num_nodes']} makes {ranks} ranks, "
+            f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus) out to take torchrun's"
+        )
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        environment = trainer.strategy.cluster_environment
+        trainer.strategy._launcher = RankLauncher(environment, trainer.num_devices, trainer.num_nodes)
+    return trainer
 
 
 def _hardware_problems(settings: dict[str, Any], args: FinetuneArguments) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from uuid import uuid4
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["torch.distributed", "datasets", "faiss", "models_rag"])
+FORK_SERVER.set_forkserver_preload(["torch.distributed", "datasets", "faiss", "models_rag", "pytorch_lightning"])
 
 
 def run_ranks(function, size: int, folder: Path, *args, seconds: float = 60) -> list:

@@ -33,6 +33,7 @@ FLOORS = [
         "generator_rag",
         "warm_start",
         "passages_rag",
+        "launch_rag",
     },
     {"wiki_dpr_rag", "legacy_index_rag"},
     {"open_index_rag"},
