@@ -4,11 +4,13 @@
     embed_passages(read_passages(path), count, embedder, Path("out/my_knowledge_dataset"), digest)
 
 A shard is an Arrow file of the finished dataset (`datasets.load_from_disk`), so nothing is copied at the end: shards
-gather in a folder beside, named by the digest of everything that made them, and one rename makes it the dataset.
+gather in a folder beside, named by the digest of everything that made them, and one rename makes it the dataset. Where
+passages are added to a dataset, their shards gather in it, and are part of it once its `state.json` names them.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,20 @@ import torch
 from datasets import DatasetInfo, Features, List, Value
 from transformers import PreTrainedModel
 
+from cli_rag import UserError
 from utils_rag import atomic_write, load_json, progress, save_json
 
 # Passages are sorted by length within a shard: 2,048 of Wikipedia leave 1 to 1.5% of padding at batch 16, in their own
 # order a third. A killed run loses at most a shard; thousands of files would make a large dataset slow to open.
 PASSAGES_PER_SHARD = 2048
 MOST_SHARDS = 1000
+
+Passages = list[tuple[str, str]]  # titles and texts
+
+
+def precision_on(device: str) -> torch.dtype:
+    """Half precision is faster on a GPU, and slower on most CPUs."""
+    return torch.float16 if device == "cuda" else torch.float32
 
 
 class PassageEmbedder:
@@ -37,11 +47,11 @@ class PassageEmbedder:
         cut: passages that were.
     """
 
-    def __init__(self, encoder: PreTrainedModel, tokenizer, batch_size: int):
+    def __init__(self, encoder: PreTrainedModel, tokenizer, batch_size: int, device: str | None = None):
         from models_rag import encoder_dimension
 
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.precision = torch.float16 if self.device == "cuda" else torch.float32
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = precision_on(self.device)
         self.encoder = encoder.to(self.device, self.precision)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -53,15 +63,24 @@ class PassageEmbedder:
         # Each batch is padded on its own, after all were tokenised to be sorted: the slower way, which it warns of.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
-    def settings(self) -> dict:
-        """What bears on the vectors, beside the encoder's weights."""
+    def settings(self, device: str | None = None) -> dict:
+        """What bears on the vectors, beside the encoder's weights; on another device, where it is given."""
         return {
             "input": "title, text" if self.as_pair else "title text",
             "max_length": self.max_length,
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": str(precision_on(device or self.device)).removeprefix("torch."),
         }
 
-    def __call__(self, passages: list[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def embed_shards(self, shards: Iterator[tuple[Path, Passages]], write: Callable) -> Iterator[int]:
+        """Call `write(path, passages, vectors)` for every shard; yields the number of passages behind every batch."""
+        for path, shard in shards:
+            vectors = np.empty((len(shard), self.dimension), dtype=np.float32)
+            for rows, batch in self(shard):
+                vectors[rows] = batch
+                yield len(rows)
+            write(path, shard, vectors)
+
+    def __call__(self, passages: Passages) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers and their vectors (b, d) float32, a batch at a time; batches hold texts of like length."""
         titles, texts = map(list, zip(*passages, strict=True))
         if not self.as_pair:
@@ -78,30 +97,70 @@ class PassageEmbedder:
         return self.encoder(**batch.to(self.device))[0].float().cpu().numpy()
 
 
-def embed_passages(
-    passages: Iterator[tuple[str, str]], count: int, embedder: PassageEmbedder, folder: Path, digest: str
-) -> None:
+@dataclass(frozen=True)
+class ShardPlan:
+    """How passages are cut into Arrow files.
+
+    Attributes:
+        count: passages in all.
+        prefix: of the files' names.
+        num_shards: files; None for about one in 2,048 passages.
+        dtype: of the embeddings on disk.
+    """
+
+    count: int
+    prefix: str = "data"
+    num_shards: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> int:
+        """Passages in every shard but the last."""
+        if self.num_shards is not None:
+            return -(-self.count // self.num_shards)
+        return max(PASSAGES_PER_SHARD, -(-self.count // MOST_SHARDS))
+
+    def names(self) -> list[str]:
+        shards = -(-self.count // self.size)
+        return [f"{self.prefix}-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+
+
+def embed_passages(passages: Iterator[tuple[str, str]], embedder, folder: Path, digest: str, plan: ShardPlan) -> None:
     """Write the dataset `folder` (title, text, embeddings); shards of an earlier run with the same digest are kept.
 
     Args:
-        passages: `count` pairs of title and text, the same ones in the same order in every run.
+        passages: `plan.count` pairs of title and text, the same ones in the same order in every run.
+        embedder: a `PassageEmbedder`, or what has its `dimension` and `embed_shards`.
         digest: of the passages, the encoder and the settings.
     """
     partial = partial_folder(folder, digest)
     partial.mkdir(parents=True, exist_ok=True)
-    size = max(PASSAGES_PER_SHARD, -(-count // MOST_SHARDS))
-    shards = -(-count // size)
-    names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
-    sizes = [min(size, count - i * size) for i in range(shards)]
-    kept = sum(rows for name, rows in zip(names, sizes, strict=True) if (partial / name).exists())
-    if kept:
-        print(f"{kept:,} of {count:,} passages were embedded by an earlier run and are kept")
-    work = _embed_missing(passages, [partial / name for name in names], size, embedder)
-    for _ in progress(work, total=count - kept, desc="Embedding", unit="passages", size=int):
-        pass
-    DatasetInfo(features=_features(embedder.dimension)).write_to_directory(partial)
-    save_json(_state(names, digest), partial / "state.json")
+    _embed_missing(passages, embedder, partial, plan)
+    features = _features(embedder.dimension, plan.dtype)
+    DatasetInfo(features=features).write_to_directory(partial)
+    _publish(partial, plan.names(), digest)
     partial.rename(folder)
+
+
+def embed_more(passages: Iterator[tuple[str, str]], embedder, folder: Path, plan: ShardPlan) -> list[Path]:
+    """Write shards of more passages into the dataset `folder`, which does not change before `add_shards`.
+
+    Returns:
+        all files of the dataset as it is to be.
+    """
+    _embed_missing(passages, embedder, folder, plan)
+    known = [path for path in shards_of(folder) if not path.name.startswith(f"{plan.prefix}-")]
+    return known + [folder / name for name in plan.names()]
+
+
+def add_shards(folder: Path, files: list[Path], digest: str) -> None:
+    """Make these files of the folder the dataset, under a new digest."""
+    _publish(folder, [path.name for path in files], digest)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset, in the order of their rows."""
+    return [folder / file["filename"] for file in load_json(folder / "state.json")["_data_files"]]
 
 
 def partial_folder(folder: Path, digest: str) -> Path:
@@ -110,39 +169,56 @@ def partial_folder(folder: Path, digest: str) -> Path:
 
 
 def is_complete(folder: Path, digest: str) -> bool:
-    """Whether `folder` is the dataset that `embed_passages` made with this digest."""
+    """Whether `folder` is the dataset that was made with this digest."""
     state = folder / "state.json"
     return state.is_file() and load_json(state)["_fingerprint"] == digest
 
 
-def _embed_missing(passages, paths: list[Path], size: int, embedder: PassageEmbedder) -> Iterator[int]:
-    """Write the shards that are not there yet; yield the number of passages behind every batch."""
-    for path in paths:
-        shard = list(itertools.islice(passages, size))
-        if path.exists():
-            continue
-        vectors = np.empty((len(shard), embedder.dimension), dtype=np.float32)
-        for rows, batch in embedder(shard):
-            vectors[rows] = batch
-            yield len(rows)
-        _write_shard(path, shard, vectors)
+def _embed_missing(passages: Iterator[tuple[str, str]], embedder, folder: Path, plan: ShardPlan) -> None:
+    """Write the shards that are not there yet."""
+    paths = [folder / name for name in plan.names()]
+    sizes = [min(plan.size, plan.count - i * plan.size) for i in range(len(paths))]
+    kept = sum(rows for path, rows in zip(paths, sizes, strict=True) if path.exists())
+    if kept:
+        print(f"{kept:,} of {plan.count:,} passages were embedded by an earlier run and are kept")
+    shards = ((path, list(itertools.islice(passages, rows))) for path, rows in zip(paths, sizes, strict=True))
+    missing = ((path, shard) for path, shard in shards if not path.exists())
+
+    def write(path: Path, shard: Passages, vectors: np.ndarray) -> None:
+        _write_shard(path, shard, vectors, plan.dtype)
+
+    work = embedder.embed_shards(missing, write)
+    for _ in progress(work, total=plan.count - kept, desc="Embedding", unit="passages", size=int):
+        pass
 
 
-def _write_shard(path: Path, shard: list[tuple[str, str]], vectors: np.ndarray) -> None:
-    schema = _features(vectors.shape[1]).arrow_schema
+def _publish(folder: Path, names: list[str], digest: str) -> None:
+    """Make these files the dataset; others, of a run that was cut otherwise or half-written, are removed."""
+    save_json(_state(names, digest), folder / "state.json")
+    for path in folder.iterdir():
+        if path.name not in (*names, "state.json", "dataset_info.json"):
+            path.unlink()
+
+
+def _write_shard(path: Path, shard: Passages, vectors: np.ndarray, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        stored = vectors.astype(dtype, copy=False)
+    if not np.isfinite(stored).all():
+        raise UserError(f"--half_precision: a vector holds {np.abs(vectors).max():g}, too much for it; leave it out")
+    schema = _features(vectors.shape[1], dtype).arrow_schema
     titles, texts = zip(*shard, strict=True)
     columns = [
         pa.array(titles, pa.string()),
         pa.array(texts, pa.string()),
-        pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
+        pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), vectors.shape[1]),
     ]
     with atomic_write(path, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         stream.write_batch(pa.record_batch(columns, schema=schema))
 
 
-def _features(dimension: int) -> Features:
+def _features(dimension: int, dtype: str) -> Features:
     return Features(
-        {"title": Value("string"), "text": Value("string"), "embeddings": List(Value("float32"), length=dimension)}
+        {"title": Value("string"), "text": Value("string"), "embeddings": List(Value(dtype), length=dimension)}
     )
 
 

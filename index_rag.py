@@ -15,7 +15,6 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 import logging
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -335,20 +334,6 @@ def shard_files(folder: str | os.PathLike) -> list[tuple[Path, int, int]]:
     """The FAISS files of such a folder, each with its first row and the one behind its last, in the rows' order."""
     found = [(path, re.fullmatch(r"rows-(\d+)-(\d+)\.faiss", path.name)) for path in Path(folder).glob("rows-*.faiss")]
     return sorted(((path, int(rows[1]), int(rows[2])) for path, rows in found if rows), key=lambda file: file[1:])
-
-
-def build_faiss_index(blocks: Iterable[np.ndarray], dimension: int, m: int = 128):
-    """An HNSW index for inner products, as in Lewis et al. 2020 (section 2.2), built on all cores.
-
-    Args:
-        blocks: float32 arrays (rows, dimension), in the passages' order.
-        dimension: d.
-        m: links a node.
-    """
-    index = faiss.IndexHNSWFlat(dimension, m, faiss.METRIC_INNER_PRODUCT)
-    for block in blocks:
-        index.add(block)
-    return index
 
 
 def write_faiss_index(index, path: str | os.PathLike) -> None:

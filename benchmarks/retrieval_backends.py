@@ -75,10 +75,10 @@ def clustered(rows: int, dimension: int, seed: int):
 def build(args: BenchmarkArguments) -> Path:
     """Passages and one index of each kind, written once."""
     import datasets
-    import faiss
     import pyarrow as pa
 
-    from index_rag import build_faiss_index, write_faiss_index
+    from build_index_rag import build_faiss_index
+    from index_rag import write_faiss_index
 
     folder = args.folder / f"{args.passages}x{args.dimension}"
     blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]
@@ -97,13 +97,8 @@ def build(args: BenchmarkArguments) -> Path:
         if not path.exists():
             start = time.monotonic()
             vectors = (clustered(end - start, args.dimension, seed=1 + start) for start, end in blocks)
-            if kind == "hnsw":
-                index = build_faiss_index(vectors, args.dimension, m=32)
-            else:
-                index = faiss.IndexFlatIP(args.dimension)
-                for block in vectors:
-                    index.add(block)
-            write_faiss_index(index, path)
+            factory = {"hnsw": "HNSW32,Flat", "flat": "Flat"}[kind]
+            write_faiss_index(build_faiss_index(vectors, args.dimension, factory), path)
             print(
                 f"{kind}: built in {time.monotonic() - start:.0f} s, {path.stat().st_size / 2**20:.0f} MiB", flush=True
             )

@@ -54,7 +54,8 @@ def parse_args(argv=None) -> BenchmarkArguments:
 
 def build_index(args: BenchmarkArguments, kind: str) -> Path:
     """The FAISS file of one kind; its passages lie beside it."""
-    from index_rag import KnowledgeIndex, build_faiss_index, write_faiss_index
+    from build_index_rag import build_faiss_index
+    from index_rag import KnowledgeIndex, write_faiss_index
 
     passages = args.flat_passages if kind == "flat" else args.hnsw_passages
     knowledge = KnowledgeArguments(folder=args.folder, passages=passages, dimension=DIMENSION, kinds=["flat"])

@@ -29,6 +29,7 @@ QUESTIONS = [(f"what is the capital of {country}", city) for country, city in [
     ("austria", "vienna"), ("spain", "madrid"), ("portugal", "lisbon"), ("norway", "oslo"),
 ]]  # fmt: skip
 DIMENSION = 16
+LONG = "the castle and the museum of oslo " * 30  # 210 words: three passages
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +177,8 @@ def knowledge(question_encoder, bert_tokenizer, tmp_path_factory) -> dict:
     import torch
     from datasets import Dataset, Features, List, Value
 
-    from index_rag import build_faiss_index, write_faiss_index
+    from build_index_rag import build_faiss_index
+    from index_rag import write_faiss_index
 
     folder = tmp_path_factory.mktemp("knowledge")
     titles, texts = map(list, zip(*PASSAGES, strict=True))
@@ -188,11 +190,31 @@ def knowledge(question_encoder, bert_tokenizer, tmp_path_factory) -> dict:
     rows = {"title": titles, "text": texts, "embeddings": list(vectors)}
     Dataset.from_dict(rows, features=features).save_to_disk(folder / "my_knowledge_dataset")
     index_path = folder / "my_knowledge_dataset_hnsw_index.faiss"
-    write_faiss_index(build_faiss_index([np.ascontiguousarray(vectors)], DIMENSION, m=8), index_path)
+    write_faiss_index(build_faiss_index([np.ascontiguousarray(vectors)], DIMENSION, "HNSW8,Flat"), index_path)
     return {
         "index_name": "custom",
         "passages_path": str(folder / "my_knowledge_dataset"),
         "index_path": str(index_path),
+    }
+
+
+@pytest.fixture
+def csv_path(tmp_path) -> Path:
+    """Nine documents, eleven passages."""
+    path = tmp_path / "documents.csv"
+    rows = [*PASSAGES, ("oslo", LONG)]
+    path.write_text("title\ttext\n" + "".join(f"{title}\t{text}\n" for title, text in rows))
+    return path
+
+
+@pytest.fixture
+def flags(csv_path, context_encoder_folder, tmp_path) -> dict:
+    """The flags of use_own_knowledge_dataset.py for these."""
+    return {
+        "--csv_path": csv_path,
+        "--dpr_ctx_encoder_model_name": context_encoder_folder,
+        "--output_dir": tmp_path / "out",
+        "--m": 8,
     }
 
 

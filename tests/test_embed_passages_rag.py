@@ -9,7 +9,9 @@ from datasets import load_from_disk
 from transformers import BertConfig, BertModel
 
 import embed_passages_rag
-from embed_passages_rag import PassageEmbedder, embed_passages, is_complete, partial_folder
+from cli_rag import UserError
+from columns_rag import EmbeddingColumn
+from embed_passages_rag import PassageEmbedder, ShardPlan, embed_passages, is_complete, partial_folder
 from models_rag import load_encoder
 from pooled_encoder import PooledEncoder, PooledEncoderConfig
 from tests.conftest import DIMENSION, PASSAGES
@@ -43,7 +45,7 @@ def one_by_one(embedder, passages):
 
 
 def test_rows_are_in_order_and_do_not_depend_on_their_batch(embedder, passages, small_shards, tmp_path):
-    embed_passages(iter(passages), len(passages), embedder, tmp_path / "out", "digest")
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     dataset = load_from_disk(str(tmp_path / "out"))
     assert dataset.column_names == ["title", "text", "embeddings"]
     assert dataset.features["embeddings"].length == DIMENSION
@@ -77,7 +79,7 @@ def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
 
     embedder._encode = killed
     with pytest.raises(KeyboardInterrupt):
-        embed_passages(iter(passages), len(passages), embedder, tmp_path / "out", "digest")
+        embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     assert not (tmp_path / "out").exists()
     partial = partial_folder(tmp_path / "out", "digest")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.iterdir()}
@@ -85,12 +87,12 @@ def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
 
     # A run with other settings takes nothing of it.
     embedder._encode = encode
-    embed_passages(iter(passages[:3]), 3, embedder, tmp_path / "other", "other digest")
+    embed_passages(iter(passages[:3]), embedder, tmp_path / "other", "other digest", ShardPlan(3))
     assert {path.name: path.stat().st_mtime_ns for path in partial.iterdir()} == kept
 
     again = []
     embedder._encode = lambda batch: again.append(len(batch["input_ids"])) or encode(batch)
-    embed_passages(iter(passages), len(passages), embedder, tmp_path / "out", "digest")
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     assert sum(again) == len(passages) - 14
     vectors = np.array(load_from_disk(str(tmp_path / "out"))["embeddings"], dtype=np.float32)
     np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=1e-4, atol=1e-5)
@@ -99,7 +101,7 @@ def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
 def test_many_passages_make_few_shards(embedder, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_passages_rag, "PASSAGES_PER_SHARD", 2)
     monkeypatch.setattr(embed_passages_rag, "MOST_SHARDS", 3)
-    embed_passages(iter(PASSAGES), len(PASSAGES), embedder, tmp_path / "out", "digest")
+    embed_passages(iter(PASSAGES), embedder, tmp_path / "out", "digest", ShardPlan(len(PASSAGES)))
     state = json.loads((tmp_path / "out" / "state.json").read_text())
     assert len(state["_data_files"]) == 3
     assert len(load_from_disk(str(tmp_path / "out"))) == len(PASSAGES)
@@ -122,5 +124,29 @@ def test_sentence_encoders_read_title_and_text_as_one(bert_tokenizer, passages):
 
 def test_no_passage_is_lost_to_an_odd_count(embedder, small_shards, tmp_path):
     for count in (1, 7, 8):
-        embed_passages(iter(PASSAGES[:count]), count, embedder, tmp_path / str(count), "digest")
+        embed_passages(iter(PASSAGES[:count]), embedder, tmp_path / str(count), "digest", ShardPlan(count))
         assert len(load_from_disk(str(tmp_path / str(count)))) == count
+
+
+def test_a_number_of_shards_and_half_precision(embedder, passages, tmp_path):
+    plan = ShardPlan(len(passages), num_shards=3, dtype="float16")
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", plan)
+    dataset = load_from_disk(str(tmp_path / "out"))
+    assert dataset.features["embeddings"].feature.dtype == "float16"
+    assert [len(chunk) for chunk in dataset.data.column("embeddings").chunks] == [14, 14, 12]
+    vectors = EmbeddingColumn(dataset.data.column("embeddings"), DIMENSION).gather(np.arange(len(passages)))
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=1e-3, atol=1e-4)
+    embedder._encode = lambda batch: np.full((len(batch["input_ids"]), DIMENSION), 7e4)
+    with pytest.raises(UserError, match="--half_precision: a vector holds 70000"):
+        embed_passages(iter(passages), embedder, tmp_path / "large", "digest", plan)
+
+
+def test_shards_of_another_cut_are_not_part_of_the_dataset(embedder, passages, tmp_path):
+    partial = partial_folder(tmp_path / "out", "digest")
+    partial.mkdir()
+    (partial / "data-00000-of-00002.arrow").write_bytes(b"of a run with two shards")
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages), num_shards=4))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.arrow")) == [
+        f"data-{i:05d}-of-00004.arrow" for i in range(4)
+    ]

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from build_index_rag import build_faiss_index
 from cli_rag import UserError
 from columns_rag import EmbeddingColumn, TextColumn
 from index_rag import (
     KnowledgeIndex,
     best_of_shards,
-    build_faiss_index,
     read_description,
     shard_files,
     shard_path,
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_named(knowledge, change, message):
 def test_an_index_of_other_passages_is_refused(knowledge, tmp_path):
     for rows, dimension, message in [(5, DIMENSION, "holds 5 vectors, but"), (8, 3, "has dimension 3, but")]:
         path = tmp_path / f"{rows}.faiss"
-        write_faiss_index(build_faiss_index([np.ones((rows, dimension), np.float32)], dimension, m=4), path)
+        write_faiss_index(build_faiss_index([np.ones((rows, dimension), np.float32)], dimension, "HNSW4,Flat"), path)
         index = KnowledgeIndex.load_from_disk(DIMENSION, knowledge["passages_path"], path)
         with pytest.raises(UserError, match=message):
             index.init_index()

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import faiss
@@ -20,32 +22,13 @@ from cli_rag import UserError
 from consolidate_rag_checkpoint import main as consolidate
 from consolidate_rag_checkpoint import parse_args as parse_consolidate
 from embed_passages_rag import PassageEmbedder
-from index_rag import KnowledgeIndex, read_description
+from index_rag import KnowledgeIndex, read_description, write_description
 from models_rag import compose_rag, load_encoder, load_model, load_tokenizer, save_model
+from open_index_rag import encoder_mismatches, open_index
 from passages_rag import survey_documents
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
-from use_own_knowledge_dataset import ENCODER_FLAG, mismatches, parse_args
+from use_own_knowledge_dataset import ENCODER_FLAG, parse_args
 from use_own_knowledge_dataset import main as build_knowledge
-
-LONG = "the castle and the museum of oslo " * 30  # 210 words: three passages
-
-
-@pytest.fixture
-def csv_path(tmp_path):
-    path = tmp_path / "documents.csv"
-    rows = [*PASSAGES, ("oslo", LONG)]
-    path.write_text("title\ttext\n" + "".join(f"{title}\t{text}\n" for title, text in rows))
-    return path
-
-
-@pytest.fixture
-def flags(csv_path, context_encoder_folder, tmp_path):
-    return {
-        "--csv_path": csv_path,
-        "--dpr_ctx_encoder_model_name": context_encoder_folder,
-        "--output_dir": tmp_path / "out",
-        "--m": 8,
-    }
 
 
 @pytest.fixture
@@ -74,7 +57,13 @@ def test_passages_index_and_description(flags, tmp_path, capsys):
     assert (index.ntotal, index.d, index.metric_type) == (11, DIMENSION, faiss.METRIC_INNER_PRODUCT)
     np.testing.assert_array_equal(index.reconstruct_n(0, 11), np.array(dataset["embeddings"], dtype=np.float32))
     description = read_description(knowledge.index_path)
-    expected = {"dimension": DIMENSION, "passages": 11, "pooling": "cls", "metric": "inner product", "m": 8}
+    expected = {
+        "dimension": DIMENSION,
+        "passages": 11,
+        "pooling": "cls",
+        "metric": "inner product",
+        "factory": "HNSW8,Flat",
+    }
     assert expected.items() <= description.items()
     assert set(description["versions"]) == {"torch", "transformers", "datasets", "faiss-cpu"}
     printed = capsys.readouterr().out
@@ -104,13 +93,13 @@ def test_a_second_run_reuses_the_first(flags, tmp_path, capsys, monkeypatch):
     run(flags)
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(PassageEmbedder, "__call__", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(PassageEmbedder, "embed_shards", lambda *_: pytest.fail("embedded again"))
     assert run(flags, **{"--batch_size": 3}).reused
     assert "holds this knowledge already and is reused" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     # Another m needs another index, of the same vectors.
     knowledge = run(flags, **{"--m": 4})
-    assert not knowledge.reused and read_description(knowledge.index_path)["m"] == 4
+    assert not knowledge.reused and read_description(knowledge.index_path)["factory"] == "HNSW4,Flat"
     # A lost or half-made index is made again.
     (tmp_path / "out" / "index.json").unlink()
     assert not run(flags, **{"--m": 4}).reused
@@ -147,6 +136,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(flags, tmp_pat
         return encode(self, batch)
 
     monkeypatch.setattr(PassageEmbedder, "_encode", killed)
+    flags |= {"--recall_queries": 0}
     with pytest.raises(KeyboardInterrupt):
         run(flags)
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
@@ -225,19 +215,25 @@ def test_too_small_a_disk_or_memory_is_told_in_bytes(flags, monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_encoders_that_were_not_trained_together_are_warned_of(rag_folder, flags, capsys):
+def test_encoders_that_were_not_trained_together_are_warned_of(rag_folder, knowledge, tmp_path, caplog):
     config = load_model(str(rag_folder)).config
-    args = SimpleNamespace(
-        dpr_ctx_encoder_model_name="facebook/dpr-ctx_encoder-multiset-base", rag_model_name="facebook/rag-token-nq"
-    )
-    (warning,) = mismatches(args, config.question_encoder, config)
-    assert "of the multiset pair" in warning and "give facebook/dpr-ctx_encoder-single-nq-base" in warning
-    args.rag_model_name = "mine"
-    assert mismatches(args, config.question_encoder, config) == []
-    config.question_encoder._name_or_path = "facebook/dpr-question_encoder-multiset-base"
-    assert mismatches(args, config.question_encoder, config) == []
-    args.dpr_ctx_encoder_model_name = "facebook/dpr-ctx_encoder-single-nq-base"
-    assert len(mismatches(args, config.question_encoder, config)) == 1
+    made_by = {"encoder": "facebook/dpr-ctx_encoder-multiset-base", "pooling": "cls", "normalize": False}
+    question_encoder = config.question_encoder
+    (warning,) = encoder_mismatches(made_by, question_encoder, "facebook/dpr-question_encoder-single-nq-base")
+    assert "of the multiset pair" in warning and "facebook/dpr-ctx_encoder-single-nq-base" in warning
+    assert encoder_mismatches(made_by, question_encoder) == encoder_mismatches({}, question_encoder) == []
+    question_encoder._name_or_path = "facebook/dpr-question_encoder-multiset-base"
+    assert encoder_mismatches(made_by, question_encoder) == []
+    (warning,) = encoder_mismatches(made_by | {"pooling": "mean"}, question_encoder)
+    assert warning.startswith("passages are pooled by {'pooling': 'mean'")
+    # Whoever opens the index is told.
+    folder = shutil.copytree(Path(knowledge["index_path"]).parent, tmp_path / "copy")
+    write_description(folder, made_by | {"normalize": True})
+    config.index_name, config.passages_path, config.index_path = (
+        "custom", str(folder / "my_knowledge_dataset"), str(folder / Path(knowledge["index_path"]).name)
+    )  # fmt: skip
+    open_index(config)
+    assert f"--index_path {config.index_path}: passages are pooled by" in caplog.text
 
 
 def test_pooling_as_the_authors_meant_and_its_mismatch(tmp_path, csv_path, flags, bart_folder, bert_tokenizer, capsys):

@@ -1,0 +1,195 @@
+"""Kinds of index on the same knowledge: bytes, time and memory to build, time to open, recall and speed.
+
+    python benchmarks/index_kinds.py --short     # 20,000 x 384, under a minute
+    python benchmarks/index_kinds.py             # 1,000,000 x 384 with Flat and IVF-PQ, the first 200,000 with HNSW
+
+Passages are real ones (../shared/data/nq_gold, or test_data where it is missing) over and over with another number each
+time; their vectors are random, of length 1, around 1,000 centres, because encoding a million would take hours. (Around
+no centre, all neighbours would be equally far, and recall would say nothing.) Queries are other vectors around the same
+centres. "peak" is the most memory of the process that builds (VmHWM: with the pages of mapped files) and, of that, what
+it allocated itself (RssAnon). "open" is until the first search can begin. Recall@5 is against an exact search, queries
+go in one call, on all cores; of the efforts that are tried (--nprobe, --ef_search) each is a line.
+"""
+
+import datetime
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from retrieval_backends import CORES, clustered, run
+
+from cli_rag import parse_into, run_script
+from utils_rag import save_json
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = (ROOT.parent / "shared" / "data" / "nq_gold" / "passages.tsv", ROOT / "test_data" / "my_knowledge_dataset.csv")
+
+
+@dataclass
+class BenchmarkArguments:
+    short: bool = field(default=False, metadata={"help": "20,000 passages for every kind, in under a minute."})
+    folder: Path = field(default=Path("output/index_kinds"), metadata={"help": "Scratch; removed at the end."})
+    passages: int = field(default=1_000_000, metadata={"help": "Passages of the indexes of --kinds."})
+    graph_passages: int = field(default=200_000, metadata={"help": "Passages, the first ones, of --graph_kinds."})
+    dimension: int = field(default=384, metadata={"help": "Length of a vector."})
+    kinds: list[str] = field(
+        default_factory=lambda: ["Flat", "IVF1024,PQ64"], metadata={"help": "Factory strings over all passages."}
+    )
+    graph_kinds: list[str] = field(
+        default_factory=lambda: ["HNSW128,Flat", "HNSW32,SQ8"], metadata={"help": "Factory strings over fewer."}
+    )
+    queries: int = field(default=256, metadata={"help": "Queries of a search."})
+    n_docs: int = field(default=5, metadata={"help": "Passages a query."})
+
+    def __post_init__(self):
+        if self.short:
+            self.passages = self.graph_passages = 20_000
+            self.kinds, self.graph_kinds = ["Flat", "IVF64,PQ64x4"], ["HNSW32,Flat", "HNSW32,SQ8"]
+
+
+def parse_args(argv=None) -> BenchmarkArguments:
+    return parse_into(BenchmarkArguments, description=__doc__, argv=argv)
+
+
+# --- Knowledge --------------------------------------------------------------------------------------------------------
+
+
+def unit_vectors(rows: int, dimension: int, seed: int):
+    """(rows, dimension) float32 of length 1, in clusters."""
+    import numpy as np
+
+    vectors = clustered(rows, dimension, seed)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class RandomEmbedder:
+    """In a `PassageEmbedder`'s place: the vectors of a shard follow from its number, not from its texts."""
+
+    def __init__(self, dimension: int):
+        self.dimension = dimension
+
+    def embed_shards(self, shards, write):
+        for path, shard in shards:
+            write(path, shard, unit_vectors(len(shard), self.dimension, seed=1 + int(path.name.split("-")[1])))
+            yield len(shard)
+
+
+def passages_of(count: int):
+    """Title and text of `count` passages, no two of them equal."""
+    import itertools
+
+    from passages_rag import read_passages
+
+    texts = list(read_passages(next(path for path in TEXTS if path.is_file())))
+    for number, (title, text) in enumerate(itertools.islice(itertools.cycle(texts), count)):
+        yield title, f"{text} ({number})"
+
+
+def make_passages(count: int, dimension: int, folder: Path, writer) -> None:
+    from embed_passages_rag import ShardPlan, embed_passages
+
+    embed_passages(passages_of(count), RandomEmbedder(dimension), folder, "benchmark", ShardPlan(count))
+    writer.send(None)
+
+
+# --- One kind ---------------------------------------------------------------------------------------------------------
+
+
+class PeakMemory:
+    """The most MiB that this process held, and of those the most that it had allocated, watched ten times a second."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.allocated, self.over = 0.0, threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.over.set()
+        self.watcher.join()
+        self.held = status_mib("VmHWM")
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.1):
+            self.allocated = max(self.allocated, status_mib("RssAnon"))
+
+
+def status_mib(name: str, process: str | int = "self") -> float:
+    """A line of /proc/PID/status in MiB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) / 1024
+
+
+def build(folder: Path, factory: str, args, writer) -> None:
+    """Seconds and memory of one index."""
+    from build_index_rag import EmbeddingFiles, IndexPlan, build_index
+    from embed_passages_rag import shards_of
+
+    vectors = EmbeddingFiles(shards_of(folder / "passages"), args.dimension)
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        build_index(vectors, IndexPlan(factory, args.dimension), folder / "index", "benchmark")
+        seconds = time.perf_counter() - start
+    writer.send({"build_seconds": seconds, "peak_mib": peak.held, "allocated_mib": peak.allocated})
+
+
+def search(folder: Path, args, writer) -> None:
+    """Milliseconds until an index is open, then recall and speed at every effort."""
+    from build_index_rag import EmbeddingFiles, exact_scores, measure
+    from embed_passages_rag import shards_of
+    from index_rag import KnowledgeIndex
+
+    def open_index(**effort) -> KnowledgeIndex:
+        return KnowledgeIndex.load_from_disk(args.dimension, folder / "passages", folder / "index", **effort)
+
+    start = time.perf_counter()
+    open_index().init_index()
+    seconds = time.perf_counter() - start
+    queries = unit_vectors(args.queries, args.dimension, seed=10**6)
+    best = exact_scores(EmbeddingFiles(shards_of(folder / "passages"), args.dimension), queries, args.n_docs)
+    writer.send((1000 * seconds, measure(open_index, queries, best)))
+
+
+def main(args: BenchmarkArguments) -> list[dict]:
+    print(
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {CORES} cores; {args.dimension} "
+        f"dimensions, {args.queries} queries in a call, {args.n_docs} passages each\n\n"
+        "| index | passages | MiB | built in, s | peak, MiB (allocated) | open, ms | effort | recall | queries/s |\n"
+        "|---|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    rows = []
+    for count, kinds in ((args.passages, args.kinds), (args.graph_passages, args.graph_kinds)):
+        folder = (args.folder / str(count)).resolve()
+        if kinds and not folder.exists():
+            folder.mkdir(parents=True)
+            run(make_passages, [(count, args.dimension, folder / "passages")])
+        for factory in kinds:
+            built = run(build, [(folder, factory, args)])[0]
+            size = (folder / "index").stat().st_size / 2**20
+            open_ms, efforts = run(search, [(folder, args)])[0]
+            for found in efforts:
+                effort = " ".join(f"{name} {value}" for name, value in found.items() if name in ("nprobe", "ef_search"))
+                row = {"index": factory, "passages": count, "mib": size, **built, "open_ms": open_ms, **found}
+                rows.append(row)
+                print(
+                    f"| {factory} | {count:,} | {size:,.0f} | {built['build_seconds']:.1f} | {built['peak_mib']:,.0f} "
+                    f"({built['allocated_mib']:,.0f}) | {open_ms:.0f} | {effort} | {found['recall']:.3f} | "
+                    f"{found['queries_per_second']:,.0f} |",
+                    flush=True,
+                )
+    save_json(rows, args.folder.with_name(f"{args.folder.name}.json"))
+    shutil.rmtree(args.folder)
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
