@@ -48,13 +48,16 @@ class EvalArguments:
     eval_all_checkpoints: bool = field(
         default=False, metadata={"help": "Measure every folder checkpoint* in --model_name_or_path, and print a table."}
     )
-    index_name: Literal["exact", "compressed", "legacy", "custom"] | None = field(
+    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = field(
         default=None,
         metadata={"help": "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."},
     )
-    index_path: str | None = field(default=None, metadata={"help": "FAISS file (custom) or folder (legacy)."})
+    index_path: str | None = field(
+        default=None,
+        metadata={"help": "FAISS file (custom) or folder (legacy; bm25, beside the passages if left out)."},
+    )
     passages_path: str | None = field(
-        default=None, metadata={"help": "Folder of passages that use_own_knowledge_dataset.py wrote (custom)."}
+        default=None, metadata={"help": "Folder of passages that use_own_knowledge_dataset.py wrote (custom, bm25)."}
     )
     ef_search: int | None = field(
         default=None, metadata={"help": "Candidates an HNSW search keeps: more find more, slower; the index's own."}

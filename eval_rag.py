@@ -44,6 +44,8 @@ from utils_rag import (
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
 PASSAGE_FILES = ("data-*.arrow",)
+# A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
+PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}
 SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
@@ -133,12 +135,10 @@ def prediction_settings(args: EvalArguments) -> dict[str, Any]:
     }
     if settings["model_type"] in RAG_TYPES:
         config = rag_config(args)
-        settings |= {
-            "index_name": config.index_name,
-            "index_path": config.index_path and file_identity(config.index_path),
-            "passages_path": config.passages_path and file_identity(config.passages_path, PASSAGE_FILES),
-            "n_docs": config.n_docs,
-        }
+        settings |= {"index_name": config.index_name, "n_docs": config.n_docs}
+        for name in PATHS_READ.get(config.index_name, ()):
+            path = getattr(config, name)
+            settings[name] = path and file_identity(path, PASSAGE_FILES if name == "passages_path" else ("*",))
         names = SEARCH_FLAGS + (WIKI_FLAGS if config.index_name in ("exact", "compressed") else ())
         settings |= {name: getattr(config, name, None) for name in names}
     elif args.eval_mode == "retrieval":
@@ -270,7 +270,7 @@ def answer_from_passages(args, model, retriever, questions: list[str], _) -> tup
     from retriever_rag import retrieve_contexts
 
     tokens = encode(args, retriever.question_encoder_tokenizer, questions, model.device)
-    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, args.n_docs)
+    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, args.n_docs, questions)
     token_ids = generate_answers(
         model,
         contexts.input_ids,
@@ -295,8 +295,10 @@ def answer_closed_book(args, model, tokenizer, questions: list[str], _) -> tuple
 
 
 def retrieve_passages(args, question_encoder, retriever, questions, answers) -> tuple[list[str], list[dict]]:
+    from retriever_rag import question_vectors
+
     tokens = encode(args, retriever.question_encoder_tokenizer, questions, question_encoder.device)
-    vectors = question_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0].cpu().numpy()  # (B, d)
+    vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
     embeddings, doc_ids, docs = retriever.retrieve(vectors, max(args.k))  # (B, k, d), (B, k)
     details = passages_found(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
     lines = ["\t".join(one_line(strip_title(title)) for title in found["titles"]) for found in details]

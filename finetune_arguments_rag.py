@@ -57,10 +57,10 @@ class RetrievalArguments:
     n_docs: int | None = _flag(None, "Passages retrieved a question; left out, the checkpoint's.")
     max_combined_length: int | None = _flag(None, "Tokens of passage and question together; the checkpoint's.")
     index_name: str | None = _flag(
-        None, "exact, compressed, legacy or custom; left out, the checkpoint's, custom with --passages_path."
+        None, "exact, compressed, legacy, custom or bm25; left out, the checkpoint's, custom with --passages_path."
     )
-    passages_path: str | None = _flag(None, "Folder of passages that use_own_knowledge_dataset.py wrote (custom).")
-    index_path: str | None = _flag(None, "FAISS index file of these passages (custom), or a folder (legacy).")
+    passages_path: str | None = _flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
+    index_path: str | None = _flag(None, "FAISS index file of these passages (custom), or a folder (legacy, bm25).")
     ef_search: int | None = _flag(None, "Candidates an HNSW search keeps: more find more, slower; the index's own.")
     nprobe: int | None = _flag(None, "Lists an IVF search visits: more find more, slower; the index's own.")
     index_device: str | None = _flag(

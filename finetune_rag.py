@@ -52,8 +52,10 @@ def _index_problems(args: FinetuneArguments) -> list[str]:
     retrieval = args.retrieval
     if retrieval.index_name == "custom" and not (retrieval.passages_path and retrieval.index_path):
         return ["--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"]
-    if retrieval.index_name not in (None, "custom") and retrieval.passages_path:
-        return [f"--passages_path is read with --index_name custom only, not with {retrieval.index_name}"]
+    if retrieval.index_name == "bm25" and not retrieval.passages_path:
+        return ["--index_name bm25 needs --passages_path, a folder of passages; use_own_knowledge_dataset.py makes one"]
+    if retrieval.index_name not in (None, "custom", "bm25") and retrieval.passages_path:
+        return [f"--passages_path is read with --index_name custom and bm25 only, not with {retrieval.index_name}"]
     return []
 
 

@@ -19,7 +19,7 @@ from generator_rag import decode_answers, encode_contexts, output_layer
 from lightning_base import BaseTransformer
 from loss_rag import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
 from models_rag import save_model
-from retriever_rag import RetrievedContexts, retrieve_contexts
+from retriever_rag import RetrievedContexts, reads_text, retrieve_contexts
 from utils_rag import exact_match_score, f1_score, write_lines
 
 EMBEDDINGS = {"shared", "embed_tokens", "embed_positions"}  # as BART and T5 name those of words and positions
@@ -45,6 +45,8 @@ class GenerativeQAModule(BaseTransformer):
         self.tokenizer = tokenizer
         self.question_tokenizer = tokenizer.question_encoder if self.rag_loss else tokenizer
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
+        # BM25 does without the question encoder; parameters that get no gradient would keep other ranks waiting.
+        self.asks_frozen = bool(self.rag_loss) and (args.model.freeze_question_encoder or reads_text(retriever))
         self._freeze()
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
             self.generator.activation_checkpointing_enable()
@@ -58,7 +60,7 @@ class GenerativeQAModule(BaseTransformer):
         return self.model.generator if self.rag_loss else self.model
 
     def _freeze(self) -> None:
-        if self.rag_loss and self.args.model.freeze_question_encoder:
+        if self.asks_frozen:
             self.model.rag.question_encoder.requires_grad_(False)
         if self.args.model.freeze_embeds:
             for name, module in self.generator.named_modules():
@@ -75,7 +77,7 @@ class GenerativeQAModule(BaseTransformer):
     def train(self, mode: bool = True):
         """A frozen question encoder asks without dropout, so that a question finds the same passages each time."""
         super().train(mode)
-        if self.rag_loss and self.args.model.freeze_question_encoder:
+        if self.asks_frozen:
             self.model.rag.question_encoder.eval()
         return self
 
@@ -96,7 +98,9 @@ class GenerativeQAModule(BaseTransformer):
                 use_cache=False,
             ).logits
             return sequence_nll(logits, targets, pad_token_id, label_smoothing), None
-        contexts = retrieve_contexts(self.model.rag, self.retriever, batch["input_ids"], batch["attention_mask"])
+        contexts = retrieve_contexts(
+            self.model.rag, self.retriever, batch["input_ids"], batch["attention_mask"], texts=batch.get("source")
+        )
         n_docs = contexts.doc_scores.shape[1]
         encoded = encode_contexts(self.generator, contexts.input_ids, contexts.attention_mask)
         hidden = decode_answers(

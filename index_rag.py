@@ -60,19 +60,14 @@ class KnowledgeIndex:
     """
 
     extra_dimensions = 0  # of the FAISS index, beyond the vectors'
+    reads_text = False  # whether questions are asked by `encode_questions`, not by a question encoder's vectors
 
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,
         vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
         device: str | None = None, index_flag: str = "--index_path",
     ):  # fmt: skip
-        needed = PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2]
-        missing = [name for name in needed if name not in passages.column_names]
-        if missing:
-            raise UserError(
-                f"--passages_path: the passages lack the column(s) {', '.join(missing)} (found: "
-                f"{', '.join(passages.column_names)}); build them with use_own_knowledge_dataset.py"
-            )
+        check_columns(passages, PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2])
         if passages._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
             passages = passages.flatten_indices()
         self.passages = passages.with_format(None).select_columns(["title", "text"])
@@ -280,6 +275,16 @@ def _other_count(flag: str, path, found: int, expected: int) -> str:
     return (
         f"{flag} {path} holds {found} vectors, but there are {expected} passages; take the two that were built together"
     )
+
+
+def check_columns(passages, needed: tuple[str, ...]) -> None:
+    """Raise `UserError` if the passages lack a column."""
+    missing = [name for name in needed if name not in passages.column_names]
+    if missing:
+        raise UserError(
+            f"--passages_path: the passages lack the column(s) {', '.join(missing)} (found: "
+            f"{', '.join(passages.column_names)}); build them with use_own_knowledge_dataset.py"
+        )
 
 
 def search_settings(config) -> dict:

@@ -1,6 +1,6 @@
-"""The index that a `RagConfig` describes, whatever its source: your own, Wikipedia's, or DPR's legacy files.
+"""The index that a `RagConfig` describes, whatever its source: your own, Wikipedia's, DPR's legacy files, BM25.
 
-    index = open_index(config)   # config.index_name: custom, exact, compressed or legacy
+    index = open_index(config)   # config.index_name: custom, exact, compressed, legacy or bm25
     index.init_index()
 
 Neither torch nor transformers is imported: an actor that only searches is back in a moment.
@@ -9,6 +9,7 @@ Neither torch nor transformers is imported: an actor that only searches is back 
 import logging
 import re
 
+from bm25_index_rag import open_bm25
 from cli_rag import UserError
 from index_rag import KnowledgeIndex, read_description, search_settings
 from legacy_index_rag import open_legacy
@@ -32,6 +33,7 @@ INDEX_SOURCES = {
     "exact": open_wiki_dpr,
     "compressed": open_wiki_dpr,
     "legacy": open_legacy,
+    "bm25": open_bm25,
 }
 
 

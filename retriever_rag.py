@@ -138,6 +138,23 @@ def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np
     return input_ids, mask.astype(np.int64)
 
 
+def reads_text(retriever: RagRetriever) -> bool:
+    """Whether the index reads the questions' words (BM25), so that no question encoder is asked, nor trained."""
+    return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
+
+
+def question_vectors(question_encoder, retriever: RagRetriever, tokens, questions: list[str]) -> torch.Tensor:
+    """What B questions ask the index with, (B, d), on the device of the tokens.
+
+    Args:
+        tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
+        questions: the same questions, for an index that reads text.
+    """
+    if reads_text(retriever):
+        return torch.from_numpy(retriever.index.encode_questions(questions)).to(tokens["input_ids"].device)
+    return question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+
+
 def check_n_docs(index: Index, n_docs: int) -> None:
     """Raise `UserError` if an index holds fewer passages than are to be fetched for each question."""
     if isinstance(index, KnowledgeIndex) and n_docs > len(index):
@@ -151,8 +168,8 @@ class RetrievedContexts:
     Attributes:
         input_ids: (B * n_docs, S) int64, the documents of a question in a row.
         attention_mask: (B * n_docs, S) int64.
-        doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder;
-            -inf in a slot without a passage, so that it gets no probability.
+        doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder, or
+            BM25 scores; -inf in a slot without a passage, so that it gets no probability.
         doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
         docs: B dicts of the lists "title" and "text".
     """
@@ -164,7 +181,9 @@ class RetrievedContexts:
     docs: list[dict]
 
 
-def retrieve_contexts(rag, retriever: RagRetriever, input_ids, attention_mask, n_docs=None) -> RetrievedContexts:
+def retrieve_contexts(
+    rag, retriever: RagRetriever, input_ids, attention_mask, n_docs=None, texts: list[str] | None = None
+) -> RetrievedContexts:
     """Encode the questions, fetch their passages, tokenise the contexts (the first half of `RagModel.forward`).
 
     Args:
@@ -173,18 +192,20 @@ def retrieve_contexts(rag, retriever: RagRetriever, input_ids, attention_mask, n
         input_ids: (B, S) questions, in the question encoder's tokens.
         attention_mask: (B, S).
         n_docs: passages a question; None for the config's.
+        texts: the questions as they were written, for an index that reads text; None for what their tokens say.
     """
     n_docs = n_docs or rag.config.n_docs
-    question_vectors = rag.question_encoder(input_ids, attention_mask=attention_mask)[0]  # (B, d)
-    doc_embeds, doc_ids, docs = retriever.retrieve(
-        question_vectors.detach().to("cpu", torch.float32).numpy(), n_docs
-    )  # (B, n_docs, d), (B, n_docs)
     questions = retriever.question_encoder_tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+    tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions)  # (B, d)
+    doc_embeds, doc_ids, docs = retriever.retrieve(
+        queries.detach().to("cpu", torch.float32).numpy(), n_docs
+    )  # (B, n_docs, d), (B, n_docs)
     prefix = getattr(rag.generator.config, "prefix", None)
     context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
 
-    doc_embeds = torch.from_numpy(doc_embeds).to(question_vectors)
-    doc_scores = (question_vectors.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
+    doc_embeds = torch.from_numpy(doc_embeds).to(queries)
+    doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
     missing = torch.from_numpy(doc_ids < 0).to(input_ids.device)
     return RetrievedContexts(
         input_ids=context_ids.to(input_ids.device),

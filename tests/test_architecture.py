@@ -37,7 +37,7 @@ FLOORS = [
         "passages_rag",
         "launch_rag",
     },
-    {"wiki_dpr_rag", "legacy_index_rag", "build_index_rag"},
+    {"wiki_dpr_rag", "legacy_index_rag", "bm25_index_rag", "build_index_rag"},
     {"open_index_rag"},
     {"retriever_rag", "embed_passages_rag", "retrieval_actor_rag"},
     {
