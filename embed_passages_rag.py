@@ -85,7 +85,8 @@ class PassageEmbedder:
         titles, texts = map(list, zip(*passages, strict=True))
         if not self.as_pair:
             titles, texts = [f"{title} {text}".strip() for title, text in passages], None
-        tokens = self.tokenizer(titles, texts, truncation=True, max_length=self.max_length)
+        # DPR was trained, and the public suite embeds, without telling title and text apart by token types.
+        tokens = self.tokenizer(titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         self.cut += int((lengths == self.max_length).sum())
         for rows in np.split(np.argsort(-lengths), range(self.batch_size, len(lengths), self.batch_size)):

@@ -115,6 +115,7 @@ class PeakMemory:
     def __exit__(self, *error) -> None:
         self.over.set()
         self.watcher.join()
+        self.allocated = max(self.allocated, status_mib("RssAnon"))
         self.held = status_mib("VmHWM")
 
     def _watch(self) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import embed_passages_rag
 from cli_rag import UserError
@@ -66,6 +66,16 @@ def test_batches_hold_texts_of_like_length(embedder, passages):
     tokens = sum(len(ids) for ids in embedder.tokenizer(*map(list, zip(*passages, strict=True)))["input_ids"])
     assert tokens / sum(b * s for b, s in widths) > 0.9
     assert max(b for b, _ in widths) == 4
+
+
+def test_title_and_text_are_of_one_token_type(embedder, passages, bert_tokenizer, tmp_path):
+    expected = np.concatenate([vectors for _, vectors in embedder(passages)])
+    bert_tokenizer.save_pretrained(tmp_path)
+    embedder.tokenizer = BertTokenizerFast.from_pretrained(
+        tmp_path, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+    )
+    assert max(embedder.tokenizer(*passages[0])["token_type_ids"]) == 1
+    np.testing.assert_array_equal(np.concatenate([vectors for _, vectors in embedder(passages)]), expected)
 
 
 def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
