@@ -133,31 +133,33 @@ class ActorPool:
         """What `RayRetriever.search` returned, in the least busy actor where the asked one is busy, or has died."""
         import ray
 
-        answers = [asked.answer]
         while True:
             try:
-                if len(self.actors) > 1 and (free := self._free_before(asked, deadline)) is not None:
-                    answers.append(Asked(free, asked.queries, asked.n_docs).answer)
-                ready, _ = ray.wait(answers, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
-                if not ready:
-                    raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s")
-                found = ray.get(ready[0])
+                found = self._first_answer(asked, deadline)
+            except ray.exceptions.GetTimeoutError as error:
+                raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s") from error
             except ray.exceptions.RayActorError as error:
                 logger.warning(f"a retrieval worker died, another is asked: {_first_line(error)}")
                 asked = Asked(self._least_busy(self.actors, [], deadline), asked.queries, asked.n_docs)
-                answers = [asked.answer]
                 continue
             self.seconds.append(time.monotonic() - asked.start)
             return found
 
-    def _free_before(self, asked: "Asked", deadline: float):
-        """An actor that is free while the one that was asked lets us wait; None if its answer comes first."""
+    def _first_answer(self, asked: "Asked", deadline: float):
+        """The answer of the actor that was asked or, where it lets us wait, of another one if that comes first."""
         import ray
 
-        patience = min(SHORTEST_PATIENCE + 4 * statistics.median(self.seconds or [0]), deadline - time.monotonic())
-        if ray.wait([asked.answer], timeout=max(patience, 0))[0]:
-            return None
-        return self._least_busy([actor for actor in self.actors if actor is not asked.actor], [asked.answer], deadline)
+        patience = SHORTEST_PATIENCE + 4 * statistics.median(self.seconds or [0])
+        if len(self.actors) > 1 and time.monotonic() + patience < deadline:
+            try:
+                return ray.get(asked.answer, timeout=patience)
+            except ray.exceptions.GetTimeoutError:
+                others = [actor for actor in self.actors if actor is not asked.actor]
+            if (free := self._least_busy(others, [asked.answer], deadline)) is not None:
+                answers = [asked.answer, Asked(free, asked.queries, asked.n_docs).answer]
+                ready, _ = ray.wait(answers, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
+                return ray.get(ready or answers, timeout=0)[0]
+        return ray.get(asked.answer, timeout=max(deadline - time.monotonic(), 0))
 
     def _least_busy(self, actors: list, answers: list, deadline: float):
         """The actor that answers first, None where one of `answers` comes before.
