@@ -71,7 +71,7 @@ class DeviceSearch:
         rows = np.full((len(queries), n_docs), -1, dtype=np.int64)
         if found and len(queries):
             with torch.inference_mode():
-                best_scores, best_rows = self._search(torch.from_numpy(queries).to(self.device), found)
+                best_scores, best_rows = self._search(torch.tensor(queries, device=self.device), found)
             scores[:, :found], rows[:, :found] = best_scores.cpu().numpy(), best_rows.cpu().numpy()
         return scores, rows
 

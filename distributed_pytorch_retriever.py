@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from index_rag import search_to_send
-from ranks_rag import RankError, Ranks, world_size
+from ranks_rag import RankError, Ranks, Transfer, world_size
 from retriever_rag import RagKnowledgeRetriever
 
 
@@ -35,6 +35,7 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         self.ranks: Ranks | None = None
         self.retrievals = 0  # so far, for the messages
         self.room: defaultdict[int, int] = defaultdict(int)  # questions that a rank's first message has room for
+        self.expected: list[Transfer] = []  # rank 0: the others' first messages of the next retrieval
 
     def init_retrieval(self, distributed_port: int | None = None) -> None:
         """Rank 0 opens the index; where it cannot, every rank fails. A second call does nothing.
@@ -47,6 +48,8 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         if self.ranks is None or self.ranks.size != world_size():
             self.ranks = Ranks(self.timeout)
             self.ranks.from_rank_zero("start of the retrieval", super().init_retrieval)
+            if self.ranks.rank == 0:
+                self._expect("retrieval 1", 0)
 
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """As the parent's. Collective: every rank calls this equally often, with any number of queries, also none."""
@@ -88,11 +91,24 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
             except Exception as error:
                 failure = error
         ranks.tell_the_others(step, failure, "" if vectors_of is None else "vectors follow", ids_of[1:])
+        self._expect(f"retrieval {self.retrievals + 1}", queries.shape[1])
         if vectors_of is None:
             return ids_of[0], None
         for rank in ranks.others:
             ranks.send(vectors_of[rank], rank, step).wait()
         return ids_of[0], vectors_of[0]
+
+    def _expect(self, step: str, d: int) -> None:
+        """Post the receives of the next retrieval, `step`, whose queries will be as long, `d`.
+
+        A message that is awaited travels at once. Otherwise gloo's threads ask back and forth, and may wait for each
+        other until the next tick of the operating system's clock, four milliseconds.
+        """
+        shapes = [(HEAD + self.room[rank] * d,) for rank in self.ranks.others]
+        self.expected = [
+            self.ranks.receive(shape, torch.float32, rank, step)
+            for rank, shape in zip(self.ranks.others, shapes, strict=True)
+        ]
 
     def _gather(self, queries: np.ndarray, n_docs: int, step: str):
         """Every rank's queries, the shape (B, n_docs) of ids that it asks for, and what went wrong, if anything did.
@@ -101,7 +117,9 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         """
         ranks, deadline, d = self.ranks, self.ranks.deadline(), queries.shape[1]
         everybody, shapes, failure = [queries], [(len(queries), n_docs)], None
-        firsts = [ranks.receive((HEAD + self.room[rank] * d,), torch.float32, rank, step) for rank in ranks.others]
+        if not self.expected:  # the retrieval before failed
+            self._expect(step, d)
+        firsts, self.expected = self.expected, []
         for rank, first in zip(ranks.others, firsts, strict=True):
             rows, wanted, own = 0, n_docs, queries[:0]
             try:

@@ -23,6 +23,7 @@ import tempfile
 import time
 import uuid
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
@@ -101,8 +102,10 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
 
         assert self.pools, "call init_retrieval() first"
         deadline = time.monotonic() + self.timeout
-        shared = queries if len(self.pools) == 1 else ray.put(queries)  # all actors of a node read one copy
-        asked = [pool.ask(shared, n_docs) for pool in self.pools]
+        data = queries.tobytes()
+        if len(self.pools) > 1:
+            data = ray.put(data)  # once for all shards
+        asked = [pool.ask(data, queries.shape[1], n_docs) for pool in self.pools]
         found = [pool.answer(own, deadline) for pool, own in zip(self.pools, asked, strict=True)]
         if len(found) > 1:
             doc_ids = best_of_shards([(scores, ids) for scores, ids, _ in found], n_docs)
@@ -122,12 +125,17 @@ class ActorPool:
 
     def __init__(self, actors: list, timeout: float):
         self.actors = actors
+        # Ray's own retries would wait for the restart of an actor, while another one is free.
+        self.searches = {actor: actor.search.options(max_task_retries=0) for actor in actors}
         self.timeout = timeout
         self.seconds: deque[float] = deque(maxlen=32)  # what the last answers took
 
-    def ask(self, queries, n_docs: int) -> "Asked":
-        """Ask this rank's own actor; `queries` is an array or Ray's reference to one."""
-        return Asked(self.actors[0], queries, n_docs)
+    def ask(self, *question) -> "Asked":
+        """Begin `RayRetriever.search(*question)` in this rank's own actor."""
+        return self._ask(self.actors[0], question)
+
+    def _ask(self, actor, question: tuple) -> "Asked":
+        return Asked(actor, question, time.monotonic(), self.searches[actor].remote(*question))
 
     def answer(self, asked: "Asked", deadline: float) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
         """What `RayRetriever.search` returned, in the least busy actor where the asked one is busy, or has died."""
@@ -140,7 +148,7 @@ class ActorPool:
                 raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s") from error
             except ray.exceptions.RayActorError as error:
                 logger.warning(f"a retrieval worker died, another is asked: {_first_line(error)}")
-                asked = Asked(self._least_busy(self.actors, [], deadline), asked.queries, asked.n_docs)
+                asked = self._ask(self._least_busy(self.actors, [], deadline), asked.question)
                 continue
             self.seconds.append(time.monotonic() - asked.start)
             return found
@@ -156,7 +164,7 @@ class ActorPool:
             except ray.exceptions.GetTimeoutError:
                 others = [actor for actor in self.actors if actor is not asked.actor]
             if (free := self._least_busy(others, [asked.answer], deadline)) is not None:
-                answers = [asked.answer, Asked(free, asked.queries, asked.n_docs).answer]
+                answers = [asked.answer, self._ask(free, asked.question).answer]
                 ready, _ = ray.wait(answers, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
                 return ray.get(ready or answers, timeout=0)[0]
         return ray.get(asked.answer, timeout=max(deadline - time.monotonic(), 0))
@@ -186,14 +194,14 @@ class ActorPool:
         raise RuntimeError("every retrieval worker has died for good")
 
 
+@dataclass
 class Asked:
-    """A search that has begun in an actor."""
+    """A search that has begun in an actor, and Ray's reference to its answer."""
 
-    def __init__(self, actor, queries, n_docs: int):
-        self.actor, self.queries, self.n_docs = actor, queries, n_docs
-        self.start = time.monotonic()
-        # Ray's own retries would wait for the restart of this actor, while another one is free.
-        self.answer = actor.search.options(max_task_retries=0).remote(queries, n_docs)
+    actor: object
+    question: tuple
+    start: float
+    answer: object
 
 
 class RetrievalWorkers:

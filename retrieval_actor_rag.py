@@ -60,13 +60,8 @@ class RayRetriever:
             self.index.init_index(*([] if self.shard is None else [self.shard]))  # transformers' take no argument
         return getattr(self.index, "fallback", None)
 
-    def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
-        """One search for the whole batch, among all passages or those of the shard; see `search_to_send`."""
-        self.init_retrieval()
-        return search_to_send(self.index, queries, n_docs)
-
     def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """`search` as the public suite has it.
+        """One search for the whole batch.
 
         Args:
             question_hidden_states: (B, d) float32.
@@ -76,4 +71,21 @@ class RayRetriever:
             doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32, or None in place of these where the
             caller's own memory-mapped passages hold them.
         """
-        return self.search(question_hidden_states, n_docs)[1:]
+        self.init_retrieval()
+        return search_to_send(self.index, question_hidden_states, n_docs)[1:]
+
+    def search(
+        self, queries: bytes, dimension: int, n_docs: int
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """`retrieve` as the suite's own ranks call it.
+
+        Args:
+            queries: bytes of a float32 array (B, dimension), which Ray passes on in less time than the array.
+
+        Returns:
+            scores (B, n_docs) float32 where one shard of several is held, else None; and what `retrieve` returns.
+        """
+        self.init_retrieval()
+        array = np.frombuffer(queries, dtype=np.float32).reshape(-1, dimension)
+        scores, doc_ids, vectors = search_to_send(self.index, array, n_docs)
+        return None if self.shard is None else scores, doc_ids, vectors

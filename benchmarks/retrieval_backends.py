@@ -8,8 +8,8 @@ rank) asks for 5 passages of each of 8 questions, all workers at once; "ms a ret
 every call, until vectors and texts are there. "FAISS alone" is the same searches without all else: as many processes as
 search in that way, with its number of threads, each with the questions that come to it, all at once (for pytorch one
 process with the questions of all workers, for local one with its own for each worker). "Memory" is what opening and
-searching added to the proportional memory (PSS) of the ranks and of all they started. "copies" is the local way without
-memory-mapping, for comparison.
+searching added to the proportional memory (PSS) of the ranks and of all they started, after the same questions in all.
+"copies" is the local way without memory-mapping, for comparison.
 """
 
 import datetime
@@ -33,6 +33,8 @@ from utils_rag import atomic_folder, save_json
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 WAYS = ("local", "pytorch", "ray", "copies")
+FACTORIES = {"hnsw": "HNSW32,Flat", "ivf": "IVF512,Flat", "flat": "Flat"}
+NPROBE = 16  # lists of an ivf index that are searched
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -42,7 +44,7 @@ class BenchmarkArguments:
     folder: Path = field(default=Path("output/retrieval_backends"), metadata={"help": "Where the indexes are kept."})
     passages: int = field(default=200_000, metadata={"help": "Passages in the index."})
     dimension: int = field(default=768, metadata={"help": "Length of a vector."})
-    kinds: list[str] = field(default_factory=lambda: ["hnsw", "flat"], metadata={"help": "Indexes: hnsw, flat."})
+    kinds: list[str] = field(default_factory=lambda: ["hnsw", "ivf"], metadata={"help": "Indexes: hnsw, ivf, flat."})
     ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "What to measure."})
     workers: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of ranks."})
     actors: int = field(default=CORES, metadata={"help": "Ray actors at most, and never more than ranks."})
@@ -77,8 +79,8 @@ def build(args: BenchmarkArguments) -> Path:
     import datasets
     import pyarrow as pa
 
-    from build_index_rag import build_faiss_index
-    from index_rag import write_faiss_index
+    from build_index_rag import EmbeddingFiles, IndexPlan, build_index
+    from embed_passages_rag import shards_of
 
     folder = args.folder / f"{args.passages}x{args.dimension}"
     blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]
@@ -92,13 +94,12 @@ def build(args: BenchmarkArguments) -> Path:
             tables.append(datasets.Dataset(pa.table({"title": titles, "text": text, "embeddings": embeddings})))
         with atomic_folder(folder) as unfinished:
             datasets.concatenate_datasets(tables).save_to_disk(unfinished / "passages")
+    vectors = EmbeddingFiles(shards_of(folder / "passages"), args.dimension)
     for kind in args.kinds:
         path = folder / f"{kind}.faiss"
         if not path.exists():
             start = time.monotonic()
-            vectors = (clustered(end - start, args.dimension, seed=1 + start) for start, end in blocks)
-            factory = {"hnsw": "HNSW32,Flat", "flat": "Flat"}[kind]
-            write_faiss_index(build_faiss_index(vectors, args.dimension, factory), path)
+            build_index(vectors, IndexPlan(FACTORIES[kind], args.dimension), path, "benchmark")
             print(
                 f"{kind}: built in {time.monotonic() - start:.0f} s, {path.stat().st_size / 2**20:.0f} MiB", flush=True
             )
@@ -129,7 +130,7 @@ def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, 
     config = RagConfig(
         question_encoder=DPRConfig().to_dict(), generator=BartConfig().to_dict(), index_name="custom",
         retrieval_vector_size=args.dimension, passages_path=str(folder / "passages"),
-        index_path=str(folder / f"{kind}.faiss"),
+        index_path=str(folder / f"{kind}.faiss"), **({"nprobe": NPROBE} if kind == "ivf" else {}),
     )  # fmt: skip
     if way == "pytorch":
         retriever = RagPyTorchDistributedRetriever(config, None, None)
@@ -148,7 +149,7 @@ def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, 
 
 def start_together() -> float:
     """Wait for a moment that all processes of the machine know: they leave a barrier up to a millisecond apart."""
-    tick = 0.02
+    tick = 0.004
     time.sleep(tick - time.perf_counter() % tick + tick)
     return time.perf_counter()
 
@@ -172,6 +173,10 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
     faiss.omp_set_num_threads(CORES if way == "pytorch" else max(1, CORES // size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    # All before the first call: a rank that is done must not compute while another still waits for its answer. After
+    # the timed calls come more until all workers together have asked, and touched of the files, as much as one alone.
+    seeds = range(rank, max(args.workers) * (10 + args.calls), size)
+    batches = [clustered(args.batch_size, args.dimension, seed=10**6 + seed) for seed in seeds]
     seconds = []
     with ExitStack() as stack:
         retriever = make_retriever(way, folder, kind, args, size, stack)
@@ -179,12 +184,14 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
         before = proportional_memory()
         dist.barrier()
         retriever.init_retrieval()
-        for call in range(10 + args.calls):
-            queries = clustered(args.batch_size, args.dimension, seed=10**6 + call * size + rank)
-            dist.barrier()
-            start = start_together()
-            retriever.retrieve(queries, args.n_docs)
-            seconds.append(time.perf_counter() - start)
+        for call, queries in enumerate(batches):
+            if call < 10 + args.calls:
+                dist.barrier()
+                start = start_together()
+                retriever.retrieve(queries, args.n_docs)
+                seconds.append(time.perf_counter() - start)
+            else:
+                retriever.retrieve(queries, args.n_docs)
         dist.barrier()
         memory = proportional_memory() - before
         dist.barrier()
@@ -213,15 +220,16 @@ def faiss_alone(rank: int, searchers: Searchers, barrier, folder: Path, kind: st
 
     faiss.omp_set_num_threads(max(1, CORES // searchers.processes))
     index = faiss.read_index(str(folder / f"{kind}.faiss"), faiss.IO_FLAG_MMAP_IFC)
+    if kind == "ivf":
+        index.nprobe = NPROBE
+    calls = 10 + args.calls
+    queries = clustered(calls * searchers.searches * searchers.questions, args.dimension, seed=10**6 + rank)
     seconds = []
-    for call in range(10 + args.calls):
-        seed = 10**6 + call * searchers.processes + rank
-        batches = clustered(searchers.searches * searchers.questions, args.dimension, seed)
-        batches = batches.reshape(searchers.searches, searchers.questions, args.dimension)
+    for batches in queries.reshape(calls, searchers.searches, searchers.questions, args.dimension):
         barrier.wait()
         start = start_together()
-        for queries in batches:
-            index.search(queries, args.n_docs)
+        for batch in batches:
+            index.search(batch, args.n_docs)
         seconds.append(time.perf_counter() - start)
     writer.send(seconds[10:])
 

@@ -61,6 +61,7 @@ ENVIRONMENT = {
     "OUTPUT_DIR": "output/run",
     "MODEL_NAME_OR_PATH": "facebook/rag-sequence-nq",
     "HEAD_NODE": "localhost",
+    "N": "0",
 }
 # Stands in for what this machine lacks: a GPU, eight times.
 ON_CPU = ["--accelerator", "cpu", "--max_steps", "1", "--num_workers", "0", "--n_docs", "2"]
@@ -108,6 +109,7 @@ def test_following_the_readme(walk, monkeypatch):
         "eval_rag",
         "use_own_knowledge_dataset",
         "finetune_rag",
+        "use_own_knowledge_dataset",
     ]
     assert len((walk / "path/to/e2e_preds.txt").read_text().splitlines()) == len(QUESTIONS)
     assert (walk / "output/retrieval_preds.tsv").exists() and (walk / "path/to/checkpoint/config.json").exists()
