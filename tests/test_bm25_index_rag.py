@@ -256,7 +256,7 @@ def test_each_retriever_gives_what_one_process_finds(config, tmp_path):
             assert docs == right[2]
     actor = RayRetriever(index_config(config))
     queries = alone.index.encode_questions(ASKED)
-    for one, two in zip(actor.search(queries, 3)[1:], search_to_send(alone.index, queries, 3)[1:], strict=True):
+    for one, two in zip(actor.retrieve(queries, 3), search_to_send(alone.index, queries, 3)[1:], strict=True):
         np.testing.assert_array_equal(one, two)
 
 
