@@ -165,7 +165,7 @@ def open_bm25(config) -> Bm25Index:
     check_columns(passages, ("title", "text"))
     wanted = {"kind": "bm25", "fingerprint": passages._fingerprint, "passages": len(passages), **BM25_SETTINGS}
     folder = _folder(config)
-    if not _holds(folder, wanted):
+    if not _is_ready(folder, wanted):
         try:
             with _one_at_a_time(folder):
                 if not _holds(folder, wanted):  # another process may have built it meanwhile
@@ -186,8 +186,16 @@ def _folder(config) -> Path:
     return Path(config.index_path)
 
 
+def _is_ready(folder: Path, wanted: dict) -> bool:
+    """Whether the wanted index is there, seen from outside the lock: another process may just be putting it there."""
+    try:
+        return wanted.items() <= load_json(folder / DESCRIPTION_FILE).items()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _holds(folder: Path, wanted: dict) -> bool:
-    """Whether a folder holds the wanted index; an index of other passages or settings is to be replaced.
+    """Whether a folder holds the wanted index; one of other passages or settings is to be replaced. Under the lock.
 
     Raises:
         UserError: it holds something else.
