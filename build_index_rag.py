@@ -7,8 +7,8 @@
 
 A kind is written as FAISS writes it (its wiki: "The index factory"); scores are inner products. An index that learns
 (IVF, PQ, OPQ, SQ) is trained once, on a sample. Vectors are added a file of embeddings at a time, on all cores; an
-index in shards needs memory for one of them. With faiss 1.15.1 a rebuilt index was the same to the bit in all trials,
-HNSW too, whatever the number of threads.
+index in shards needs memory for one of them. What has been added is saved every few minutes. With faiss 1.15.1 a
+rebuilt index was the same to the bit in all trials, HNSW too, whatever the number of threads.
 """
 
 import itertools
@@ -31,6 +31,8 @@ EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_2
 FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantiser's 256 centroids, as many as FAISS ever uses
 TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 at most
 ROWS_AT_A_TIME = 65_536
+# An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
+SAVE_AFTER, SAVES_COST = 120, 10
 # Efforts that are tried on a new index, each four times the last; FAISS's own are 16 and 1.
 EFFORTS = {"ef_search": (16, 64, 256), "nprobe": (1, 4, 16, 64, 256)}
 
@@ -129,11 +131,7 @@ class IndexPlan:
 
     def bytes_a_vector(self) -> int:
         """What the index keeps of a vector: its code, and its links or its id; roughly."""
-        whole = self.empty()  # FAISS's parts live as long as their whole
-        core = _core(whole)
-        if hasattr(core, "hnsw"):
-            return core.storage.sa_code_size() + 4 * core.hnsw.nb_neighbors(0)
-        return core.sa_code_size() + (8 if isinstance(core, faiss.IndexIVF) else 0)
+        return _bytes_a_vector(self.empty())
 
     def spans(self, count: int) -> list[tuple[int, int]]:
         """First row and the one behind the last of each shard."""
@@ -145,6 +143,13 @@ def _core(index):
     """The index behind a rotation (OPQ, PCA)."""
     index = faiss.downcast_index(index)
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _bytes_a_vector(index) -> int:
+    core = _core(index)
+    if hasattr(core, "hnsw"):
+        return core.storage.sa_code_size() + 4 * core.hnsw.nb_neighbors(0)
+    return core.sa_code_size() + (8 if isinstance(core, faiss.IndexIVF) else 0)
 
 
 def _centroids(index) -> int:
@@ -175,8 +180,8 @@ def build_faiss_index(blocks: Iterable[np.ndarray], dimension: int, factory: str
 def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: str) -> None:
     """Write the index at `path`: a FAISS file, or a folder of shards; whole or not at all.
 
-    What a killed run has trained and the shards it has finished are taken over by the next one of the same `digest`,
-    which stands for the vectors and the plan.
+    What a killed run has trained, finished and saved is taken over by the next one of the same `digest`, which stands
+    for the vectors and the plan.
     """
     partial = path.with_name(f".{path.name}.{digest}")
     partial.mkdir(parents=True, exist_ok=True)
@@ -192,39 +197,65 @@ def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: st
         shutil.rmtree(partial)
     else:
         for other in set(partial.iterdir()) - {file for file, _, _ in shard_files(partial)}:
-            other.unlink()  # what it was trained to be, and what a kill has left half-written
+            other.unlink()  # what it was trained to be, and what a kill has left of a file
         partial.rename(path)
 
 
 def extend_index(path: Path, vectors: EmbeddingFiles, known: int, digest: str) -> Path:
     """The FAISS file that holds the vectors from row `known` on, beside the index at `path`, which stays as it is.
 
-    It is to take the place of `path` where that is a file, and to join its shards where that is a folder. One that an
-    earlier run of the same `digest` has finished is taken over.
+    It is to take the place of `path` where that is a file, and to join its shards where that is a folder. What an
+    earlier run of the same `digest` has finished or saved is taken over.
     """
     staged = path.with_name(f".{path.name}.{digest}.faiss")
-    if not staged.exists():
-        new = (known, len(vectors))
-        base = shard_files(path)[0][0] if path.is_dir() else path
-        work = _add_to(base, vectors, [new], lambda _: staged, from_nothing=path.is_dir())
-        for _ in progress(work, total=len(vectors) - known, desc="Indexing", unit="passages", size=int):
-            pass
+    base = shard_files(path)[0][0] if path.is_dir() else path
+    work = _add_to(base, vectors, [(known, len(vectors))], lambda _: staged, from_nothing=path.is_dir())
+    for _ in progress(work, total=len(vectors) - known, desc="Indexing", unit="passages", size=int):
+        pass
     return staged
 
 
 def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> Iterator[int]:
     """Write an index for each span that has none yet: `base` and the span's rows. Yields the rows of every block."""
     for start, end in spans:
-        if path_of((start, end)).exists():
+        path = path_of((start, end))
+        saved = path.with_name(f"{path.name}.saved")
+        if path.exists():
             yield end - start
-            continue
-        index = faiss.read_index(str(base))
-        if from_nothing:
-            index.reset()
-        for block in vectors.blocks(rows=range(start, end)):
-            index.add(block)
-            yield len(block)
-        write_faiss_index(index, path_of((start, end)))
+        else:
+            index = faiss.read_index(str(base))
+            if from_nothing:
+                index.reset()
+            first = index.ntotal
+            if saved.exists():
+                index = _read_unfinished(saved, first)
+                yield index.ntotal - first
+            last_saved, pause = time.monotonic(), SAVE_AFTER
+            for block in vectors.blocks(rows=range(start + index.ntotal - first, end)):
+                index.add(block)
+                yield len(block)
+                now, whole = time.monotonic(), first + end - start
+                if now - last_saved >= pause and index.ntotal < whole and _has_room(path.parent, index, whole):
+                    write_faiss_index(index, saved)
+                    last_saved = time.monotonic()
+                    pause = max(SAVE_AFTER, SAVES_COST * (last_saved - now))
+            write_faiss_index(index, path)
+        saved.unlink(missing_ok=True)
+
+
+def _read_unfinished(saved: Path, first: int):
+    """The index that goes on as if it had not been written and read, after all but its `first` vectors were added."""
+    index = faiss.read_index(str(saved))
+    core = _core(index)
+    if hasattr(core, "hnsw"):
+        for _ in range(index.ntotal - first):  # a file holds no state of the random numbers, of which each took one
+            core.hnsw.random_level()
+    return index
+
+
+def _has_room(folder: Path, index, whole: int) -> bool:
+    """Whether the disk can take what there is of an index beside all `whole` vectors of it, which come after."""
+    return shutil.disk_usage(folder).free > _bytes_a_vector(index) * (index.ntotal + whole)
 
 
 def _train(plan: IndexPlan, vectors: EmbeddingFiles):

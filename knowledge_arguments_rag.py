@@ -97,8 +97,7 @@ class KnowledgeArguments:
         metadata={"help": "Passages to train on; left out, 65,536 or 50 a list of IVF, whichever is more."},
     )
     num_index_shards: int = field(
-        default=1,
-        metadata={"help": "Files of the index; building takes memory for one, a killed run goes on at the next one."},
+        default=1, metadata={"help": "Files of the index; building takes memory for one of them."}
     )
     recall_queries: int = field(
         default=256,

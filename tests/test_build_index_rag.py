@@ -1,6 +1,8 @@
 """Every kind of index is built of files of embeddings, whole or in shards, the same after a kill, and measured."""
 
 import re
+import shutil
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -136,6 +138,71 @@ def test_a_killed_run_ends_in_the_same_files(vectors, tmp_path, monkeypatch, fac
     for name in names:
         assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert {name: (tmp_path / "index" / name).stat().st_mtime_ns for name in kept} == kept
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16,Flat", "PCA8,HNSW16,SQ8", "OPQ4_8,IVF8,PQ4x4"])
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("block", [1, 5])
+def test_what_a_killed_run_has_saved_is_not_added_again(vectors, tmp_path, monkeypatch, factory, shards, block):
+    plan = IndexPlan(factory, D, shards, train_sample=500)
+    build_index(vectors, plan, tmp_path / "whole", "digest")
+    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
+    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+    with monkeypatch.context() as patch:
+        killed_at(patch, block)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(vectors, plan, tmp_path / "index", "digest")
+    read, blocks = [], EmbeddingFiles.blocks
+
+    def counted(self, *args, **kwargs):
+        for one in blocks(self, *args, **kwargs):
+            read.append(len(one))
+            yield one
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingFiles, "blocks", counted)
+        build_index(vectors, plan, tmp_path / "index", "digest")
+    assert len(read) == (7 if shards == 1 else 8) - block  # the fourth file is of both shards
+    whole, index = (sorted([path, *path.glob("*")]) for path in (tmp_path / "whole", tmp_path / "index"))
+    assert len(whole) == len(index) == (1 if shards == 1 else 3)
+    for one, other in zip(whole, index, strict=True):
+        assert one.is_dir() or one.read_bytes() == other.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "index", tmp_path / "whole"]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_killed_extension_goes_on_where_it_was_saved(vectors, tmp_path, monkeypatch, shards):
+    first = EmbeddingFiles(vectors.paths[:2], D)
+    path = tmp_path / "index"
+    build_index(first, IndexPlan("HNSW16,Flat", D, shards), path, "digest")
+    expected = extend_index(path, vectors, len(first), "at once").read_bytes()
+    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
+    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+    with monkeypatch.context() as patch:
+        killed_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            extend_index(path, vectors, len(first), "more")
+    (saved,) = tmp_path.glob(".*.saved")
+    added = len(EmbeddingFiles(vectors.paths[2:5], D))
+    assert faiss.read_index(str(saved)).ntotal == added + (len(first) if shards == 1 else 0)
+    assert extend_index(path, vectors, len(first), "more").read_bytes() == expected
+    assert not list(tmp_path.glob(".*.saved"))
+
+
+def test_nothing_is_saved_where_the_disk_has_no_room_for_both(vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
+    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+    room = 4 * D * (COUNT + 300)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    written, write = [], build_index_rag.write_faiss_index
+
+    def recorded(index, path):
+        written.append(index.ntotal)
+        write(index, path)
+
+    monkeypatch.setattr(build_index_rag, "write_faiss_index", recorded)
+    build_index(vectors, IndexPlan("Flat", D), tmp_path / "index", "digest")
+    assert written == [0, 143, 286, COUNT]  # as trained, saved twice, and the end
 
 
 @pytest.mark.parametrize("factory", ["HNSW16,Flat", "IVF8,PQ4x4"])
