@@ -5,7 +5,7 @@
     nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id)  # (B,)
 
 Contexts are encoded in groups of similar length, which changes no result; logits are left to `loss_rag`, which never
-holds them in whole.
+holds them in whole. `context_lengths`, `scaled` and `output_layer` serve decoding (`token_trees`), too.
 """
 
 import numpy as np
@@ -40,12 +40,16 @@ def groups_of_similar_length(lengths: np.ndarray, group_cost: int) -> list[tuple
     return groups
 
 
+def context_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The length (N) of each context (N, S) up to its last token that is no padding."""
+    return (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)).amax(1)
+
+
 def encode_contexts(generator, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The encoder's last hidden states (N, S, d) of contexts (N, S); what stands at padding is not to be read."""
-    encoder, longest = generator.get_encoder(), input_ids.shape[1]
-    device = input_ids.device
-    lengths = (attention_mask * torch.arange(1, longest + 1, device=device)).amax(1)  # to the last that is no padding
-    groups = groups_of_similar_length(lengths.cpu().numpy(), GROUP_COST.get(device.type, GROUP_COST["cuda"]))
+    encoder, longest, device = generator.get_encoder(), input_ids.shape[1], input_ids.device
+    lengths = context_lengths(attention_mask).cpu().numpy()
+    groups = groups_of_similar_length(lengths, GROUP_COST.get(device.type, GROUP_COST["cuda"]))
     embedded = encoder.get_input_embeddings()(input_ids)  # at once: each lookup has a gradient as large as the table
     encoded, places = [], []
     for rows, length in groups:
@@ -64,8 +68,12 @@ def decode_answers(generator, encoded, attention_mask, decoder_input_ids) -> tor
         encoder_attention_mask=attention_mask,
         use_cache=False,
     )[0]
-    config = generator.config
-    return hidden * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else hidden  # T5
+    return scaled(hidden, generator.config)
+
+
+def scaled(hidden: torch.Tensor, config) -> torch.Tensor:
+    """The decoder's last hidden states as the output layer reads them: a T5 whose embeddings are tied scales them."""
+    return hidden * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else hidden
 
 
 def output_layer(generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
 
+from generator_rag import context_lengths, output_layer, scaled
+
 # Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
 CHUNK_TOKENS = 2048
 # Rows of the output matrix in one pass of the scoring: the logits stay in the processor's cache.
@@ -69,7 +71,7 @@ class Past:
             self.layers[i] = kept
 
 
-def _groups_of_similar_length(lengths: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+def _chunks_of_similar_length(lengths: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
     """Rows of about CHUNK_TOKENS tokens together, and the length of the longest, so that little padding is encoded."""
     order = lengths.argsort()
     lengths, start = lengths[order].tolist(), 0
@@ -85,15 +87,14 @@ class TreeDecoder:
     def __init__(self, generator):
         self.encoder, self.decoder, self.config = generator.get_encoder(), generator.get_decoder(), generator.config
         self.pad = generator.config.pad_token_id
-        self.weight = generator.get_output_embeddings().weight  # (vocabulary, d)
-        self.bias = self.weight.new_zeros(len(self.weight))
-        self.dtype = full_precision(self.bias[:0]).dtype  # of log-probabilities
+        self.weight, self.bias = output_layer(generator)  # (vocabulary, d), (vocabulary)
+        self.dtype = full_precision(self.weight[:0]).dtype  # of log-probabilities
 
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
         """Encode contexts (D, S) and project what cross-attention reads of them."""
-        lengths = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=input_ids.device)).amax(1)
+        lengths = context_lengths(attention_mask)
         longest, layers = int(lengths.max()), []
-        for rows, length in _groups_of_similar_length(lengths):
+        for rows, length in _chunks_of_similar_length(lengths):
             encoded = self.encoder(input_ids[rows, :length], attention_mask=attention_mask[rows, :length])[0]
             for i, projections in enumerate(self.cross_projections()):
                 for j, projection in enumerate(projections):
@@ -156,7 +157,6 @@ class BartDecoder(TreeDecoder):
     def __init__(self, generator):
         super().__init__(generator)
         self.n_heads, self.scale = self.config.decoder_attention_heads, None
-        self.bias = generator.final_logits_bias[0]
 
     def layers(self):
         return self.decoder.layers
@@ -217,8 +217,7 @@ class T5Decoder(TreeDecoder):
         return feed_forward(hidden)
 
     def finish(self, hidden):
-        hidden = self.decoder.final_layer_norm(hidden)
-        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
+        return scaled(self.decoder.final_layer_norm(hidden), self.config)
 
 
 DECODERS = {"bart": BartDecoder, "t5": T5Decoder}
