@@ -24,6 +24,20 @@ class DeviceUnavailableError(RuntimeError):
     """There is no such device, or it cannot hold the embeddings; the message says which, and the bytes needed."""
 
 
+def usable_device(name: str):
+    """The torch device of this name.
+
+    Raises:
+        DeviceUnavailableError: there is no such device.
+    """
+    import torch
+
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
+        raise DeviceUnavailableError(f"there is no such device ({str(error).splitlines()[0]})") from error
+
+
 class DeviceSearch:
     """Exact inner-product search over embeddings that are held on a device.
 
@@ -40,7 +54,7 @@ class DeviceSearch:
     def __init__(self, blocks: Iterable[np.ndarray], rows: int, dimension: int, device: str):
         import torch
 
-        self.device = _usable(device)
+        self.device = usable_device(device)
         _require_memory(2 * rows * dimension + 4 * SCORES_AT_A_TIME, self.device)
         try:
             self.embeddings = torch.empty((rows, dimension), dtype=torch.float16, device=self.device)
@@ -101,16 +115,6 @@ class DeviceSearch:
     def settings(self) -> dict:
         """What bears on a score."""
         return {"kind": f"all embeddings, float16 on {self.device}"}
-
-
-def _usable(name: str):
-    """The torch device of this name."""
-    import torch
-
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
-        raise DeviceUnavailableError(f"there is no such device ({str(error).splitlines()[0]})") from error
 
 
 def _require_memory(needed: int, device) -> None:

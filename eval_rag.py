@@ -252,6 +252,8 @@ def pick_device(name: str | None):
     """The device by its name; else a GPU if there is one, the ranks of a node each their own; else the CPU."""
     import torch
 
+    from device_search_rag import DeviceUnavailableError, usable_device
+
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -259,10 +261,9 @@ def pick_device(name: str | None):
         torch.cuda.set_device(device)  # so that --index_device cuda means the same one
         return device
     try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used ({reason}); leave it out, or give cpu") from error
+        return usable_device(name)
+    except DeviceUnavailableError as error:
+        raise UserError(f"--device {name} cannot be used: {error}; leave it out, or give cpu") from error
 
 
 def answer_from_passages(args, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
