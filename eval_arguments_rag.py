@@ -19,6 +19,10 @@ from utils_rag import read_lines
 logger = logging.getLogger(__name__)
 
 AT_LEAST_ONE = ("n_docs", "ef_search", "nprobe", "eval_batch_size", "max_source_length", "num_beams", "max_length")
+# Which index is searched, and how.
+SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
+WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
+INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
 @dataclass

@@ -45,7 +45,7 @@ FLOORS = [
         "lightning_base",
         "callbacks_rag",
     },
-    {"generative_qa_rag", "search_knowledge_rag", "encoding_workers_rag"},
+    {"generative_qa_rag", "predictors_rag", "search_knowledge_rag", "encoding_workers_rag"},
     {"knowledge_files_rag"},
     {"finetune_rag", "eval_rag", "use_own_knowledge_dataset", "consolidate_rag_checkpoint"},
     {"quickstart"},
@@ -108,4 +108,4 @@ def test_every_file_says_its_job(name):
 
 
 def test_evaluation_needs_no_lightning():
-    assert "pytorch_lightning" not in imported(body("eval_rag"))
+    assert "pytorch_lightning" not in imported(body("eval_rag") + body("predictors_rag"))

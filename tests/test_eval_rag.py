@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-import decoding_rag
 import eval_rag
+import predictors_rag
 from cli_rag import UserError
 from eval_arguments_rag import parse_qa_line
 from models_rag import save_model
@@ -68,7 +68,7 @@ def no_model(monkeypatch):
     def refuse(*args):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(eval_rag, "load_predictor", refuse)
+    monkeypatch.setattr(predictors_rag, "load_predictor", refuse)
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_complete_file_is_scored_again_without_the_model(run, rag_folder, requ
 
 def test_a_killed_run_is_continued(run, rag_folder, files, monkeypatch):
     run(rag_folder, predictions="whole")
-    answer = eval_rag.answer_from_passages
+    answer = predictors_rag.answer_from_passages
     asked = []
 
     def killed(args, model, retriever, questions, answers):
@@ -201,7 +201,7 @@ def test_a_killed_run_is_continued(run, rag_folder, files, monkeypatch):
             raise KeyboardInterrupt
         return answer(args, model, retriever, questions, answers)
 
-    monkeypatch.setattr(eval_rag, "answer_from_passages", killed)
+    monkeypatch.setattr(predictors_rag, "answer_from_passages", killed)
     with pytest.raises(KeyboardInterrupt):
         run(rag_folder)
     with open(files / "predictions.txt", "a") as file:
@@ -236,13 +236,13 @@ def test_another_checkpoint_or_other_settings_are_refused(run, rag_folder, rag_t
 
 
 def test_decoding_is_handed_on_noted_and_for_rag_sequence_only(run, rag_folder, checkpoint, files, monkeypatch):
-    used, original = set(), decoding_rag.generate_answers
+    used, original = set(), predictors_rag.generate_answers
 
     def generate_answers(*args, decoding, **settings):
         used.add(decoding)
         return original(*args, decoding=decoding, **settings)
 
-    monkeypatch.setattr(decoding_rag, "generate_answers", generate_answers)
+    monkeypatch.setattr(predictors_rag, "generate_answers", generate_answers)
     run(rag_folder, decoding="fast")
     assert used == {"fast"}
     assert load_json(files / "predictions.txt.settings.json")["settings"]["decoding"] == "fast"
@@ -329,7 +329,7 @@ def test_a_generator_retrieves_nothing(run, bart_folder):
 
 
 def test_an_index_that_is_not_there_is_named_before_the_model_is_loaded(run, rag_folder, monkeypatch):
-    monkeypatch.setattr("models_rag.load_model", None)
+    monkeypatch.setattr(predictors_rag, "load_model", None)
     with pytest.raises(UserError, match="--index_path nowhere"):
         run(rag_folder, index_path="nowhere")
     with pytest.raises(UserError, match="--passages_path nowhere"):
@@ -346,11 +346,11 @@ def test_each_rank_of_a_node_has_a_gpu_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert eval_rag.pick_device(None) == torch.device("cuda:0")
+    assert predictors_rag.pick_device(None) == torch.device("cuda:0")
     for rank, device in (("3", "cuda:3"), ("5", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert eval_rag.pick_device(None) == current[-1] == torch.device(device)
-        assert eval_rag.pick_device("cpu") == torch.device("cpu")
+        assert predictors_rag.pick_device(None) == current[-1] == torch.device(device)
+        assert predictors_rag.pick_device("cpu") == torch.device("cpu")
 
 
 def test_qa_lines():

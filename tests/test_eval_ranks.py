@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import eval_rag
+import predictors_rag
 from cli_rag import ReportedError, UserError
 from ranks_rag import RankError
 from tests.conftest import QUESTIONS, ROOT
@@ -75,7 +76,7 @@ def assert_same_files(path: Path, expected: Path) -> None:
 
 def in_a_batch_of_rank_one(act, number: int, rank: int) -> None:
     """Have rank 1 do something before its batch of that number, from 1."""
-    answer = eval_rag.answer_from_passages
+    answer = predictors_rag.answer_from_passages
     batches = []
 
     def spoilt(*args):
@@ -84,7 +85,7 @@ def in_a_batch_of_rank_one(act, number: int, rank: int) -> None:
             act()
         return answer(*args)
 
-    eval_rag.answer_from_passages = spoilt
+    predictors_rag.answer_from_passages = spoilt
 
 
 # --- The files of one process -----------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_the_files_are_those_of_one_process(rag_folder, data, tmp_path, kind, si
 
 
 def no_model(rank: int) -> None:
-    eval_rag.load_predictor = None
+    predictors_rag.load_predictor = None
 
 
 @pytest.mark.parametrize("generator", ["bart", "t5"])
