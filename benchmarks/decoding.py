@@ -16,9 +16,7 @@ context once a candidate; with --encode_once its encoder answers equal rows of a
 
 import copy
 import ctypes
-import datetime
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from benchmarks.machine import header, status_mib
 from cli_rag import parse_into, run_script
 
 SIZES = {
@@ -177,15 +176,10 @@ def timed(function, model, contexts) -> tuple[Cost, list]:
     """The cost of a call, and its answers."""
     ctypes.CDLL(None).malloc_trim(0)  # what the call before left to be used again would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    memory, wall, cpu = resident_gib("VmRSS"), time.perf_counter(), time.process_time()
+    memory, wall, cpu = status_mib("VmRSS"), time.perf_counter(), time.process_time()
     answers = trim(function(model, *contexts))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return Cost(wall / len(answers), cpu / len(answers), resident_gib("VmHWM") - memory), answers
-
-
-def resident_gib(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) / 2**20
+    return Cost(wall / len(answers), cpu / len(answers), (status_mib("VmHWM") - memory) / 1024), answers
 
 
 def first_questions(contexts, n: int):
@@ -259,11 +253,6 @@ def different_rows(model, contexts, expected: list, answers: list) -> list[int]:
     return rows
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main(args: BenchmarkArguments) -> list[dict]:
     import torch
     import transformers
@@ -271,10 +260,8 @@ def main(args: BenchmarkArguments) -> list[dict]:
 
     transformers.logging.set_verbosity_error()
     print(
-        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}\n{args.size} size, batch {args.batch_size}, {args.n_docs} documents, "
-        f"{SETTINGS}",
+        f"{header('torch', 'transformers', threads=torch.get_num_threads())}\n"
+        f"{args.size} size, batch {args.batch_size}, {args.n_docs} documents, {SETTINGS}",
         flush=True,
     )
     if args.equal:

@@ -10,9 +10,7 @@ first --passages, in turns of a quarter each. Memory is the peak of a process th
 texts of 30 words with an encoder of 64 dimensions (VmHWM, so mapped files count, too).
 """
 
-import datetime
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,9 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from index_kinds import TEXTS, passages_of, status_mib
-from retrieval_backends import CORES
-
+from benchmarks.index_kinds import TEXTS, passages_of
+from benchmarks.machine import header, status_mib
 from cli_rag import parse_into, run_script
 from utils_rag import save_json
 
@@ -209,7 +206,7 @@ def compare_memory(args) -> list[dict]:
 
 
 def main(args: BenchmarkArguments) -> dict:
-    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {CORES} cores\n")
+    print(f"{header('torch', 'transformers', 'faiss-cpu')}\n")
     results = {}
     if args.passages:
         results["speed"] = compare_speed(args)

@@ -11,9 +11,7 @@ it allocated itself (RssAnon). "open" is until the first search can begin. Recal
 go in one call, on all cores; of the efforts that are tried (--nprobe, --ef_search) each is a line.
 """
 
-import datetime
 import os
-import platform
 import shutil
 import sys
 import threading
@@ -24,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from retrieval_backends import CORES, clustered, run
-
+from benchmarks.machine import header, status_mib
+from benchmarks.retrieval_backends import clustered, run
 from cli_rag import parse_into, run_script
 from utils_rag import save_json
 
@@ -123,12 +121,6 @@ class PeakMemory:
             self.allocated = max(self.allocated, status_mib("RssAnon"))
 
 
-def status_mib(name: str, process: str | int = "self") -> float:
-    """A line of /proc/PID/status in MiB."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition(f"{name}:")[2].split()[0]) / 1024
-
-
 def build(folder: Path, factory: str, args, writer) -> None:
     """Seconds and memory of one index."""
     from build_index_rag import EmbeddingFiles, IndexPlan, build_index
@@ -161,8 +153,8 @@ def search(folder: Path, args, writer) -> None:
 
 def main(args: BenchmarkArguments) -> list[dict]:
     print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {CORES} cores; {args.dimension} "
-        f"dimensions, {args.queries} queries in a call, {args.n_docs} passages each\n\n"
+        f"{header('faiss-cpu')}\n"
+        f"{args.dimension} dimensions, {args.queries} queries in a call, {args.n_docs} passages each\n\n"
         "| index | passages | MiB | built in, s | peak, MiB (allocated) | open, ms | effort | recall | queries/s |\n"
         "|---|---|---|---|---|---|---|---|---|",
         flush=True,

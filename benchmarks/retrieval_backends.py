@@ -12,22 +12,20 @@ searching added to the proportional memory (PSS) of the ranks and of all they st
 "copies" is the local way without memory-mapping, for comparison.
 """
 
-import datetime
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from benchmarks.machine import CORES, header, proportional_mib
 from cli_rag import parse_into, run_script
 from utils_rag import atomic_folder, save_json
 
@@ -35,7 +33,6 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 WAYS = ("local", "pytorch", "ray", "copies")
 FACTORIES = {"hnsw": "HNSW32,Flat", "ivf": "IVF512,Flat", "flat": "Flat"}
 NPROBE = 16  # lists of an ivf index that are searched
-CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass
@@ -109,17 +106,6 @@ def build(args: BenchmarkArguments) -> Path:
 # --- One measurement --------------------------------------------------------------------------------------------------
 
 
-def proportional_memory() -> float:
-    """MiB of this process and all it started, pages that are shared counted in parts (PSS)."""
-    import psutil
-
-    total = 0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        total += int(rollup.partition("Pss:")[2].split()[0])
-    return total / 1024
-
-
 def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, size: int, stack: ExitStack):
     from transformers import BartConfig, DPRConfig, RagConfig
 
@@ -181,7 +167,7 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
     with ExitStack() as stack:
         retriever = make_retriever(way, folder, kind, args, size, stack)
         dist.barrier()
-        before = proportional_memory()
+        before = proportional_mib()
         dist.barrier()
         retriever.init_retrieval()
         for call, queries in enumerate(batches):
@@ -193,7 +179,7 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
             else:
                 retriever.retrieve(queries, args.n_docs)
         dist.barrier()
-        memory = proportional_memory() - before
+        memory = proportional_mib() - before
         dist.barrier()
     writer.send((seconds[10:], memory))
 
@@ -263,11 +249,9 @@ def run(target, arguments: list[tuple]) -> list:
 def main(args: BenchmarkArguments) -> list[dict]:
     FORK_SERVER.set_forkserver_preload(["torch.distributed", "faiss", "transformers.models.rag.retrieval_rag"])
     folder = build(args).resolve()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "faiss-cpu", "ray"))
     print(
-        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{platform.processor() or platform.machine()}, {CORES} cores, "
-        f"{versions}\n{args.passages} x {args.dimension}, batch {args.batch_size} a worker, {args.n_docs} passages, "
-        f"medians of {args.calls} calls a worker\n\n"
+        f"{header('torch', 'faiss-cpu', 'ray')}\n{args.passages} x {args.dimension}, batch {args.batch_size} a worker, "
+        f"{args.n_docs} passages, medians of {args.calls} calls a worker\n\n"
         "| index | way | workers | ms a retrieval | FAISS alone, ms | beyond it, ms | memory, MiB |\n"
         "|---|---|---|---|---|---|---|",
         flush=True,

@@ -9,10 +9,8 @@ searched, "memory" what opening and one call added to the anonymous memory of a 
 files' own. Contexts are the passages and questions of ../shared/data/nq_gold, or made-up text where it is not there.
 """
 
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,10 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from retrieval_backends import BenchmarkArguments as KnowledgeArguments
-from retrieval_backends import build, clustered
-from training_step import NQ_GOLD, examples, make_tokenizer
-
+from benchmarks.machine import anonymous_mib, header
+from benchmarks.retrieval_backends import BenchmarkArguments as KnowledgeArguments
+from benchmarks.retrieval_backends import build, clustered
+from benchmarks.training_step import NQ_GOLD, examples, make_tokenizer
 from cli_rag import parse_into, run_script
 
 SIDES = ("transformers", "ours")
@@ -97,21 +95,15 @@ def median_ms(calls: int, **functions) -> dict[str, float]:
 # --- Opening and memory, in a process of their own --------------------------------------------------------------------
 
 
-def anonymous_memory() -> float:
-    """MiB of this process that are no pages of a file."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return int(rollup.partition("Anonymous:")[2].split()[0]) / 1024
-
-
 def open_and_call(args: BenchmarkArguments) -> dict:
     queries = clustered(64, DIMENSION, seed=10**6)
     make_retriever("ours", args.index)  # what is imported at the first call is no part of opening an index
-    before = anonymous_memory()
+    before = anonymous_mib()
     start = time.perf_counter()
     retriever = make_retriever(args.side, args.index)
     opened = time.perf_counter() - start
     retriever.retrieve(queries, N_DOCS)
-    return {"open_s": opened, "memory_mib": anonymous_memory() - before}
+    return {"open_s": opened, "memory_mib": anonymous_mib() - before}
 
 
 def in_its_own_process(args: BenchmarkArguments, side: str, index: Path) -> dict:
@@ -181,14 +173,9 @@ def main(args: BenchmarkArguments) -> list[dict]:
     if args.side is not None:
         print(json.dumps(open_and_call(args)))
         return []
-    import faiss
-    import transformers
-
     hnsw, flat = (build_index(args, kind).resolve() for kind in ("hnsw128", "flat"))
     print(
-        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, faiss {faiss.__version__}, transformers "
-        f"{transformers.__version__}; {N_DOCS} passages a query, medians of {args.calls} calls\n\n"
+        f"{header('faiss-cpu', 'transformers')}\n{N_DOCS} passages a query, medians of {args.calls} calls\n\n"
         "| index | FAISS alone, ms | ours, ms | transformers, ms | ours to FAISS (bar 1.15) | transformers to ours "
         "(bar 3, Flat) | ours opens in, s (bar 0.1) | transformers, s | index, MiB | ours adds, MiB | "
         f"transformers, MiB | same passages |\n|{'---|' * 12}",

@@ -7,9 +7,6 @@ Medians of new processes, after one that is not counted. What was imported is te
 torch, transformers, datasets, faiss, Lightning and Ray, which all wait until the arguments are good.
 """
 
-import datetime
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.machine import header
 from cli_rag import parse_into, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,11 +56,7 @@ def seconds(script: str, way: str) -> float:
 
 
 def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
-    print(
-        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, medians of {args.rounds}\n\n"
-        f"| script | {', s | '.join(WAYS)}, s |\n|{'---|' * (len(WAYS) + 1)}"
-    )
+    print(f"{header()}\nmedians of {args.rounds}\n\n| script | {', s | '.join(WAYS)}, s |\n|{'---|' * (len(WAYS) + 1)}")
     rows = {}
     for script in MISTAKES:
         rows[script] = {

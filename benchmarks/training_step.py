@@ -11,10 +11,8 @@ are those of ../shared/data/nq_gold, in the WordPiece tokens of all-MiniLM-L6-v2
 Each side runs in processes of its own, in turn, and takes the same batches; medians are over all steps but the first.
 """
 
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from benchmarks.machine import header, status_mib
 from cli_rag import parse_into, run_script
 from utils_rag import atomic_folder, read_lines
 
@@ -262,10 +261,10 @@ def measure(args: BenchmarkArguments) -> dict:
         clock.part("optimiser", lambda: (optimizer.step(), optimizer.zero_grad()))
         seconds.append(clock.now() - start)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else status_mib("VmHWM")
     encoded, read = map(sum, zip(*lengths, strict=True))
     return {
-        "losses": equal, "seconds": seconds[1:], "parts": clock.steps[1:], "peak": peak / 2**20,
+        "losses": equal, "seconds": seconds[1:], "parts": clock.steps[1:], "peak": peak,
         "weights": weights / 2**20, "padding": 1 - read / encoded, "tokens": read / len(seconds),
     }  # fmt: skip
 
@@ -289,11 +288,6 @@ def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
     retriever.postprocess_docs, generator_rag.groups_of_similar_length = watched_postprocess, watched_group
 
 
-def peak_memory() -> int:
-    """Bytes of resident memory that this process had at most."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
-
 # --- Both sides -------------------------------------------------------------------------------------------------------
 
 
@@ -311,14 +305,12 @@ def main(args: BenchmarkArguments) -> dict:
         print(json.dumps(measure(args)))
         return {}
     import torch
-    import transformers
 
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "the CPU"
     print(
-        f"{datetime.date.today()}, {' '.join(sys.argv)}\n{where}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-        f"threads, Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}\nBART-{args.size}, batch {args.batch_size}, {args.n_docs} documents, dropout "
-        f"{args.dropout}; {'nq_gold' if NQ_GOLD.is_dir() else f'made-up text, as {NQ_GOLD} is not there'}",
+        f"{header('torch', 'transformers', threads=torch.get_num_threads())}\n"
+        f"BART-{args.size} on {where}, batch {args.batch_size}, {args.n_docs} documents, dropout {args.dropout}; "
+        f"{'nq_gold' if NQ_GOLD.is_dir() else f'made-up text, as {NQ_GOLD} is not there'}",
         flush=True,
     )
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}

@@ -1,0 +1,49 @@
+"""Every benchmark starts from its file; what they share names the machine and sees memory that is allocated."""
+
+import datetime
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.machine import CORES, anonymous_mib, header, proportional_mib, status_mib
+from tests.conftest import ROOT
+
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "machine.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_starts_from_anywhere(script, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "--short" in shown
+
+
+def test_make_bench_runs_them_all():
+    shown = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert sorted(re.findall(r"benchmarks/(\w+\.py)", shown)) == SCRIPTS
+
+
+def test_the_header_names_day_command_machine_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["decoding.py", "--short"])
+    command, machine = header("torch", threads=3).splitlines()
+    assert command == f"{datetime.date.today()}, decoding.py --short"
+    assert f", {CORES} cores, 3 threads, Python 3." in machine and machine.endswith(f", torch {torch.__version__}")
+
+
+def test_allocated_memory_is_seen():
+    readers = [
+        partial(status_mib, "VmRSS", os.getpid()),
+        partial(status_mib, "RssAnon"),
+        anonymous_mib,
+        proportional_mib,
+    ]
+    before = [reader() for reader in readers]
+    held = np.ones(2**23)  # 64 MiB
+    assert all(reader() - was > 60 for reader, was in zip(readers, before, strict=True)) and held.all()
+    assert status_mib("VmHWM") >= status_mib("VmRSS")
