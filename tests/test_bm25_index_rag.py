@@ -26,6 +26,7 @@ from retriever_rag import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import PASSAGES, QUESTIONS
 from tests.many_ranks import FORK_SERVER, run_ranks
 from tests.test_distributed_pytorch_retriever import rag_config
+from tests.test_use_own_knowledge_dataset import run as run_knowledge
 from utils_rag import load_json, read_lines, write_lines
 
 ASKED = [
@@ -171,6 +172,17 @@ def test_other_passages_or_settings_make_it_anew(config, tmp_path, monkeypatch):
     index = opened(config)
     assert index.search(index.encode_questions(["fjord"]), 1)[1].tolist() == [[0]]
     assert {path.name for path in tmp_path.iterdir()} == {"index", ".index.lock", "passages"}
+
+
+def test_passages_that_are_appended_are_found_too(flags, tmp_path):
+    knowledge = run_knowledge(flags)
+    config = rag_config(index_name="bm25", passages_path=knowledge.passages_path)
+    assert len(opened(config)) == 11
+    more = tmp_path / "more.tsv"
+    more.write_text("bergen\tbergen lies behind seven mountains\n")
+    run_knowledge(flags, **{"--csv_path": more, "--append": True})
+    index = opened(config)
+    assert len(index) == 12 and index.search(index.encode_questions(["seven mountains"]), 1)[1].tolist() == [[11]]
 
 
 def test_a_killed_build_leaves_nothing_that_looks_whole(config, tmp_path, monkeypatch):
