@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, status_mib
-from benchmarks.retrieval_backends import clustered, run
+from benchmarks.retrieval_backends import random_vectors, run
 from cli_rag import parse_into, run_script
 from utils_rag import save_json
 
@@ -64,7 +64,7 @@ def unit_vectors(rows: int, dimension: int, seed: int):
     """(rows, dimension) float32 of length 1, in clusters."""
     import numpy as np
 
-    vectors = clustered(rows, dimension, seed)
+    vectors = random_vectors(rows, dimension, seed)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

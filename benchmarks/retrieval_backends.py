@@ -31,7 +31,8 @@ from utils_rag import atomic_folder, save_json
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 WAYS = ("local", "pytorch", "ray", "copies")
-FACTORIES = {"hnsw": "HNSW32,Flat", "ivf": "IVF512,Flat", "flat": "Flat"}
+FACTORIES = {"hnsw": "HNSW32,Flat", "hnsw128": "HNSW128,Flat", "ivf": "IVF512,Flat", "flat": "Flat"}
+CENTRES = 1000
 NPROBE = 16  # lists of an ivf index that are searched
 
 
@@ -41,7 +42,10 @@ class BenchmarkArguments:
     folder: Path = field(default=Path("output/retrieval_backends"), metadata={"help": "Where the indexes are kept."})
     passages: int = field(default=200_000, metadata={"help": "Passages in the index."})
     dimension: int = field(default=768, metadata={"help": "Length of a vector."})
-    kinds: list[str] = field(default_factory=lambda: ["hnsw", "ivf"], metadata={"help": "Indexes: hnsw, ivf, flat."})
+    centres: int = field(default=CENTRES, metadata={"help": "What vectors lie around; 0 for no clusters."})
+    kinds: list[str] = field(
+        default_factory=lambda: ["hnsw", "ivf"], metadata={"help": "Indexes: hnsw, hnsw128, ivf, flat."}
+    )
     ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "What to measure."})
     workers: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of ranks."})
     actors: int = field(default=CORES, metadata={"help": "Ray actors at most, and never more than ranks."})
@@ -61,14 +65,16 @@ def parse_args(argv=None) -> BenchmarkArguments:
 # --- The knowledge ----------------------------------------------------------------------------------------------------
 
 
-def clustered(rows: int, dimension: int, seed: int):
-    """Vectors (rows, dimension) float32 around 1,000 centres, which are the same for every seed."""
+def random_vectors(rows: int, dimension: int, seed: int, centres: int = CENTRES):
+    """Vectors (rows, dimension) float32 around centres, which are the same for every seed, or around none."""
     import numpy as np
 
-    centres = np.random.default_rng(0).standard_normal((1000, dimension), dtype=np.float32)
     random = np.random.default_rng(seed)
     noise = random.standard_normal((rows, dimension), dtype=np.float32)
-    return centres[random.integers(len(centres), size=rows)] + 0.7 * noise
+    if not centres:
+        return noise
+    around = np.random.default_rng(0).standard_normal((centres, dimension), dtype=np.float32)
+    return around[random.integers(centres, size=rows)] + 0.7 * noise
 
 
 def build(args: BenchmarkArguments) -> Path:
@@ -79,12 +85,12 @@ def build(args: BenchmarkArguments) -> Path:
     from build_index_rag import EmbeddingFiles, IndexPlan, build_index
     from embed_passages_rag import shards_of
 
-    folder = args.folder / f"{args.passages}x{args.dimension}"
+    folder = args.folder / f"{args.passages}x{args.dimension}-{args.centres}"
     blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]
     if not folder.is_dir():
         tables = []
         for start, end in blocks:
-            vectors = clustered(end - start, args.dimension, seed=1 + start)
+            vectors = random_vectors(end - start, args.dimension, seed=1 + start, centres=args.centres)
             text = [f"Passage number {row} " + "and some more words of text " * 16 for row in range(start, end)]
             embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), args.dimension)
             titles = [f"Title {row}" for row in range(start, end)]
@@ -162,7 +168,7 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
     # All before the first call: a rank that is done must not compute while another still waits for its answer. After
     # the timed calls come more until all workers together have asked, and touched of the files, as much as one alone.
     seeds = range(rank, max(args.workers) * (10 + args.calls), size)
-    batches = [clustered(args.batch_size, args.dimension, seed=10**6 + seed) for seed in seeds]
+    batches = [random_vectors(args.batch_size, args.dimension, 10**6 + seed, args.centres) for seed in seeds]
     seconds = []
     with ExitStack() as stack:
         retriever = make_retriever(way, folder, kind, args, size, stack)
@@ -209,7 +215,8 @@ def faiss_alone(rank: int, searchers: Searchers, barrier, folder: Path, kind: st
     if kind == "ivf":
         index.nprobe = NPROBE
     calls = 10 + args.calls
-    queries = clustered(calls * searchers.searches * searchers.questions, args.dimension, seed=10**6 + rank)
+    count = calls * searchers.searches * searchers.questions
+    queries = random_vectors(count, args.dimension, 10**6 + rank, args.centres)
     seconds = []
     for batches in queries.reshape(calls, searchers.searches, searchers.questions, args.dimension):
         barrier.wait()

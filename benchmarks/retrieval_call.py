@@ -3,10 +3,11 @@
     python benchmarks/retrieval_call.py --short                # 20,000 passages, Flat too: about a minute
     python benchmarks/retrieval_call.py                        # HNSW128 over 20,000 x 768, Flat over 200,000 x 768
 
-Random clustered vectors and passages of about 100 words are written to --folder first, and reused. Milliseconds are
-medians over calls in one process, ours and FAISS's in turn. "Opening" is from the paths to an index that can be
-searched, "memory" what opening and one call added to the anonymous memory of a new process: pages that are not the
-files' own. Contexts are the passages and questions of ../shared/data/nq_gold, or made-up text where it is not there.
+Random vectors and passages of about 100 words are written to --folder first, and reused. HNSW is measured among vectors
+around centres, where it is quick, and around none, where all passages are about equally far. Milliseconds are medians
+over calls in one process, ours and FAISS's in turn. "Opening" is from the paths to an index that can be searched,
+"memory" what opening and one call added to the anonymous memory of a new process: pages that are not the files' own.
+Contexts are the passages and questions of ../shared/data/nq_gold, or made-up text where it is not there.
 """
 
 import json
@@ -22,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import anonymous_mib, header
+from benchmarks.retrieval_backends import CENTRES, build, random_vectors
 from benchmarks.retrieval_backends import BenchmarkArguments as KnowledgeArguments
-from benchmarks.retrieval_backends import build, clustered
 from benchmarks.training_step import NQ_GOLD, examples, make_tokenizer
 from cli_rag import parse_into, run_script
 
@@ -50,21 +51,12 @@ def parse_args(argv=None) -> BenchmarkArguments:
     return parse_into(BenchmarkArguments, description=__doc__, argv=argv)
 
 
-def build_index(args: BenchmarkArguments, kind: str) -> Path:
+def build_index(args: BenchmarkArguments, kind: str, passages: int, centres: int = CENTRES) -> Path:
     """The FAISS file of one kind; its passages lie beside it."""
-    from build_index_rag import build_faiss_index
-    from index_rag import KnowledgeIndex, write_faiss_index
-
-    passages = args.flat_passages if kind == "flat" else args.hnsw_passages
-    knowledge = KnowledgeArguments(folder=args.folder, passages=passages, dimension=DIMENSION, kinds=["flat"])
-    folder = build(knowledge)
-    path = folder / f"{kind}.faiss"
-    if not path.exists():
-        start = time.monotonic()
-        vectors = KnowledgeIndex.load_from_disk(DIMENSION, folder / "passages", folder / "flat.faiss").embeddings
-        write_faiss_index(build_faiss_index(vectors.blocks(), DIMENSION), path)
-        print(f"{kind}: built in {time.monotonic() - start:.0f} s", flush=True)
-    return path
+    knowledge = KnowledgeArguments(
+        folder=args.folder, passages=passages, dimension=DIMENSION, kinds=[kind], centres=centres
+    )
+    return build(knowledge).resolve() / f"{kind}.faiss"
 
 
 def make_retriever(side: str, index: Path, tokenizer=None):
@@ -96,7 +88,7 @@ def median_ms(calls: int, **functions) -> dict[str, float]:
 
 
 def open_and_call(args: BenchmarkArguments) -> dict:
-    queries = clustered(64, DIMENSION, seed=10**6)
+    queries = random_vectors(64, DIMENSION, seed=10**6)
     make_retriever("ours", args.index)  # what is imported at the first call is no part of opening an index
     before = anonymous_mib()
     start = time.perf_counter()
@@ -115,11 +107,11 @@ def in_its_own_process(args: BenchmarkArguments, side: str, index: Path) -> dict
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def measure(args: BenchmarkArguments, index: Path, batch: int) -> dict:
-    kind = index.stem
+def measure(args: BenchmarkArguments, index: Path, batch: int, centres: int = CENTRES) -> dict:
+    kind = index.stem + ("" if centres else ", no centres")
     opened = {side: in_its_own_process(args, side, index) for side in SIDES}
     retrievers = {side: make_retriever(side, index) for side in SIDES}
-    queries = clustered(batch, DIMENSION, seed=10**6)
+    queries = random_vectors(batch, DIMENSION, 10**6, centres)
     searched = retrievers["ours"].index.faiss_index
     found = {side: retriever.retrieve(queries, N_DOCS)[1].tolist() for side, retriever in retrievers.items()}
     # transformers calls alone: after it the processor's caches hold its copy of the index, not the mapped file.
@@ -173,7 +165,8 @@ def main(args: BenchmarkArguments) -> list[dict]:
     if args.side is not None:
         print(json.dumps(open_and_call(args)))
         return []
-    hnsw, flat = (build_index(args, kind).resolve() for kind in ("hnsw128", "flat"))
+    hnsw, plain = (build_index(args, "hnsw128", args.hnsw_passages, centres) for centres in (CENTRES, 0))
+    flat = build_index(args, "flat", args.flat_passages)
     print(
         f"{header('faiss-cpu', 'transformers')}\n{N_DOCS} passages a query, medians of {args.calls} calls\n\n"
         "| index | FAISS alone, ms | ours, ms | transformers, ms | ours to FAISS (bar 1.15) | transformers to ours "
@@ -181,7 +174,12 @@ def main(args: BenchmarkArguments) -> list[dict]:
         f"transformers, MiB | same passages |\n|{'---|' * 12}",
         flush=True,
     )
-    return [measure(args, hnsw, 64), measure(args, flat, 256), measure_tokenising(args, hnsw)]
+    return [
+        measure(args, hnsw, 64),
+        measure(args, plain, 64, centres=0),
+        measure(args, flat, 256),
+        measure_tokenising(args, hnsw),
+    ]
 
 
 if __name__ == "__main__":
