@@ -37,11 +37,12 @@ class _Column:
 class TextColumn(_Column):
     """The strings of a column, read straight from its buffers: half the time that pyarrow takes for one."""
 
-    def _view(self, chunk) -> tuple[np.ndarray, memoryview]:
+    def _view(self, chunk) -> tuple[memoryview, memoryview]:
         """Where each string begins, and behind the last where it ends; and the bytes of all."""
         _, offsets, data = chunk.buffers()
-        offset_type = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
-        offsets = np.frombuffer(offsets, dtype=offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]
+        # Of a memoryview a number is read in half the time that numpy takes.
+        offsets = memoryview(offsets).cast("q" if pa.types.is_large_string(chunk.type) else "i")
+        offsets = offsets[chunk.offset : chunk.offset + len(chunk) + 1]
         return offsets, memoryview(data if data is not None else b"")
 
     def gather(self, ids: np.ndarray) -> list[str]:

@@ -236,12 +236,13 @@ class KnowledgeIndex:
 
     def get_doc_dicts(self, doc_ids: np.ndarray) -> list[dict]:
         """For each row of `doc_ids` (B, n_docs) a dict of the lists "title" and "text"; each passage is read once."""
-        wanted, place = np.unique(doc_ids, return_inverse=True)
-        titles, texts = self.titles.gather(wanted), self.texts.gather(wanted)
-        return [
-            {"title": [titles[i] for i in row], "text": [texts[i] for i in row]}
-            for row in place.reshape(doc_ids.shape).tolist()
-        ]
+        rows = doc_ids.tolist()
+        wanted = list({doc_id: None for row in rows for doc_id in row})
+        titles, texts = (
+            dict(zip(wanted, column.gather(np.array(wanted, dtype=np.int64)), strict=True))
+            for column in (self.titles, self.texts)
+        )
+        return [{"title": [titles[i] for i in row], "text": [texts[i] for i in row]} for row in rows]
 
     def settings(self) -> dict:
         """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe, vectors' origin."""
