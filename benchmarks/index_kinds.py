@@ -1,7 +1,7 @@
 """Kinds of index on the same knowledge: bytes, time and memory to build, time to open, recall and speed.
 
     python benchmarks/index_kinds.py --short     # 20,000 x 384, under a minute
-    python benchmarks/index_kinds.py             # 1,000,000 x 384 with Flat and IVF-PQ, the first 200,000 with HNSW
+    python benchmarks/index_kinds.py             # 1,000,000 x 384: Flat, IVF-PQ, BM25; the first 200,000: HNSW
 
 Passages are real ones (../shared/data/nq_gold, or test_data where it is missing) over and over with another number each
 time; their vectors are random, of length 1, around 1,000 centres, because encoding a million would take hours. (Around
@@ -29,6 +29,7 @@ from utils_rag import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT.parent / "shared" / "data" / "nq_gold" / "passages.tsv", ROOT / "test_data" / "my_knowledge_dataset.csv")
+BM25 = "bm25"
 
 
 @dataclass
@@ -39,7 +40,8 @@ class BenchmarkArguments:
     graph_passages: int = field(default=200_000, metadata={"help": "Passages, the first ones, of --graph_kinds."})
     dimension: int = field(default=384, metadata={"help": "Length of a vector."})
     kinds: list[str] = field(
-        default_factory=lambda: ["Flat", "IVF1024,PQ64"], metadata={"help": "Factory strings over all passages."}
+        default_factory=lambda: ["Flat", "IVF1024,PQ64", BM25],
+        metadata={"help": "Factory strings, or bm25, over all passages."},
     )
     graph_kinds: list[str] = field(
         default_factory=lambda: ["HNSW128,Flat", "HNSW32,SQ8"], metadata={"help": "Factory strings over fewer."}
@@ -50,7 +52,7 @@ class BenchmarkArguments:
     def __post_init__(self):
         if self.short:
             self.passages = self.graph_passages = 20_000
-            self.kinds, self.graph_kinds = ["Flat", "IVF64,PQ64x4"], ["HNSW32,Flat", "HNSW32,SQ8"]
+            self.kinds, self.graph_kinds = ["Flat", "IVF64,PQ64x4", BM25], ["HNSW32,Flat", "HNSW32,SQ8"]
 
 
 def parse_args(argv=None) -> BenchmarkArguments:
@@ -121,7 +123,7 @@ class PeakMemory:
             self.allocated = max(self.allocated, status_mib("RssAnon"))
 
 
-def build(folder: Path, factory: str, args, writer) -> None:
+def build(folder: Path, kind: str, args, writer) -> None:
     """Seconds and memory of one index."""
     from build_index_rag import EmbeddingFiles, IndexPlan, build_index
     from embed_passages_rag import shards_of
@@ -129,29 +131,53 @@ def build(folder: Path, factory: str, args, writer) -> None:
     vectors = EmbeddingFiles(shards_of(folder / "passages"), args.dimension)
     with PeakMemory() as peak:
         start = time.perf_counter()
-        build_index(vectors, IndexPlan(factory, args.dimension), folder / "index", "benchmark")
+        if kind == BM25:
+            open_words(folder)
+        else:
+            build_index(vectors, IndexPlan(kind, args.dimension), folder / "index", "benchmark")
         seconds = time.perf_counter() - start
     writer.send({"build_seconds": seconds, "peak_mib": peak.held, "allocated_mib": peak.allocated})
 
 
-def search(folder: Path, args, writer) -> None:
-    """Milliseconds until an index is open, then recall and speed at every effort."""
+def open_words(folder: Path):
+    """The BM25 index, built the first time."""
+    from types import SimpleNamespace
+
+    from bm25_index_rag import open_bm25
+
+    return open_bm25(SimpleNamespace(passages_path=folder / "passages", index_path=folder / "words"))
+
+
+def search(folder: Path, kind: str, args, writer) -> None:
+    """Milliseconds until an index is open, then recall, which BM25 has not, and speed at every effort."""
     from build_index_rag import EmbeddingFiles, exact_scores, measure
     from embed_passages_rag import shards_of
     from index_rag import KnowledgeIndex
 
     def open_index(**effort) -> KnowledgeIndex:
+        if kind == BM25:
+            return open_words(folder)
         return KnowledgeIndex.load_from_disk(args.dimension, folder / "passages", folder / "index", **effort)
 
     start = time.perf_counter()
-    open_index().init_index()
-    seconds = time.perf_counter() - start
+    index = open_index()
+    index.init_index()
+    open_ms = 1000 * (time.perf_counter() - start)
+    if kind == BM25:
+        texts = index.passages[:: len(index) // args.queries]["text"][: args.queries]
+        queries = index.encode_questions([" ".join(text.split()[20:30]) for text in texts])
+        start = time.perf_counter()
+        index.search(queries, args.n_docs)
+        writer.send((open_ms, [{"queries_per_second": args.queries / (time.perf_counter() - start)}]))
+        return
     queries = unit_vectors(args.queries, args.dimension, seed=10**6)
     best = exact_scores(EmbeddingFiles(shards_of(folder / "passages"), args.dimension), queries, args.n_docs)
-    writer.send((1000 * seconds, measure(open_index, queries, best)))
+    writer.send((open_ms, measure(open_index, queries, best)))
 
 
 def main(args: BenchmarkArguments) -> list[dict]:
+    from knowledge_files_rag import size_of
+
     print(
         f"{header('faiss-cpu')}\n"
         f"{args.dimension} dimensions, {args.queries} queries in a call, {args.n_docs} passages each\n\n"
@@ -165,17 +191,18 @@ def main(args: BenchmarkArguments) -> list[dict]:
         if kinds and not folder.exists():
             folder.mkdir(parents=True)
             run(make_passages, [(count, args.dimension, folder / "passages")])
-        for factory in kinds:
-            built = run(build, [(folder, factory, args)])[0]
-            size = (folder / "index").stat().st_size / 2**20
-            open_ms, efforts = run(search, [(folder, args)])[0]
+        for kind in kinds:
+            built = run(build, [(folder, kind, args)])[0]
+            size = size_of(folder / ("words" if kind == BM25 else "index")) / 2**20
+            open_ms, efforts = run(search, [(folder, kind, args)])[0]
             for found in efforts:
                 effort = " ".join(f"{name} {value}" for name, value in found.items() if name in ("nprobe", "ef_search"))
-                row = {"index": factory, "passages": count, "mib": size, **built, "open_ms": open_ms, **found}
+                recall = f"{found['recall']:.3f}" if "recall" in found else ""
+                row = {"index": kind, "passages": count, "mib": size, **built, "open_ms": open_ms, **found}
                 rows.append(row)
                 print(
-                    f"| {factory} | {count:,} | {size:,.0f} | {built['build_seconds']:.1f} | {built['peak_mib']:,.0f} "
-                    f"({built['allocated_mib']:,.0f}) | {open_ms:.0f} | {effort} | {found['recall']:.3f} | "
+                    f"| {kind} | {count:,} | {size:,.0f} | {built['build_seconds']:.1f} | {built['peak_mib']:,.0f} "
+                    f"({built['allocated_mib']:,.0f}) | {open_ms:.0f} | {effort} | {recall} | "
                     f"{found['queries_per_second']:,.0f} |",
                     flush=True,
                 )
