@@ -226,6 +226,8 @@ def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> 
             index = faiss.read_index(str(base))
             if from_nothing:
                 index.reset()
+            for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
+                left.unlink()
             first = index.ntotal
             if saved.exists():
                 index = _read_unfinished(saved, first)

@@ -244,8 +244,8 @@ def _finish(args: KnowledgeArguments, description: dict, embedder, vectors: Embe
     """Measure the index and write `index.json`."""
     output = Path(args.output_dir)
     knowledge = _knowledge(output, description)
-    for left in output.glob(".*.part"):  # half-written when a run was killed
-        left.unlink()
+    for left in output.glob(f".{PASSAGES_FOLDER}*index.*"):  # of a run that was killed and never taken up again
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     versions = {name: version(name) for name in ("torch", "transformers", "datasets", "faiss-cpu")}
     write_description(output, description | {"versions": versions})
     if args.recall_queries:

@@ -152,10 +152,14 @@ def test_what_a_killed_run_has_saved_is_not_added_again(vectors, tmp_path, monke
         killed_at(patch, block)
         with pytest.raises(KeyboardInterrupt):
             build_index(vectors, plan, tmp_path / "index", "digest")
+    (saved,) = tmp_path.glob(".index.digest/*.saved")
+    half = saved.with_name(f"{saved.name}.1.part")
+    half.write_bytes(b"half-written")
     read, blocks = [], EmbeddingFiles.blocks
 
     def counted(self, *args, **kwargs):
         for one in blocks(self, *args, **kwargs):
+            assert not half.exists()  # nobody runs out of disk for it
             read.append(len(one))
             yield one
 

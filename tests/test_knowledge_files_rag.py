@@ -85,6 +85,17 @@ def test_another_kind_takes_the_place_of_the_first(flags, tmp_path, monkeypatch,
     assert "recall" not in read_description(tmp_path / "out" / "any")
 
 
+def test_what_killed_runs_have_left_is_removed(flags, tmp_path):
+    run(flags)
+    abandoned = tmp_path / "out" / ".my_knowledge_dataset_index.faiss.0123"
+    abandoned.mkdir()
+    (abandoned / "rows-000000000000-000000000011.faiss.saved").write_bytes(b"of a Flat index")
+    (tmp_path / "out" / ".my_knowledge_dataset_hnsw_index.faiss.0123.faiss.saved").write_bytes(b"of an --append")
+    (tmp_path / "out" / ".my_knowledge_dataset_bm25.lock").touch()  # which a process may hold
+    run(flags, **{"--m": 4})
+    assert {path.name for path in (tmp_path / "out").glob(".*")} == {".my_knowledge_dataset_bm25.lock"}
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_documents_are_added(flags, more_path, tmp_path, shards, capsys):
     first = run(flags, **{"--num_index_shards": shards})
