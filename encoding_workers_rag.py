@@ -13,6 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,7 @@ from models_rag import load_encoder, load_tokenizer, weights_digest
 
 SHARDS_A_WORKER = 2  # one is encoded while the next one is on its way
 RETRIES = 3  # of a shard whose Ray worker, or node, died
+GOES_ON = "the same command goes on with the shards that are left"
 
 
 def encoding_device(args: KnowledgeArguments) -> str:
@@ -160,8 +162,13 @@ class NodeWorkers(Workers):
     def __enter__(self) -> "NodeWorkers":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, _, error, traceback) -> None:
         self.pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                f"one of {self.processes} processes that encode was killed, as happens when memory runs out; give "
+                f"fewer --num_encoding_processes or a smaller --batch_size: {GOES_ON}"
+            ) from error
 
     def _submit(self, shard: Passages):
         return self.pool.submit(embed_shard, self.plan, shard)
@@ -231,6 +238,11 @@ class RayWorkers(Workers):
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
+        except ray.exceptions.RayError as error:  # a worker or its node has died too often
+            raise UserError(
+                f"--distributed ray: of {1 + RETRIES} tries to encode a shard the last one ended so: "
+                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {GOES_ON}"
+            ) from error
 
     def _size(self) -> int:
         """Asked again for every shard: nodes come and go."""

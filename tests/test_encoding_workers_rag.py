@@ -1,9 +1,14 @@
 """Several processes, or a Ray cluster's tasks, embed what one process does."""
 
+import threading
+import time
+
 import numpy as np
+import psutil
 import pytest
 from datasets import load_from_disk
 
+import encoding_workers_rag
 from cli_rag import UserError
 from encoding_workers_rag import EncoderPlan, NodeWorkers, RayWorkers, encoding_device, encoding_workers
 from models_rag import load_encoder, load_tokenizer, weights_digest
@@ -68,6 +73,68 @@ def test_tasks_of_a_cluster_of_our_own(embedder, plan, flags, tmp_path):
         with pytest.raises(UserError, match="--gpus_per_task 64 is more than"), RayWorkers(embedder, plan, "auto", 64):
             pass
     assert not ray.is_initialized()
+
+
+class Killer(threading.Thread):
+    """Sends SIGKILL to processes below this one that have a word in their command line or title.
+
+    Args:
+        word: what tells them from others.
+        count: how many, one after the other; each once it has been seen.
+    """
+
+    def __init__(self, word: str, count: int):
+        super().__init__(daemon=True)
+        self.word, self.count, self.killed, self.over = word, count, set(), threading.Event()
+
+    def __enter__(self) -> "Killer":
+        self.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.over.set()
+        self.join()
+
+    def run(self) -> None:
+        while len(self.killed) < self.count and not self.over.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if self.word in " ".join(process.cmdline()) and process.pid not in self.killed:
+                        time.sleep(0.1)  # let it begin
+                        process.kill()
+                        self.killed.add(process.pid)
+                        break
+                except psutil.Error:  # it has just ended
+                    pass
+
+
+def test_a_killed_process_is_told_and_nothing_is_lost(embedder, plan, flags, tmp_path):
+    more = {"--num_shards": 4, "--batch_size": 1}
+    with Killer("spawn_main", 1) as killer, pytest.raises(UserError) as error:
+        run(flags, **more, **{"--num_encoding_processes": 2})
+    assert len(killer.killed) == 1
+    assert "one of 2 processes that encode was killed" in str(error.value)
+    assert "give fewer --num_encoding_processes" in str(error.value)
+    assert not (tmp_path / "out" / "my_knowledge_dataset").exists()
+    assert run(flags, **more).passages == 11
+
+
+def test_shards_of_a_killed_ray_worker_are_encoded_by_another(embedder, plan):
+    pytest.importorskip("ray")
+    with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers, Killer("ray::embed_shard", 2) as killer:
+        assert_equal_to(embedded(embedder), embedded(workers))
+        assert len(killer.killed) == 2
+
+
+def test_ray_workers_that_die_too_often_are_told(embedder, plan, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(encoding_workers_rag, "RETRIES", 0)
+    with (
+        pytest.raises(UserError, match="--distributed ray: of 1 tries to encode a shard the last one ended so: "),
+        RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers,
+        Killer("ray::embed_shard", 1),
+    ):
+        embedded(workers)
 
 
 def test_who_embeds(embedder, plan, flags):
