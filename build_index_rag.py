@@ -230,6 +230,7 @@ def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> 
                 left.unlink()
             first = index.ntotal
             if saved.exists():
+                del index  # memory need not hold both
                 index = _read_unfinished(saved, first)
                 yield index.ntotal - first
             last_saved, pause = time.monotonic(), SAVE_AFTER
