@@ -223,27 +223,33 @@ def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> 
         if path.exists():
             yield end - start
         else:
-            index = faiss.read_index(str(base))
-            if from_nothing:
-                index.reset()
-            for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
-                left.unlink()
-            first = index.ntotal
-            if saved.exists():
-                del index  # memory need not hold both
-                index = _read_unfinished(saved, first)
-                yield index.ntotal - first
-            last_saved, pause = time.monotonic(), SAVE_AFTER
-            for block in vectors.blocks(rows=range(start + index.ntotal - first, end)):
-                index.add(block)
-                yield len(block)
-                now, whole = time.monotonic(), first + end - start
-                if now - last_saved >= pause and index.ntotal < whole and _has_room(path.parent, index, whole):
-                    write_faiss_index(index, saved)
-                    last_saved = time.monotonic()
-                    pause = max(SAVE_AFTER, SAVES_COST * (last_saved - now))
-            write_faiss_index(index, path)
+            yield from _write_one(base, vectors, range(start, end), path, saved, from_nothing)
         saved.unlink(missing_ok=True)
+
+
+def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_nothing: bool) -> Iterator[int]:
+    """Write `base`, or what it has learnt, and these rows at `path`; begin with what is saved, and save in between."""
+    for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
+        left.unlink()
+    first = 0 if from_nothing else faiss.read_index(str(base), faiss.IO_FLAG_MMAP_IFC).ntotal
+    whole = first + len(rows)
+    if saved.exists():
+        index = _read_unfinished(saved, first)
+        yield index.ntotal - first
+    else:
+        index = faiss.read_index(str(base))
+        if from_nothing:
+            index.reset()
+    last_saved, pause = time.monotonic(), SAVE_AFTER
+    for block in vectors.blocks(rows=rows[index.ntotal - first :]):
+        index.add(block)
+        yield len(block)
+        now = time.monotonic()
+        if now - last_saved >= pause and index.ntotal < whole and _has_room(path.parent, index, whole):
+            write_faiss_index(index, saved)
+            last_saved = time.monotonic()
+            pause = max(SAVE_AFTER, SAVES_COST * (last_saved - now))
+    write_faiss_index(index, path)
 
 
 def _read_unfinished(saved: Path, first: int):

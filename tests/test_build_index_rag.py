@@ -140,14 +140,18 @@ def test_a_killed_run_ends_in_the_same_files(vectors, tmp_path, monkeypatch, fac
     assert {name: (tmp_path / "index" / name).stat().st_mtime_ns for name in kept} == kept
 
 
+def save_every_block(monkeypatch) -> None:
+    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
+    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+
+
 @pytest.mark.parametrize("factory", ["Flat", "HNSW16,Flat", "PCA8,HNSW16,SQ8", "OPQ4_8,IVF8,PQ4x4"])
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("block", [1, 5])
 def test_what_a_killed_run_has_saved_is_not_added_again(vectors, tmp_path, monkeypatch, factory, shards, block):
     plan = IndexPlan(factory, D, shards, train_sample=500)
     build_index(vectors, plan, tmp_path / "whole", "digest")
-    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
-    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+    save_every_block(monkeypatch)
     with monkeypatch.context() as patch:
         killed_at(patch, block)
         with pytest.raises(KeyboardInterrupt):
@@ -180,8 +184,7 @@ def test_a_killed_extension_goes_on_where_it_was_saved(vectors, tmp_path, monkey
     path = tmp_path / "index"
     build_index(first, IndexPlan("HNSW16,Flat", D, shards), path, "digest")
     expected = extend_index(path, vectors, len(first), "at once").read_bytes()
-    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
-    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+    save_every_block(monkeypatch)
     with monkeypatch.context() as patch:
         killed_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -194,8 +197,7 @@ def test_a_killed_extension_goes_on_where_it_was_saved(vectors, tmp_path, monkey
 
 
 def test_nothing_is_saved_where_the_disk_has_no_room_for_both(vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_index_rag, "SAVE_AFTER", 0)
-    monkeypatch.setattr(build_index_rag, "SAVES_COST", 0)
+    save_every_block(monkeypatch)
     room = 4 * D * (COUNT + 300)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
     written, write = [], build_index_rag.write_faiss_index
