@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from columns_rag import EmbeddingColumn
 from index_rag import shard_files, shard_path, write_faiss_index
+from mapped_index_rag import map_index
 from utils_rag import progress
 
 EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_256,IVF1024,PQ64"
@@ -231,7 +232,7 @@ def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_n
     """Write `base`, or what it has learnt, and these rows at `path`; begin with what is saved, and save in between."""
     for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
         left.unlink()
-    first = 0 if from_nothing else faiss.read_index(str(base), faiss.IO_FLAG_MMAP_IFC).ntotal
+    first = 0 if from_nothing else map_index(base).ntotal
     whole = first + len(rows)
     if saved.exists():
         index = _read_unfinished(saved, first)

@@ -14,12 +14,24 @@ import pyarrow as pa
 from cli_rag import UserError
 
 
+class _Views(dict):
+    """The views of a column's chunks by their number, made when they are asked for: Wikipedia has 20,000 chunks."""
+
+    def __init__(self, chunks: list, view):
+        super().__init__()
+        self.arrow_chunks, self.view = chunks, view
+
+    def __missing__(self, number: int):
+        self[number] = self.view(self.arrow_chunks[number])
+        return self[number]
+
+
 class _Column:
     """A memory-mapped Arrow column of some chunks, of which a row is read without decoding anything else."""
 
     def __init__(self, column):
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.chunks = [self._view(chunk) for chunk in chunks]
+        self.chunks = _Views(chunks, self._view)
         self.starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
 
     def _view(self, chunk):
@@ -65,12 +77,14 @@ class EmbeddingColumn(_Column):
         dimension: length of every vector.
 
     Raises:
-        UserError: the lists are not all `dimension` long.
+        UserError: the lists of the first chunk, or of one that is read later, are not all `dimension` long.
     """
 
     def __init__(self, column, dimension: int):
         self.dimension = dimension
         super().__init__(column)
+        if len(self):
+            self.chunks[0]  # a wrong dimension is told before anything else begins
 
     def _view(self, chunk) -> np.ndarray:
         """(rows, d), a view into the mapped file."""
@@ -85,8 +99,8 @@ class EmbeddingColumn(_Column):
     def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
         """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
         rows = range(len(self)) if rows is None else rows
-        for chunk, first in zip(self.chunks, self.starts, strict=False):
-            chunk = chunk[max(rows.start - first, 0) : max(rows.stop - first, 0)]
+        for number, first in enumerate(self.starts[:-1]):
+            chunk = self.chunks[number][max(rows.start - first, 0) : max(rows.stop - first, 0)]
             for start in range(0, len(chunk), size):
                 yield np.ascontiguousarray(chunk[start : start + size], dtype=np.float32)
 

@@ -24,6 +24,7 @@ import numpy as np
 from cli_rag import UserError, raise_problems
 from columns_rag import EmbeddingColumn, IndexVectors, TextColumn
 from device_search_rag import DeviceSearch, DeviceUnavailableError
+from mapped_index_rag import map_index
 from utils_rag import load_json, save_json
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class KnowledgeIndex:
         parts = []
         for path, start, end in files:
             try:
-                parts.append(faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC))
+                parts.append(map_index(path))
             except RuntimeError as error:
                 raise UserError(
                     f"{self.index_flag} {path} is not a whole FAISS index ({str(error).splitlines()[0]}); build or "

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import faiss
 import numpy as np
 import psutil
 from datasets import load_from_disk
@@ -35,6 +34,7 @@ from embed_passages_rag import (
 from encoding_workers_rag import encoding_workers
 from index_rag import KnowledgeIndex, read_description, shard_files, shard_path, write_description
 from knowledge_arguments_rag import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments
+from mapped_index_rag import map_index
 
 HNSW_FILE = "my_knowledge_dataset_hnsw_index.faiss"
 INDEX_FILE = "my_knowledge_dataset_index.faiss"
@@ -234,7 +234,7 @@ def _check_room_to_append(args: KnowledgeArguments, description: dict, source, i
 def _rows_of(index_path: Path) -> int:
     if index_path.is_dir():
         return shard_files(index_path)[-1][2]
-    return faiss.read_index(str(index_path), faiss.IO_FLAG_MMAP_IFC).ntotal
+    return map_index(index_path).ntotal
 
 
 # --- The end of both --------------------------------------------------------------------------------------------------

@@ -134,8 +134,9 @@ def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, 
         if way == "copies":
             import faiss
 
-            read, mapped = faiss.read_index, faiss.IO_FLAG_MMAP_IFC
-            faiss.read_index = lambda path, flags: read(path, flags & ~mapped)
+            import index_rag
+
+            index_rag.map_index = faiss.read_index
     return retriever
 
 

@@ -25,6 +25,7 @@ FLOORS = [
         "hub_rag",
         "device_search_rag",
         "columns_rag",
+        "mapped_index_rag",
     },
     {
         "finetune_arguments_rag",
