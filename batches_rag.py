@@ -5,7 +5,8 @@ loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -81,15 +82,36 @@ class GlobalBatchSampler:
         return [index for batch in shuffled for index in batch]
 
 
+def begun_ahead(batches: Iterator[dict[str, Any]], begin: Callable[[dict[str, Any]], Future]) -> Iterator[dict]:
+    """The batches, each with a "contexts" that is done: it was begun while the batch before was worked on."""
+
+    def following() -> dict[str, Any] | None:
+        batch = next(batches, None)
+        if batch is not None:
+            batch["contexts"] = begin(batch)
+        return batch
+
+    batch = following()
+    while batch is not None:
+        wait([batch["contexts"]])  # before the next batch is made, too: a tokenizer serves one thread at a time
+        ahead = following()
+        yield batch
+        batch = ahead
+
+
 class ResumableDataLoader(DataLoader):
     """A loader over a `GlobalBatchSampler` whose place in the epoch is saved with every Lightning checkpoint.
 
-    Batches that workers have read ahead do not count, only those handed out. Each gets its "loss_weight".
+    Batches that have been read ahead do not count, only those handed out. Each gets its "loss_weight" and, where
+    `begin` is set, what that begins, as "contexts".
     """
+
+    begin: Callable[[dict[str, Any]], Future] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         sampler = self.batch_sampler
-        for batch in super().__iter__():  # begins with the first batch asked for, after Lightning has set the epoch
+        batches = super().__iter__()  # begins with the first batch asked for, after Lightning has set the epoch
+        for batch in batches if self.begin is None else begun_ahead(batches, self.begin):
             batch["loss_weight"] = sampler.loss_weight(sampler.position)
             sampler.position += 1
             yield batch

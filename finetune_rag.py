@@ -99,7 +99,9 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     model, tokenizer = _load(args)
     with ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
         module = GenerativeQAModule(args, model, tokenizer, retriever)
-        data = Seq2SeqDataModule(args.data, args.training.seed, module.question_tokenizer, module.answer_tokenizer)
+        tokenizers = (module.question_tokenizer, module.answer_tokenizer)
+        begin = module.begin_retrieval if module.can_retrieve_ahead(trainer.strategy.root_device) else None
+        data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, begin)
         metrics, best = {}, None
         if trainer.is_global_zero:
             _describe(args)

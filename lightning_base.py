@@ -158,13 +158,14 @@ def _part_of_model(parameter_name: str, training: TrainingArguments) -> tuple[st
 class Seq2SeqDataModule(pl.LightningDataModule):
     """The three splits of `--data_dir` as batches of `Seq2SeqDataset`; the training ones with a "loss_weight" (float).
 
+    `begin` is called with each training batch while the one before is trained on (`ResumableDataLoader.begin`).
     Validation and test come in the order of the file. Rows made of a batch keep its "index", so that
     `BaseTransformer.gather_rows` can leave out what a rank was given only to keep step.
     """
 
-    def __init__(self, data: DataArguments, seed: int, tokenizer: Any, target_tokenizer: Any = None):
+    def __init__(self, data: DataArguments, seed: int, tokenizer: Any, target_tokenizer: Any = None, begin: Any = None):
         super().__init__()
-        self.data, self.seed = data, seed
+        self.data, self.seed, self.begin = data, seed, begin
         self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
         self.datasets: dict[str, Seq2SeqDataset] = {}
 
@@ -192,7 +193,9 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         lengths = list(map(len, self.datasets["train"].sources)) if self.data.group_by_length else None
         # --overfit_batches wants the same batches every epoch
         seed = self.seed if self.trainer.overfit_batches == 0 else None
-        return self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
+        loader = self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
+        loader.begin = self.begin
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(DataLoader, "val", self.data.eval_batch_size)
@@ -273,6 +276,7 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     # What Lightning says of itself at every start; whether it found a GPU is said by its own lines or by our errors.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
     try:
         trainer = pl.Trainer(

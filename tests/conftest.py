@@ -285,3 +285,11 @@ def data_dir(tmp_path) -> Path:
         (folder / f"{split}.source").write_text("".join(f"{question}\n" for question, _ in QUESTIONS))
         (folder / f"{split}.target").write_text("".join(f"{answer}\n" for _, answer in QUESTIONS))
     return folder
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Retrieval for the next batch beside the step on a CPU, too, where it is not worth it."""
+    from generative_qa_rag import GenerativeQAModule
+
+    monkeypatch.setattr(GenerativeQAModule, "can_retrieve_ahead", lambda module, device: module.asks_frozen)

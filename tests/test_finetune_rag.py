@@ -52,10 +52,13 @@ def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path):
     assert any(not torch.equal(before[name], weight) for name, weight in loaded.items() if "question_encoder" in name)
 
 
-def test_the_same_command_goes_on_where_it_was_killed(model_folder, data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("frozen", [[], ["--freeze_question_encoder"]])
+def test_the_same_command_goes_on_where_it_was_killed(frozen, model_folder, data_dir, tmp_path, monkeypatch, request):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--num_train_epochs", 3, "--save_interval", 1e-6]  # last.ckpt after every step
+    flags = ["--num_train_epochs", 3, "--save_interval", 1e-6, *frozen]  # last.ckpt after every step
     run(model_folder, data_dir, whole, *flags)
+    if frozen:
+        request.getfixturevalue("ahead")
 
     from generative_qa_rag import GenerativeQAModule
 

@@ -1,10 +1,14 @@
 """The training step under the flags for accelerators: each leaves the loss and the gradients what they are."""
 
+import json
+import threading
+
 import pytest
 import torch
 from transformers import RagTokenizer
 
 import generator_rag
+from cli_rag import UserError
 from finetune_arguments_rag import parse_args
 from generative_qa_rag import GenerativeQAModule
 from models_rag import load_model
@@ -19,21 +23,31 @@ def model_folder(checkpoint):
 
 
 @pytest.fixture
-def step(model_folder, bert_tokenizer, request, monkeypatch):
-    """A function that takes one step's loss and gradients, with dropout, under given flags."""
-    monkeypatch.setitem(generator_rag.GROUP_COST, "cpu", 1)
+def module_of(model_folder, bert_tokenizer, request):
+    """A function that makes a module of one of the models under given flags."""
 
-    def take(name, *flags):
+    def make(name, *flags):
         model = load_model(str(model_folder[name]), config_overrides={"dropout": 0.1})
         tokenizer = RagTokenizer(bert_tokenizer, request.getfixturevalue(f"{name}_tokenizer"))
         args = parse_args(["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o", *flags])
         retriever = RagKnowledgeRetriever(model.config, tokenizer.question_encoder, tokenizer.generator)
-        module = GenerativeQAModule(args, model, tokenizer, retriever).train()
+        return GenerativeQAModule(args, model, tokenizer, retriever).train()
+
+    return make
+
+
+@pytest.fixture
+def step(module_of, bert_tokenizer, monkeypatch):
+    """A function that takes one step's loss and gradients, with dropout, under given flags."""
+    monkeypatch.setitem(generator_rag.GROUP_COST, "cpu", 1)
+
+    def take(name, *flags):
+        module = module_of(name, *flags)
         batch = dict(bert_tokenizer([question for question, _ in QUESTIONS], padding=True, return_tensors="pt"))
         answers = [answer + " of the sea" * (i % 3) for i, (_, answer) in enumerate(QUESTIONS)]
-        batch["labels"] = tokenizer.generator(text_target=answers, padding=True, return_tensors="pt").input_ids
+        batch["labels"] = module.answer_tokenizer(text_target=answers, padding=True, return_tensors="pt").input_ids
         torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.training.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=module.args.training.bf16):
             loss = module.negative_log_likelihood(batch)[0].mean()
         loss.backward()
         return loss, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
@@ -85,3 +99,69 @@ def test_a_run_in_bf16_with_gradient_checkpointing(model_folder, data_dir, tmp_p
     assert metrics["val_avg_loss"] > 0
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
     assert {weight.dtype for weight in state.values()} <= {torch.float32, torch.int64}
+
+
+# --- Retrieval ahead of the step --------------------------------------------------------------------------------------
+
+
+def logged(folder) -> list[dict]:
+    """All that was logged but seconds and rates."""
+    rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith(("_time", "_second"))} for row in rows]
+
+
+@pytest.mark.parametrize("flags", [[], ["--bf16", "--dropout", 0.1], ["--index_name", "bm25"]])
+def test_retrieving_ahead_changes_nothing(flags, model_folder, data_dir, tmp_path, request):
+    """Also with validations in the middle of an epoch, while the next batch's retrieval is under way."""
+    flags = [*flags, "--freeze_question_encoder", "--val_check_interval", 1, "--do_train", "--do_predict"]
+    if "bm25" in flags:
+        flags.remove("--freeze_question_encoder")
+        flags += ["--passages_path", load_model(str(model_folder["bart"])).config.passages_path]
+        flags += ["--index_path", tmp_path / "bm25"]
+    run(model_folder["bart"], data_dir, tmp_path / "then", *flags)
+    request.getfixturevalue("ahead")
+    run(model_folder["bart"], data_dir, tmp_path / "ahead", *flags)
+    assert logged(tmp_path / "ahead") == logged(tmp_path / "then")
+    weights = [torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("ahead", "then")]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_the_next_batch_is_retrieved_while_this_one_is_trained_on(ahead, model_folder, data_dir, tmp_path, monkeypatch):
+    step, retrieve = GenerativeQAModule.training_step, RagKnowledgeRetriever.retrieve
+    begun = [threading.Event(), threading.Event()]  # the retrieval of the first batch, of the second
+
+    def note(retriever, *arguments):
+        next(event for event in begun if not event.is_set()).set()
+        return retrieve(retriever, *arguments)
+
+    def wait_for_the_next(module, batch, batch_idx):
+        assert begun[batch_idx + 1].wait(20) if batch_idx == 0 else True
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(RagKnowledgeRetriever, "retrieve", note)
+    monkeypatch.setattr(GenerativeQAModule, "training_step", wait_for_the_next)
+    flags = ["--freeze_question_encoder", "--max_steps", 2, "--num_sanity_val_steps", 0, "--limit_val_batches", 0]
+    run(model_folder["bart"], data_dir, tmp_path / "out", *flags)
+    assert all(event.is_set() for event in begun)
+
+
+def test_what_goes_wrong_ahead_is_told(ahead, model_folder, data_dir, tmp_path, monkeypatch):
+    retrieve, calls = RagKnowledgeRetriever.retrieve, []
+
+    def fail(retriever, *arguments):
+        calls.append(threading.current_thread())
+        if len(calls) == 3:
+            raise UserError("the disk of the passages is gone")
+        return retrieve(retriever, *arguments)
+
+    monkeypatch.setattr(RagKnowledgeRetriever, "retrieve", fail)
+    with pytest.raises(UserError, match="the disk of the passages is gone"):
+        run(model_folder["bart"], data_dir, tmp_path / "out", "--freeze_question_encoder")
+    assert calls[2] is not threading.main_thread()
+
+
+def test_only_a_device_of_its_own_with_a_frozen_question_encoder_is_searched_beside(module_of):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    learning, frozen = module_of("bart"), module_of("bart", "--freeze_question_encoder")
+    assert frozen.can_retrieve_ahead(cuda)
+    assert not frozen.can_retrieve_ahead(cpu) and not learning.can_retrieve_ahead(cuda)
