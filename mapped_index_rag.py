@@ -64,7 +64,8 @@ class _MappedFile:
 def _map_hnsw(path):
     """The index of a file in the format that faiss/impl/index_write.cpp gives an HNSW graph; None of another kind."""
     file = _MappedFile(path)
-    kind, *_, metric = header = file.unpack(HEADER)
+    header = file.unpack(HEADER)
+    kind, _, size, *_, metric = header
     if kind not in GRAPHS or metric not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         return None
     start = file.at
@@ -73,11 +74,11 @@ def _map_hnsw(path):
     levels, offsets, links = file.vector("<i4"), file.vector("<u8"), file.vector("<i4")
     entry_point, max_level, *effort = file.unpack(GRAPH)
 
-    kind, *_, metric = storage_header = file.unpack(HEADER)
+    storage_header = file.unpack(HEADER)
     start = file.at
-    if kind == QUANTIZED:
+    if storage_header[0] == QUANTIZED:
         file.unpack(QUANTIZER), file.vector("<f4")
-    elif kind not in PLAIN:
+    elif storage_header[0] not in PLAIN:
         return None
     quantizer = file.since(start)
     file.take(8)  # the size of what comes last: the vectors
@@ -88,12 +89,12 @@ def _map_hnsw(path):
     ]  # fmt: skip
     index = faiss.deserialize_index(np.frombuffer(b"".join(image), dtype=np.uint8))
     storage = faiss.downcast_index(index.storage)
-    size = header[2]
     codes = file.take(size * storage.code_size)
     whole = (
         size == storage_header[2] == len(levels) == len(offsets) - 1
         and offsets[-1] == len(links)
         and 0 <= entry_point < size
+        and levels[entry_point] == max_level + 1
         and file.at == len(file.bytes)
     )
     if not whole:

@@ -1,5 +1,6 @@
 """Small models and knowledge made on the spot: no hub, no download, fractions of a second each."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+# In the background of a script pytest begins without Ctrl-C, which those it starts would lack, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = """the of in is a river city capital country lies on and with people what where which who many live near flows
 through paris london rome berlin vienna madrid lisbon oslo france england italy germany austria spain portugal norway

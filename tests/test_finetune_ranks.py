@@ -242,7 +242,6 @@ class Job:
             [*start, *two_ranks(words, out, *devices, *flags)],
             env=os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | environment,
             stdout=self.log, stderr=self.log, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background lacks
         )  # fmt: skip
         self.family: list[psutil.Process] = []
 
