@@ -277,6 +277,7 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
+    warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
     profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
     try:
         trainer = pl.Trainer(
