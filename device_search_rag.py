@@ -108,9 +108,10 @@ class DeviceSearch:
     def _scores(self, queries, embeddings):
         import torch
 
-        if self.device.type == "cpu":  # few of them multiply half precision faster than float32
-            return queries @ embeddings.float().T
-        return torch.mm(queries.half(), embeddings.T, out_dtype=torch.float32)
+        with torch.autocast(self.device.type, enabled=False):
+            if self.device.type == "cpu":  # few of them multiply half precision faster than float32
+                return queries @ embeddings.float().T
+            return torch.mm(queries.half(), embeddings.T, out_dtype=torch.float32)
 
     def settings(self) -> dict:
         """What bears on a score."""

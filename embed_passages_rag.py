@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import DatasetInfo, Features, List, Value
+from datasets import Dataset, DatasetInfo, Features, List, Value
 from transformers import PreTrainedModel
 
 from cli_rag import UserError
@@ -180,6 +180,9 @@ def _embed_missing(passages: Iterator[tuple[str, str]], embedder, folder: Path, 
     """Write the shards that are not there yet."""
     paths = [folder / name for name in plan.names()]
     sizes = [min(plan.size, plan.count - i * plan.size) for i in range(len(paths))]
+    for path, rows in zip(paths, sizes, strict=True):  # a run with another --num_shards may have used the same names
+        if path.exists() and len(Dataset.from_file(str(path))) != rows:
+            path.unlink()
     kept = sum(rows for path, rows in zip(paths, sizes, strict=True) if path.exists())
     if kept:
         print(f"{kept:,} of {plan.count:,} passages were embedded by an earlier run and are kept")
@@ -198,7 +201,8 @@ def _publish(folder: Path, names: list[str], digest: str) -> None:
     """Make these files the dataset; others, of a run that was cut otherwise or half-written, are removed."""
     save_json(_state(names, digest), folder / "state.json")
     for path in folder.iterdir():
-        if path.name not in (*names, "state.json", "dataset_info.json"):
+        ours = path.suffix == ".arrow" or path.name.startswith(".")
+        if ours and path.is_file() and path.name not in names:
             path.unlink()
 
 

@@ -103,7 +103,8 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
         begin = module.begin_retrieval if module.can_retrieve_ahead(trainer.strategy.root_device) else None
         data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, begin)
         metrics, best = {}, None
-        if trainer.is_global_zero:
+        described = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
+        if trainer.is_global_zero and not described:  # a test leaves the description of the run that trained
             _describe(args)
         if args.run.do_train:
             trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)

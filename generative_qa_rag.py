@@ -138,12 +138,6 @@ class GenerativeQAModule(BaseTransformer):
         with precision.forward_context() if isinstance(precision, MixedPrecision) else nullcontext():
             return self._retrieve(batch)
 
-    def _await_retrieval(self) -> None:
-        """Retriever and tokenizers serve one thread at a time."""
-        wait([self.begun] if self.begun else [])
-
-    on_validation_start = on_train_end = _await_retrieval
-
     def on_train_batch_start(self, batch, batch_idx) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self.step_started = time.perf_counter()
@@ -171,6 +165,9 @@ class GenerativeQAModule(BaseTransformer):
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         rate = self.tokens / (time.perf_counter() - self.step_started)
         self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
+        # Retriever and tokenizers serve one thread at a time, and a validation's workers are forked: with a tokenizer
+        # that is at work in another thread, its lock would be copied as taken, for good.
+        wait([self.begun] if self.begun else [])
 
     # --- Validation and test ------------------------------------------------------------------------------------------
 

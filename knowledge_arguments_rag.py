@@ -130,6 +130,10 @@ def settings_problems(args: KnowledgeArguments) -> list[str]:
             problems.append(f"--{name} {value} must be at least 1")
     if args.recall_queries < 0:
         problems.append(f"--recall_queries {args.recall_queries} must be at least 0")
+    if args.m == 1:
+        problems.append("--m 1 makes no graph that can be searched; give 2 or more")
+    if args.append and args.csv_path == KnowledgeArguments.csv_path:
+        problems.append("--append needs --csv_path: the documents that are to be added")
     if (args.gpus_per_task or 0) < 0:
         problems.append(f"--gpus_per_task {args.gpus_per_task:g} must be at least 0")
     if args.distributed == "ray" and args.num_encoding_processes is not None:

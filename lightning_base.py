@@ -260,8 +260,8 @@ def build_logger(args: FinetuneArguments) -> Logger:
     """The logger that `--logger_name` asks for; the public suite's project names for Weights & Biases."""
     output_dir = Path(args.run.output_dir)
     if args.run.logger_name == "default":
-        resumed = args.run.resume_from_checkpoint is not None
-        return JsonLinesLogger(output_dir / "training_log.jsonl", append=resumed)
+        goes_on = args.run.resume_from_checkpoint is not None or not args.run.do_train
+        return JsonLinesLogger(output_dir / "training_log.jsonl", append=goes_on)
     from pytorch_lightning.loggers import WandbLogger
 
     dataset = Path(args.data.data_dir).name

@@ -94,8 +94,9 @@ def _sum_of_marginal_logprobs(hidden, weight, bias, priors) -> torch.Tensor:
 
 
 def _logit_sum(hidden, weight, bias) -> torch.Tensor:
-    """Sum of the logits over the vocabulary, (N, T, d) to (N, T) float32."""
-    return hidden.float() @ weight.float().sum(0) + bias.float().sum()
+    """Sum of the logits over the vocabulary, (N, T, d) to (N, T) float32. Float16, as of autocast, ends at 65,504."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ weight.float().sum(0) + bias.float().sum()
 
 
 def sequence_nll(logits, targets, pad_token_id: int, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -111,10 +111,8 @@ class Predictions:
         self.settings = settings
         self.index: dict[str, Any] = {}
         self.origin_known = True
-        if recalculate:
-            for old in (self.path, self.records_path, self.settings_path):
-                old.unlink(missing_ok=True)
-        self.lines = self._lines_so_far()
+        # What is there is written over in `start` only, when the model has been loaded.
+        self.lines = [] if recalculate else self._lines_so_far()
         if self.lines:
             self._check_origin()
         if len(self.lines) > len(questions):

@@ -1,6 +1,7 @@
 """Every passage gets its own vector, in its own row, whatever was killed in between."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import embed_passages_rag
 from cli_rag import UserError
 from columns_rag import EmbeddingColumn
-from embed_passages_rag import PassageEmbedder, ShardPlan, embed_passages, is_complete, partial_folder
+from embed_passages_rag import PassageEmbedder, ShardPlan, _publish, embed_passages, is_complete, partial_folder
 from models_rag import load_encoder
 from pooled_encoder import PooledEncoder, PooledEncoderConfig
 from tests.conftest import DIMENSION, PASSAGES
@@ -160,3 +161,23 @@ def test_shards_of_another_cut_are_not_part_of_the_dataset(embedder, passages, t
     assert sorted(path.name for path in (tmp_path / "out").glob("*.arrow")) == [
         f"data-{i:05d}-of-00004.arrow" for i in range(4)
     ]
+
+
+def test_a_killed_run_with_another_number_of_shards_is_gone_on_with(embedder, passages, tmp_path):
+    """Both make two files of the same names; what does not fit is embedded again."""
+    plan = ShardPlan(len(passages), num_shards=2)
+    partial = partial_folder(tmp_path / "out", "digest")
+    embed_passages(iter(passages[:5]), embedder, tmp_path / "five", "other", ShardPlan(5, num_shards=1))
+    partial.mkdir(parents=True)
+    shutil.copy(tmp_path / "five" / "data-00000-of-00001.arrow", partial / plan.names()[0])
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", plan)
+    assert load_from_disk(str(tmp_path / "out"))["text"] == [text for _, text in passages]
+
+
+def test_what_others_keep_beside_the_dataset_stays(embedder, passages, tmp_path):
+    folder = tmp_path / "out"
+    embed_passages(iter(passages[:5]), embedder, folder, "digest", ShardPlan(5))
+    (folder / "NOTES.md").write_text("mine")
+    (folder / ".ipynb_checkpoints").mkdir()
+    _publish(folder, ["data-00000-of-00001.arrow"], "digest")
+    assert (folder / "NOTES.md").exists() and len(load_from_disk(str(folder))) == 5

@@ -276,6 +276,8 @@ def test_missing_files_and_bad_values_are_named_together(run, files, no_model):
     assert [line.split()[0] for line in str(error.value).splitlines()] == [
         "--evaluation_set", "--gold_data_path", "--predictions_path",
     ]  # fmt: skip
+    with pytest.raises(UserError, match=r"--predictions_path .* is --gold_data_path, which would be overwritten"):
+        run("nowhere", predictions_path=files / "ans", gold_data_path=files / "ans", recalculate=True)
     with pytest.raises(UserError) as error:
         run("nowhere", n_docs=0, k=[5, 0], min_length=9, answers_path="x")
     assert [line.split()[0] for line in str(error.value).splitlines()] == [

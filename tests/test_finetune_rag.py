@@ -118,6 +118,15 @@ def test_bare_generators_need_no_retriever(generator, request, data_dir, tmp_pat
     assert "val_em" in metrics and "val_doc_entropy" not in metrics
 
 
+def test_a_test_leaves_what_the_training_wrote(model_folder, data_dir, tmp_path):
+    out = tmp_path / "out"
+    run(model_folder, data_dir, out, "--max_steps", 1)
+    described, logged = (out / "hparams.json").read_text(), (out / "training_log.jsonl").read_text()
+    run(out / "checkpoint1", data_dir, out, "--do_predict")
+    assert (out / "hparams.json").read_text() == described
+    assert (out / "training_log.jsonl").read_text().startswith(logged)
+
+
 def test_predict_alone(model_folder, data_dir, tmp_path):
     metrics = run(model_folder, data_dir, tmp_path / "out", "--do_predict")
     assert "test_avg_em" in metrics and "val_em" not in metrics

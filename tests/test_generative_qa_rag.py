@@ -2,9 +2,11 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
+from pytorch_lightning.loops.evaluation_loop import _EvaluationLoop
 from transformers import RagTokenizer
 
 import generator_rag
@@ -143,6 +145,30 @@ def test_the_next_batch_is_retrieved_while_this_one_is_trained_on(ahead, model_f
     flags = ["--freeze_question_encoder", "--max_steps", 2, "--num_sanity_val_steps", 0, "--limit_val_batches", 0]
     run(model_folder["bart"], data_dir, tmp_path / "out", *flags)
     assert all(event.is_set() for event in begun)
+
+
+def test_no_retrieval_is_under_way_when_a_validation_forks_its_workers(
+    ahead, model_folder, data_dir, tmp_path, monkeypatch
+):
+    """A tokenizer at work in another thread would be copied with its lock taken."""
+    retrieve, reset, working = RagKnowledgeRetriever.retrieve, _EvaluationLoop.reset, threading.Event()
+    seen = []
+
+    def slow(retriever, *arguments):
+        working.set()
+        time.sleep(0.1)
+        found = retrieve(retriever, *arguments)
+        working.clear()
+        return found
+
+    def note(loop):
+        seen.append(working.is_set())
+        return reset(loop)
+
+    monkeypatch.setattr(RagKnowledgeRetriever, "retrieve", slow)
+    monkeypatch.setattr(_EvaluationLoop, "reset", note)
+    run(model_folder["bart"], data_dir, tmp_path / "out", "--freeze_question_encoder", "--val_check_interval", 1)
+    assert len(seen) >= 4 and not any(seen)
 
 
 def test_what_goes_wrong_ahead_is_told(ahead, model_folder, data_dir, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from transformers import RagSequenceForGeneration, RagTokenForGeneration
 import generator_rag
 import loss_rag
 from generator_rag import decode_answers, encode_contexts, output_layer
-from loss_rag import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
+from loss_rag import _logit_sum, decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
 from retriever_rag import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import QUESTIONS, make_rag
 
@@ -103,3 +103,12 @@ def test_decoder_inputs_start_as_generation_does(bart, bart_tokenizer, t5, t5_to
     # A BERT-like tokenizer puts the start token first itself.
     inputs, targets = decoder_inputs_and_targets(torch.tensor([[2, 9, 3]]), bart.config)
     assert inputs.tolist() == [[2, 9, 3]] and targets.tolist() == [[9, 3, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_smoothing_under_autocast_sums_the_logits_in_float32(dtype):
+    """Half precision cannot hold a sum of 50,000 logits of about 7."""
+    hidden, weight = torch.ones(1, 2, 4), torch.full((50265, 4), 1.72)
+    expected = _logit_sum(hidden, weight, torch.zeros(50265))
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(_logit_sum(hidden, weight, torch.zeros(50265)), expected)
