@@ -222,8 +222,8 @@ def parse_titles_line(line: str) -> list[str]:
 
 
 def strip_title(title: str) -> str:
-    """A title without the quotes that wiki_dpr puts around it."""
-    return title.removeprefix('"').removesuffix('"')
+    """A title without the blanks and quotes around it; wiki_dpr has quotes."""
+    return title.strip().removeprefix('"').removesuffix('"').strip()
 
 
 def parse_qa_line(line: str) -> list[str]:

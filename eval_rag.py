@@ -47,7 +47,15 @@ from utils_rag import (
     save_json,
 )
 
-CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.bin",
+    "*tokenizer*/*",
+    "*tokenizer*.json",
+)
+CHECKPOINT_FILES += ("vocab*", "merges.txt", "*.model")
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
 PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}
@@ -248,17 +256,17 @@ def score_passages(args: EvalArguments, data: EvalData, predictions: Predictions
 
 
 def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores: dict[str, float]) -> None:
-    """Print what was asked for, then the scores with the settings that made them; write the scores' file."""
+    """Write the scores' file; print what was asked for, then the scores with the settings that made them."""
+    made_with = {"settings": predictions.settings if predictions.origin_known else None, "index": predictions.index}
+    path = f"{args.predictions_path}.scores.json"
+    gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
+    save_json({"scores": scores, **gold, **made_with}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):
         if args.print_predictions:
             print(f"Q: {record['question']} - A: {line}")
         if args.print_docs:
             for title, score in zip(record.get("titles", []), record.get("scores", []), strict=True):
                 print(f"    {score:10.4f}  {title}")
-    made_with = {"settings": predictions.settings if predictions.origin_known else None, "index": predictions.index}
-    path = f"{args.predictions_path}.scores.json"
-    gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
-    save_json({"scores": scores, **gold, **made_with}, path)
     print(f"{len(data.questions):,} questions; {describe(**made_with)}")
     for name, score in scores.items():
         print(f"{label(name)}: {100 * score:.2f}")

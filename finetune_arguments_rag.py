@@ -237,6 +237,10 @@ def _group_of(args: FinetuneArguments, group: type) -> Any:
 
 def _contradictions(args: FinetuneArguments) -> list[str]:
     problems = _retrieval_contradictions(args.retrieval)
+    if args.training.seed < 0:
+        problems.append(f"--seed {args.training.seed} must be 0 or more")
+    if args.trainer["log_every_n_steps"] == 0:
+        problems.append("--log_every_n_steps 0 must be 1 or more; a large number logs once an epoch")
     precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]
     precisions += [f"--precision {args.trainer['precision']}"] if args.trainer["precision"] is not None else []
     if len(precisions) > 1:

@@ -111,7 +111,8 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
             metrics |= trainer.callback_metrics
             best = trainer.checkpoint_callback.best_model_path or None
         if args.run.do_predict:
-            trainer.test(module, datamodule=data, ckpt_path=best, verbose=False)
+            tested = best if args.run.do_train else args.run.resume_from_checkpoint
+            trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)
             metrics |= trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}
 

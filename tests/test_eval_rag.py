@@ -368,3 +368,10 @@ def test_the_command_line_answers_at_once(tmp_path):
     code = "import sys, eval_rag; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_blanks_around_titles_do_not_count(run, files, rag_folder):
+    expected = run(rag_folder, gold="pages")
+    (files / "spaced").write_text("".join(f" {line} \n" for line in (files / "pages").read_text().splitlines()))
+    spaced = run(rag_folder, gold="pages", predictions="again", gold_data_path=files / "spaced")
+    assert spaced == expected and expected["precision_at_1"] > 0

@@ -155,3 +155,11 @@ def test_unpaired_data_are_named(model_folder, data_dir, tmp_path):
         run(model_folder, data_dir, tmp_path / "out")
     assert "val.target: blank lines, 1 in all, the first is line 2" in str(error.value)
     assert "val.source has 8 lines but val.target has 2 lines" in str(error.value)
+
+
+def test_predict_alone_measures_the_checkpoint_that_is_named(model_folder, data_dir, tmp_path):
+    run(model_folder, data_dir, tmp_path / "out", "--max_steps", 2)
+    flags = ["--do_predict", "--resume_from_checkpoint"]
+    trained = run(model_folder, data_dir, tmp_path / "test", *flags, tmp_path / "out" / "last.ckpt")
+    untrained = run(model_folder, data_dir, tmp_path / "base", "--do_predict")
+    assert trained["test_avg_loss"] < untrained["test_avg_loss"]
