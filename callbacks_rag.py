@@ -268,6 +268,10 @@ class ValidationEarlyStopping(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= max(self.patience, 1):  # a run that was stopped so is not to train on when repeated
+            trainer.should_stop = True
+
 
 class MetricsWriter(Callback):
     """Keeps `metrics.json`: {"train": [...], "val": [...], "test": [...]}, a row of each a validation, and one a test.

@@ -10,6 +10,7 @@ and refuses to go on with other weights than the first process has. Ray is an op
 
 import multiprocessing
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -187,6 +188,13 @@ def _start_worker(gpus, threads: int) -> None:
     """Give a new process of a `NodeWorkers` its GPU, before it has seen any, and its share of the cores."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent) -> None:
+    """A pool's process waits for work for good, also where nobody is left to give it any."""
+    parent.join()
+    os._exit(1)
 
 
 class RayWorkers(Workers):

@@ -1,5 +1,9 @@
 """Several processes, or a Ray cluster's tasks, embed what one process does."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,7 +16,7 @@ import encoding_workers_rag
 from cli_rag import UserError
 from encoding_workers_rag import EncoderPlan, NodeWorkers, RayWorkers, encoding_device, encoding_workers
 from models_rag import load_encoder, load_tokenizer, weights_digest
-from tests.conftest import PASSAGES
+from tests.conftest import PASSAGES, ROOT
 from tests.test_use_own_knowledge_dataset import run
 from use_own_knowledge_dataset import parse_args
 
@@ -151,3 +155,28 @@ def test_who_embeds(embedder, plan, flags):
     assert (device, on_ray.plan.device, on_ray.gpus_a_task) == ("cuda", "cuda", 0.5)
     device, on_ray = workers("--distributed", "ray")
     assert (device, on_ray.gpus_a_task) == ("cpu", 0)
+
+
+ORPHANING = """
+import multiprocessing, os, signal, sys
+from concurrent.futures import ProcessPoolExecutor
+from encoding_workers_rag import _start_worker
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    gpus = spawn.Queue()
+    gpus.put("")
+    pool = ProcessPoolExecutor(1, spawn, initializer=_start_worker, initargs=(gpus, 1))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
+    script = tmp_path / "orphaning.py"
+    script.write_text(ORPHANING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # The worker shares the pipe: this returns when both are gone.
+    command = [sys.executable, script]
+    killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(int(killed.stdout)) or psutil.Process(int(killed.stdout)).status() == "zombie"

@@ -90,6 +90,13 @@ def test_the_same_command_goes_on_where_it_was_killed(frozen, model_folder, data
     assert load_json(killed / "metrics.json")["val"] == validations[killed]
 
 
+def test_a_run_that_was_stopped_early_is_finished(model_folder, data_dir, tmp_path):
+    flags = ["--num_train_epochs", 9, "--early_stopping_patience", 1, "--learning_rate", 1e-9]
+    for _ in range(2):
+        run(model_folder, data_dir, tmp_path / "out", *flags)
+        assert [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["val"]] == [2, 4]
+
+
 def test_another_run_in_the_same_folder_is_refused(model_folder, data_dir, tmp_path):
     out = tmp_path / "out"
     run(model_folder, data_dir, out, "--max_steps", 1)
