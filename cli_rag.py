@@ -89,11 +89,9 @@ class RagArgumentParser(HfArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        unknown = (
-            (message.removeprefix("unrecognized arguments: ").split() or [""])[0] if "unrecognized" in message else None
-        )
-        if unknown:
-            close = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
+        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        if unknown:  # it may be an empty word
+            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
             message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 

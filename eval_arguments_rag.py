@@ -173,10 +173,9 @@ def _file_problems(args: EvalArguments) -> list[str]:
         problems += check_file("--answers_path", args.answers_path, "give a file `question TAB ['answer', ...]`")
     if Path(args.predictions_path).is_dir():
         problems.append(f"--predictions_path {args.predictions_path} is a folder; name a file in it")
-    inputs = {"evaluation_set": args.evaluation_set, "gold_data_path": args.gold_data_path}
-    inputs |= {"answers_path": args.answers_path} if args.answers_path is not None else {}
-    for name, path in inputs.items():
-        if Path(path).exists() and Path(path).resolve() == Path(args.predictions_path).resolve():
+    for name in ("evaluation_set", "gold_data_path", "answers_path"):
+        path = getattr(args, name)
+        if path is not None and Path(path).exists() and Path(path).resolve() == Path(args.predictions_path).resolve():
             problems.append(
                 f"--predictions_path {args.predictions_path} is --{name}, which would be overwritten; name another file"
             )

@@ -48,14 +48,9 @@ from utils_rag import (
 )
 
 CHECKPOINT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.bin",
-    "*tokenizer*/*",
-    "*tokenizer*.json",
-)
-CHECKPOINT_FILES += ("vocab*", "merges.txt", "*.model")
+    "config.json", "generation_config.json", "*.safetensors", "*.bin",
+    "*tokenizer*/*", "*tokenizer*.json", "vocab*", "merges.txt", "*.model",
+)  # fmt: skip
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
 PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}

@@ -208,7 +208,7 @@ AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_
 train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length
 ef_search nprobe"""
 AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
-weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus"""
+weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus seed"""
 PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
 MINUS_ONE_OR_MORE = "early_stopping_patience"
 ALL_OR_SOME = "n_train n_val n_test"
@@ -237,8 +237,6 @@ def _group_of(args: FinetuneArguments, group: type) -> Any:
 
 def _contradictions(args: FinetuneArguments) -> list[str]:
     problems = _retrieval_contradictions(args.retrieval)
-    if args.training.seed < 0:
-        problems.append(f"--seed {args.training.seed} must be 0 or more")
     if args.trainer["log_every_n_steps"] == 0:
         problems.append("--log_every_n_steps 0 must be 1 or more; a large number logs once an epoch")
     precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]

@@ -102,16 +102,15 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
         tokenizers = (module.question_tokenizer, module.answer_tokenizer)
         begin = module.begin_retrieval if module.can_retrieve_ahead(trainer.strategy.root_device) else None
         data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, begin)
-        metrics, best = {}, None
+        metrics, tested = {}, args.run.resume_from_checkpoint
         described = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
         if trainer.is_global_zero and not described:  # a test leaves the description of the run that trained
             _describe(args)
         if args.run.do_train:
             trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
             metrics |= trainer.callback_metrics
-            best = trainer.checkpoint_callback.best_model_path or None
+            tested = trainer.checkpoint_callback.best_model_path or None
         if args.run.do_predict:
-            tested = best if args.run.do_train else args.run.resume_from_checkpoint
             trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)
             metrics |= trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}

@@ -1,17 +1,21 @@
-"""What every benchmark says of the machine above its table, and the memory of processes; no benchmark itself.
+"""What every benchmark says of the machine above its table, and processes and their memory; no benchmark itself.
 
     print(header("torch", "faiss-cpu"))  # date and command; processor, cores, Python and these packages' versions
+    seconds = in_its_own_process(__file__, "--side", "ours")  # what this benchmark prints there, as JSON
     peak, allocated = status_mib("VmHWM"), status_mib("RssAnon", process.pid)
 
 Memory is in MiB, as Linux tells it in /proc.
 """
 
 import datetime
+import json
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 CORES = len(os.sched_getaffinity(0))  # that this process may use
 
@@ -25,6 +29,12 @@ def header(*packages: str, threads: int | None = None) -> str:
         facts.append(f"{threads} threads")
     facts += [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     return f"{datetime.date.today()}, {' '.join(sys.argv)}\n{', '.join(facts)}"
+
+
+def in_its_own_process(script: str, *words: str | Path) -> Any:
+    """What a benchmark with these flags, in a new process, says in the last line it prints, which is JSON."""
+    shown = subprocess.run([sys.executable, script, *words], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(shown.splitlines()[-1])
 
 
 def status_mib(name: str, process: str | int = "self") -> float:

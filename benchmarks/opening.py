@@ -11,7 +11,6 @@ more than --faiss_passages they would not fit there. Each opening is in a proces
 import json
 import statistics
 import struct
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.machine import header
+from benchmarks.machine import header, in_its_own_process
 from cli_rag import parse_into, run_script
 
 LINKS = 128
@@ -90,11 +89,9 @@ def open_once(args: BenchmarkArguments) -> float:
 
 
 def median_of(args: BenchmarkArguments, side: str, index: Path) -> float:
-    command = [sys.executable, __file__, "--side", side, "--index", str(index)]
-    shown = [
-        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout for _ in range(args.openings + 1)
-    ]
-    return statistics.median(json.loads(text) for text in shown[1:])
+    words = ("--side", side, "--index", index)
+    seconds = [in_its_own_process(__file__, *words) for _ in range(args.openings + 1)]
+    return statistics.median(seconds[1:])
 
 
 def main(args: BenchmarkArguments) -> list[dict]:

@@ -13,7 +13,6 @@ Contexts are the passages and questions of ../shared/data/nq_gold, or made-up te
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.machine import anonymous_mib, header
+from benchmarks.machine import anonymous_mib, header, in_its_own_process
 from benchmarks.retrieval_backends import CENTRES, build, random_vectors
 from benchmarks.retrieval_backends import BenchmarkArguments as KnowledgeArguments
 from benchmarks.training_step import NQ_GOLD, examples, make_tokenizer
@@ -98,18 +97,12 @@ def open_and_call(args: BenchmarkArguments) -> dict:
     return {"open_s": opened, "memory_mib": anonymous_mib() - before}
 
 
-def in_its_own_process(args: BenchmarkArguments, side: str, index: Path) -> dict:
-    command = [sys.executable, __file__, "--side", side, "--index", str(index)]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(shown.splitlines()[-1])
-
-
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
 def measure(args: BenchmarkArguments, index: Path, batch: int, centres: int = CENTRES) -> dict:
     kind = index.stem + ("" if centres else ", no centres")
-    opened = {side: in_its_own_process(args, side, index) for side in SIDES}
+    opened = {side: in_its_own_process(__file__, "--side", side, "--index", index) for side in SIDES}
     retrievers = {side: make_retriever(side, index) for side in SIDES}
     queries = random_vectors(batch, DIMENSION, 10**6, centres)
     searched = retrievers["ours"].index.faiss_index

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.machine import header, status_mib
+from benchmarks.machine import header, in_its_own_process, status_mib
 from cli_rag import parse_into, run_script
 from utils_rag import atomic_folder, read_lines
 
@@ -291,13 +290,11 @@ def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
 # --- Both sides -------------------------------------------------------------------------------------------------------
 
 
-def in_its_own_process(args: BenchmarkArguments, side: str) -> dict:
+def run_side(args: BenchmarkArguments, side: str) -> dict:
     names = ("steps", "batch_size", "n_docs", "size", "dropout", "device", "folder")
     words = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     words += ["--bf16"] * args.bf16 + (["--flags", *args.flags] if args.flags else [])
-    command = [sys.executable, __file__, "--side", side, *words]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(shown.splitlines()[-1])
+    return in_its_own_process(__file__, "--side", side, *words)
 
 
 def main(args: BenchmarkArguments) -> dict:
@@ -316,7 +313,7 @@ def main(args: BenchmarkArguments) -> dict:
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}
     for _ in range(args.rounds):
         for side in SIDES:
-            runs[side].append(in_its_own_process(args, side))
+            runs[side].append(run_side(args, side))
     return report(runs)
 
 

@@ -171,7 +171,7 @@ def test_two_ranks_of_half_the_batch_are_one_process(retriever, accumulate, word
 @pytest.mark.slow
 @pytest.mark.parametrize("retriever", ["pytorch", "ray"])
 def test_two_ranks_that_retrieve_ahead_are_one_process(retriever, words, alone, ahead, monkeypatch, tmp_path):
-    """A validation after every batch, while the retrieval of the next one is under way."""
+    """A validation after every batch, when the passages of the next one are there already."""
     further = ["--freeze_question_encoder", "--val_check_interval", "1"]
     flags = ["--do_train", "--do_predict", "--distributed_retriever", retriever, *further]
     run_ranks(train, 2, tmp_path, two_ranks(words, tmp_path / "out", *flags), tmp_path / "out", seconds=120)

@@ -114,7 +114,7 @@ def logged(folder) -> list[dict]:
 
 @pytest.mark.parametrize("flags", [[], ["--bf16", "--dropout", 0.1], ["--index_name", "bm25"]])
 def test_retrieving_ahead_changes_nothing(flags, model_folder, data_dir, tmp_path, request):
-    """Also with validations in the middle of an epoch, while the next batch's retrieval is under way."""
+    """Also with validations in the middle of an epoch, when the next batch's passages are there already."""
     flags = [*flags, "--freeze_question_encoder", "--val_check_interval", 1, "--do_train", "--do_predict"]
     if "bm25" in flags:
         flags.remove("--freeze_question_encoder")
