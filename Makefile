@@ -15,7 +15,7 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (about ten minutes on two cores)
-	$(BIN)/python quickstart.py
+	$(BIN)/python -m quickstart
 
 test: $(SETUP) lint ## run ruff and the whole test suite
 	$(BIN)/python -m pytest

@@ -22,9 +22,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
-from cli_rag import UserError
-from finetune_arguments_rag import FinetuneArguments, trainer_settings
-from utils_rag import atomic_folder, load_json, save_json
+from rag.errors import UserError
+from rag.files import atomic_folder, load_json, save_json
+from rag.training.arguments import FinetuneArguments, trainer_settings
 
 SECONDS_TO_APPEAR = 60  # a network disk shows a new file that long after it was looked for in vain
 STOPPED = 128 + signal.SIGTERM  # exit status

@@ -14,8 +14,10 @@ appears only when it is whole and its reload gave back the very weights of the t
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli_rag import UserError, parse_into, raise_problems, run_script
-from utils_rag import atomic_folder
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.errors import UserError, raise_problems
+from rag.files import atomic_folder
 
 
 @dataclass
@@ -64,7 +66,14 @@ def main(args: ConsolidateArguments) -> Path:
     from transformers import RagTokenizer
     from transformers.utils import logging
 
-    from models_rag import compose_rag, encoder_dimension, load_encoder, load_model, save_model, weights_digest
+    from rag.models.checkpoints import (
+        compose_rag,
+        encoder_dimension,
+        load_encoder,
+        load_model,
+        save_model,
+        weights_digest,
+    )
 
     logging.disable_progress_bar()
     _check_parts(args)
@@ -94,7 +103,7 @@ def main(args: ConsolidateArguments) -> Path:
 
 def _check_parts(args: ConsolidateArguments) -> None:
     """All that can be told of the parts from their configs, before any of them is loaded."""
-    from models_rag import RAG_TYPES, infer_model_type, load_config
+    from rag.models.checkpoints import RAG_TYPES, infer_model_type, load_config
 
     problems = []
     for name, look in {
@@ -113,7 +122,7 @@ def _settings(args: ConsolidateArguments):
     """The `RagConfig` that was asked for, or None for the defaults."""
     from transformers import RagConfig
 
-    from models_rag import load_config
+    from rag.models.checkpoints import load_config
 
     if args.config_name_or_path is None:
         return None
@@ -127,7 +136,7 @@ def _settings(args: ConsolidateArguments):
 
 
 def _tokenizer(args: ConsolidateArguments, part: str):
-    from models_rag import load_tokenizer
+    from rag.models.checkpoints import load_tokenizer
 
     own, beside = f"{part}_tokenizer_name_or_path", f"{part}_name_or_path"
     name = own if getattr(args, own) is not None else beside

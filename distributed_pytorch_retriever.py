@@ -13,9 +13,9 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from index_rag import search_to_send
-from ranks_rag import RankError, Ranks, Transfer, world_size
-from retriever_rag import RagKnowledgeRetriever
+from rag.distributed.ranks import RankError, Ranks, Transfer, world_size
+from rag.retrieval.remote import search_to_send
+from rag.retrieval.retriever import RagKnowledgeRetriever
 
 
 class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):

@@ -25,27 +25,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cli_rag import UserError, run_script
-from eval_arguments_rag import (
-    SEARCH_FLAGS,
-    WIKI_FLAGS,
-    EvalArguments,
-    EvalData,
-    checkpoint_folders,
-    read_data,
-    strip_title,
-)
-from eval_arguments_rag import parse_args as parse_eval_args
-from predictions_rag import Predictions, differences, file_identity, missing_batches
-from utils_rag import (
-    exact_match_score,
-    f1_score,
-    metric_max_over_ground_truths,
-    precision_at_k,
-    progress,
-    reciprocal_rank,
-    save_json,
-)
+from rag.command_line.script import run_script
+from rag.errors import UserError
+from rag.evaluation.arguments import SEARCH_FLAGS, WIKI_FLAGS, EvalArguments
+from rag.evaluation.arguments import parse_args as parse_eval_args
+from rag.evaluation.gold import EvalData, checkpoint_folders, read_data, strip_title
+from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
+from rag.files import save_json
+from rag.metrics import exact_match_score, f1_score, metric_max_over_ground_truths, precision_at_k, reciprocal_rank
+from rag.progress import progress
 
 CHECKPOINT_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.bin",
@@ -70,10 +58,10 @@ def main(args: EvalArguments) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         data = read_data(args)  # its mistakes are told before torch is imported
-        from ranks_rag import Ranks
+        from rag.distributed.ranks import Ranks
 
         return measure(args, data, Ranks(RANK_TIMEOUT))
-    from ranks_rag import joined_job
+    from rag.distributed.ranks import joined_job
 
     with joined_job(RANK_TIMEOUT) as ranks:
         data = EvalData(**ranks.from_rank_zero("reading the questions", lambda: vars(read_data(args))))
@@ -128,8 +116,8 @@ def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict
 
 def prediction_settings(args: EvalArguments) -> dict[str, Any]:
     """All that the predictions depend on; read from files, without loading a model or an index."""
-    from models_rag import RAG_TYPES, infer_model_type
-    from predictors_rag import rag_config
+    from rag.evaluation.predictors import rag_config
+    from rag.models.checkpoints import RAG_TYPES, infer_model_type
 
     settings = {
         "eval_mode": args.eval_mode,
@@ -181,7 +169,7 @@ def predict_missing(
     """
     import torch
 
-    from predictors_rag import load_predictor
+    from rag.evaluation.predictors import load_predictor
 
     def load():
         if ranks.rank != 0:

@@ -13,10 +13,12 @@ Face's) and, with --do_predict, test_results.txt and test_generations.txt. The s
 from contextlib import contextmanager
 from pathlib import Path
 
-from cli_rag import raise_problems, run_script
-from finetune_arguments_rag import FinetuneArguments
-from finetune_arguments_rag import parse_args as parse_finetune_args
-from utils_rag import check_data_files, load_json, save_git_info, save_json
+from rag.command_line.script import run_script
+from rag.errors import raise_problems
+from rag.files import load_json, save_json
+from rag.training.arguments import FinetuneArguments
+from rag.training.arguments import parse_args as parse_finetune_args
+from utils_rag import check_data_files, save_git_info
 
 # What an earlier run in the same folder must agree with, for this one to be its continuation. Left out: what changes
 # neither weights nor order of examples, and how long to train.
@@ -90,9 +92,9 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     import pytorch_lightning as pl
 
     from callbacks_rag import build_callbacks
-    from generative_qa_rag import GenerativeQAModule
-    from launch_rag import ended_together
     from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
+    from rag.distributed.launch import ended_together
+    from rag.training.qa_module import GenerativeQAModule
 
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     trainer = build_trainer(args, build_callbacks(args), build_logger(args))
@@ -124,7 +126,7 @@ def _describe(args: FinetuneArguments) -> None:
 
 def _load(args: FinetuneArguments):
     """Model and tokenizer of the checkpoint, the settings that flags override put into its config."""
-    from models_rag import INDEX_SETTINGS, load_model, load_tokenizer
+    from rag.models.checkpoints import INDEX_SETTINGS, load_model, load_tokenizer
 
     path, model_args = args.model.model_name_or_path, args.model
     names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
@@ -146,7 +148,7 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
     if model.config.model_type != "rag":
         yield None
         return
-    from retriever_rag import check_n_docs
+    from rag.retrieval.retriever import check_n_docs
 
     parts = (model.config, tokenizer.question_encoder, tokenizer.generator)
     with RETRIEVERS[args.retrieval.distributed_retriever](args, parts) as retriever:
@@ -173,7 +175,7 @@ def _ray_retriever(args: FinetuneArguments, parts: tuple):
 
 @contextmanager
 def _local_retriever(args: FinetuneArguments, parts: tuple):
-    from retriever_rag import RagKnowledgeRetriever
+    from rag.retrieval.retriever import RagKnowledgeRetriever
 
     yield RagKnowledgeRetriever(*parts, init_retrieval=False)
 

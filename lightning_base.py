@@ -1,7 +1,7 @@
 """What any finetuning run needs of Lightning: optimizer and schedule, batches that resume, checkpoints, the Trainer.
 
-args = finetune_arguments_rag.parse_args()
-module = GenerativeQAModule(args)                                   # a BaseTransformer
+args = parse_args(argv)
+module = GenerativeQAModule(args, model, tokenizer, retriever)
 data = Seq2SeqDataModule(args.data, args.training.seed, question_tokenizer, generator_tokenizer)
 trainer = build_trainer(args, callbacks=build_callbacks(args), logger=build_logger(args))
 trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
@@ -10,7 +10,6 @@ trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
 import json
 import logging
 import os
-import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,132 +23,16 @@ from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import optimization
 
-from batches_rag import GlobalBatchSampler, ResumableDataLoader
-from cli_rag import UserError, raise_problems
-from finetune_arguments_rag import DataArguments, FinetuneArguments, TrainingArguments, trainer_settings
-from launch_rag import RankLauncher
-from utils_rag import Seq2SeqDataset, atomic_write
-
-SCHEDULES = {
-    "linear": optimization.get_linear_schedule_with_warmup,
-    "cosine": optimization.get_cosine_schedule_with_warmup,
-    "cosine_w_restarts": optimization.get_cosine_with_hard_restarts_schedule_with_warmup,
-    "polynomial": optimization.get_polynomial_decay_schedule_with_warmup,
-}
-
+from rag.distributed.launch import RankLauncher
+from rag.errors import UserError, raise_problems
+from rag.files import atomic_write
+from rag.training.arguments import DataArguments, FinetuneArguments, trainer_settings
+from rag.training.batches import GlobalBatchSampler, ResumableDataLoader
+from utils_rag import Seq2SeqDataset
 
 # --- The module -------------------------------------------------------------------------------------------------------
-
-
-class BaseTransformer(pl.LightningModule):
-    """Optimizer, schedule and what is logged about them; a subclass brings the model and its steps.
-
-    A subclass that overrides `on_train_start`, `on_train_batch_start` or `on_before_optimizer_step` calls `super()`'s.
-    """
-
-    def __init__(self, args: FinetuneArguments):
-        super().__init__()
-        self.args = args
-        self.save_hyperparameters(args.to_dict())
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        training = self.args.training
-        optimizer = build_optimizer(self, training, fused=self.device.type in ("cpu", "cuda"))
-        # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.
-        steps = max(int(self.trainer.estimated_stepping_batches), training.warmup_steps + 1)
-        schedule = SCHEDULES[training.lr_scheduler](optimizer, training.warmup_steps, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Restore the loader's place in the epoch.
-
-        Lightning does that when it makes the loader. Here this was too early, when `configure_optimizers` asked for the
-        number of steps and the checkpoint's place had not been read.
-        """
-        self.trainer.fit_loop._load_combined_loader_states()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout depends on seed, epoch, batch and rank only: a resumed run draws as the uninterrupted one does."""
-        place = f"{self.args.training.seed} {self.current_epoch} {batch_idx} {self.global_rank}"
-        torch.manual_seed(random.Random(place).getrandbits(63))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log learning rates and, before they are clipped, the gradients' norms."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
-            return
-        gradients: dict[str, list[torch.Tensor]] = {"": []}
-        for group in optimizer.param_groups:
-            self.log(f"lr{group['suffix']}", group["lr"])
-            for suffix in {"", group["suffix"]}:
-                gradients.setdefault(suffix, []).extend(p.grad for p in group["params"] if p.grad is not None)
-        for suffix, those in gradients.items():
-            self.log(f"grad_norm{suffix}", get_total_norm(those))
-
-    def gather_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows of all ranks by their "index", each index once: metrics over them are exact on any number of ranks.
-
-        Collective: every rank calls this equally often. Rows are JSON-able; every rank gets all of them.
-        """
-        if self.trainer.world_size > 1:
-            text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(self.device)
-            sizes = [int(size) for size in self._gather(torch.tensor(len(text), device=self.device))]
-            texts = self._gather(torch.nn.functional.pad(text, (0, max(sizes) - len(text))))
-            parts = [part[:size].cpu().numpy().tobytes() for part, size in zip(texts, sizes, strict=True)]
-            rows = [row for part in parts for row in json.loads(part)]
-        by_index = {row["index"]: row for row in rows}
-        return [by_index[index] for index in sorted(by_index)]
-
-    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, all of one shape. Collective."""
-        gathered = [torch.empty_like(tensor) for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather(gathered, tensor)
-        return gathered
-
-
-def build_optimizer(module: torch.nn.Module, training: TrainingArguments, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW or Adafactor over the trainable parameters.
-
-    Args:
-        fused: whether AdamW updates each weight in one pass over memory, on a CPU three times as fast.
-    """
-    groups = parameter_groups(module, training)
-    if training.adafactor:
-        return optimization.Adafactor(groups, lr=training.learning_rate, scale_parameter=False, relative_step=False)
-    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, eps=training.adam_epsilon, fused=fused)
-    # Else it takes float16's gradients scaled and unscales them inside its step, too late for clipping and for the log;
-    # Lightning refuses to clip then, with bfloat16 too, which is not scaled at all.
-    optimizer._step_supports_amp_scaling = False
-    return optimizer
-
-
-def parameter_groups(module: torch.nn.Module, training: TrainingArguments) -> list[dict[str, Any]]:
-    """Trainable parameters by their part of the model and by whether they decay: vectors (biases, norms) do not.
-
-    Each group has a "suffix" for what is logged of it: `_question_encoder`, `_decoder`, or none for all else.
-    """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        suffix, learning_rate = _part_of_model(name, training)
-        decays = parameter.ndim > 1
-        group = groups.setdefault((suffix, decays), {"params": [], "suffix": suffix})
-        group["lr"] = training.learning_rate if learning_rate is None else learning_rate
-        group["weight_decay"] = training.weight_decay if decays else 0.0
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def _part_of_model(parameter_name: str, training: TrainingArguments) -> tuple[str, float | None]:
-    if "question_encoder." in parameter_name:
-        return "_question_encoder", training.question_encoder_learning_rate
-    if ".decoder." in f".{parameter_name}" or "lm_head" in parameter_name:
-        return "_decoder", training.decoder_learning_rate
-    return "", training.learning_rate
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli_rag import UserError, check_file, parse_into, raise_problems, run_script
-from utils_rag import atomic_write, progress
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.errors import UserError, check_file, raise_problems
+from rag.files import atomic_write
+from rag.progress import progress
 
 CHUNK_BYTES = 1 << 20
 

@@ -9,51 +9,25 @@
     python use_own_knowledge_dataset.py --output_dir path/to/my_knowledge --search "Which river flows through Paris?"
 
 The file has a line `title TAB text` for each document; nothing in it is quoted, and a header `title TAB text` is
-skipped (other sources: documents_rag.py). Texts are cut into passages of 100 words. Written to --output_dir:
+skipped (other sources: rag/knowledge/documents.py). Texts are cut into passages of 100 words. Written to --output_dir:
 my_knowledge_dataset (title, text, embeddings), the index (a FAISS file, or a folder of --num_index_shards) and
 index.json, which says what made them. A killed run goes on when the same command is given again; a finished one is
 reused. In the end the index is compared with an exact search, and the RAG model asked, if there is one.
 """
 
-import itertools
+from __future__ import annotations
+
 import os
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cli_rag import UserError, parse_into, raise_problems, run_script
-from knowledge_arguments_rag import ENCODER_FLAG, KnowledgeArguments, settings_problems
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.errors import UserError, raise_problems
+from rag.knowledge.arguments import ENCODER_FLAG, KnowledgeArguments, settings_problems
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from passages_rag import DocumentsSurvey
-
-
-@dataclass
-class Source:
-    """The passages of --csv_path, without duplicates where none are wanted.
-
-    Attributes:
-        path: of the documents.
-        survey: what is in them.
-        keep: (N,) bool, the passages that are taken; None for all.
-    """
-
-    path: str
-    survey: "DocumentsSurvey"
-    keep: "np.ndarray | None" = None
-
-    @property
-    def count(self) -> int:
-        return self.survey.passages if self.keep is None else int(self.keep.sum())
-
-    def passages(self) -> Iterator[tuple[str, str]]:
-        from passages_rag import read_passages
-
-        passages = read_passages(self.path)
-        return passages if self.keep is None else itertools.compress(passages, self.keep)
+    from rag.knowledge.passages import PassageSource
 
 
 def parse_args(argv: list[str] | None = None) -> KnowledgeArguments:
@@ -64,7 +38,7 @@ def main(args: KnowledgeArguments):
     """Passages, index and, with a RAG checkpoint at hand, an answer; or, with --search, passages for questions.
 
     Returns:
-        a `Knowledge`; with --search a list of the passages for each question (see search_knowledge_rag.py).
+        a `Knowledge`; with --search a list of the passages for each question (see rag/knowledge/search.py).
 
     Raises:
         UserError: a setting or a line of the file is faulty, the encoder cannot be loaded or does not fit, the disk is
@@ -72,10 +46,10 @@ def main(args: KnowledgeArguments):
     """
     raise_problems(settings_problems(args))
     if args.search:
-        from search_knowledge_rag import search_passages
+        from rag.knowledge.search import search_passages
 
         return search_passages(args)
-    from knowledge_files_rag import append, build, read_made_by
+    from rag.knowledge.folder import append, build, read_made_by
 
     made_by = read_made_by(args)
     source = read_source(args, made_by)
@@ -93,7 +67,7 @@ def main(args: KnowledgeArguments):
         missing = "--rag_model_name" if args.rag_model_name is None else "--question"
         print(f"No question is asked: {missing} was not given")
     elif rag_config is not None:
-        from search_knowledge_rag import ask
+        from rag.knowledge.search import ask
 
         knowledge.answer = ask(args.question, args.rag_model_name, flags)
     return knowledge
@@ -102,17 +76,17 @@ def main(args: KnowledgeArguments):
 # --- Documents --------------------------------------------------------------------------------------------------------
 
 
-def read_source(args: KnowledgeArguments, made_by: dict) -> Source:
+def read_source(args: KnowledgeArguments, made_by: dict) -> PassageSource:
     """Read the documents once, or twice to find duplicates, before anything else is loaded."""
-    from passages_rag import read_passages, survey_documents
+    from rag.knowledge.passages import PassageSource, read_passages, survey_documents
 
     survey = survey_documents(args.csv_path)
     raise_problems(survey.problems)
     print(f"{args.csv_path}: {survey.documents:,} documents, {survey.passages:,} passages")
-    source = Source(args.csv_path, survey)
+    source = PassageSource(args.csv_path, survey)
     if args.drop_duplicates:
-        from distinct_passages_rag import first_of_equals
-        from knowledge_files_rag import read_known
+        from rag.knowledge.duplicates import first_of_equals
+        from rag.knowledge.folder import read_known
 
         known = read_known(args, made_by) if args.append and made_by else ()
         source.keep = first_of_equals(read_passages(args.csv_path), known)
@@ -130,7 +104,7 @@ def open_rag_config(args: KnowledgeArguments):
 
     from transformers import RagConfig
 
-    from models_rag import load_config
+    from rag.models.checkpoints import load_config
 
     try:
         config = load_config(args.rag_model_name, flag="--rag_model_name")
@@ -142,13 +116,13 @@ def open_rag_config(args: KnowledgeArguments):
     return config
 
 
-def open_encoder(args: KnowledgeArguments, source: Source, rag_config):
+def open_encoder(args: KnowledgeArguments, source: PassageSource, rag_config):
     """The embedder, and all that decides what comes out of it, to go into index.json."""
-    from embed_passages_rag import PassageEmbedder
-    from encoding_workers_rag import encoding_device
-    from models_rag import load_encoder, load_tokenizer, weights_digest
-    from open_index_rag import encoder_mismatches, pooling_of
-    from passages_rag import WORDS_PER_PASSAGE
+    from rag.index.index_files import encoder_mismatches, pooling_of
+    from rag.knowledge.embedding import PassageEmbedder
+    from rag.knowledge.passages import WORDS_PER_PASSAGE
+    from rag.knowledge.workers import encoding_device
+    from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 
     name = args.dpr_ctx_encoder_model_name
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG)

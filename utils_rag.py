@@ -1,4 +1,4 @@
-"""Text files, metrics, the finetuning dataset, whole-or-nothing files and progress: what every script shares.
+"""The finetuning dataset, its checks, and where a result came from; the public suite's helpers are imported here.
 
 Nothing heavy is imported here, so that a script can check its arguments and its data before it waits for torch.
 
@@ -7,122 +7,35 @@ Nothing heavy is imported here, so that a script can check its arguments and its
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
-import string
 import subprocess
-import sys
-import time
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import starmap
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-import regex
-from tqdm import tqdm
-
-from cli_rag import UserError
+# Public names of this module, whose code is in rag/.
+from rag.files import load_json, read_lines, save_json
+from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-# --- Text files -------------------------------------------------------------------------------------------------------
-
-
-def read_lines(path: str | os.PathLike) -> list[str]:
-    r"""The lines of a UTF-8 file without their ends.
-
-    Lines end at \n, \r\n or \r and nowhere else: `str.splitlines` also splits at U+2028, \x0b or \x85, which stand
-    inside Wikipedia's sentences and would shift every later pair of source and target.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # text mode turns \r\n and \r into \n
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from error
-    lines = text.split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:
-    """Write one line each; a line that holds a line end would come back as two, so it is refused."""
-    with atomic_write(path) as file:
-        for line in lines:
-            assert "\n" not in line and "\r" not in line, f"a line end inside a line: {line!r}"
-            file.write(line + "\n")
-
-
-# --- Metrics: fractions -----------------------------------------------------------------------------------------------
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = regex.compile(r"\b(a|an|the)\b")
-_DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
-
-
-def normalize_answer(s: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles, single spaces (the SQuAD v1.1 evaluation script)."""
-    s = s.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", s).split())
-
-
-def exact_match_score(prediction: str, ground_truth: str) -> bool:
-    """Whether two answers are equal once normalised (SQuAD v1.1)."""
-    return normalize_answer(prediction) == normalize_answer(ground_truth)
-
-
-def f1_score(prediction: str, ground_truth: str) -> float:
-    """Harmonic mean of precision and recall over the normalised words of two answers (SQuAD v1.1)."""
-    prediction_words = normalize_answer(prediction).split()
-    truth_words = normalize_answer(ground_truth).split()
-    shared = (Counter(prediction_words) & Counter(truth_words)).total()
-    if shared == 0:
-        return 0.0
-    precision, recall = shared / len(prediction_words), shared / len(truth_words)
-    return 2 * precision * recall / (precision + recall)
-
-
-def metric_max_over_ground_truths(
-    metric_fn: Callable[[str, str], float], prediction: str, ground_truths: Sequence[str]
-) -> float:
-    """The best score of a prediction over the answers that count as right."""
-    return max(metric_fn(prediction, truth) for truth in ground_truths)
-
-
-def calculate_exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The share of predictions that match the reference of the same place; as many of one as of the other."""
-    return sum(starmap(exact_match_score, zip(predictions, references, strict=True))) / len(references)
-
-
-def precision_at_k(retrieved_titles: Sequence[str], gold_titles: Iterable[str], k: int) -> float:
-    """Distinct gold titles among the first k retrieved ones, over k, also where fewer are gold (public suite)."""
-    return len(set(retrieved_titles[:k]) & set(gold_titles)) / k
-
-
-def reciprocal_rank(retrieved_titles: Sequence[str], gold_titles: Iterable[str]) -> float:
-    """1 / the rank (from 1) of the first gold title; 0 where none was retrieved."""
-    gold_titles = set(gold_titles)
-    return next((1 / rank for rank, title in enumerate(retrieved_titles, start=1) if title in gold_titles), 0.0)
-
-
-def answer_recall_at_k(retrieved_texts: Sequence[str], answers: Iterable[str], k: int) -> bool:
-    """Whether one of the first k passages contains one of the answers, word for word (DPR, Karpukhin et al. 2020).
-
-    Words are compared case-folded and Unicode-normalised; "Rome" is not found in "Romeo".
-    """
-    needles = [needle for needle in map(_dpr_words, answers) if needle.strip()]
-    return any(needle in text for text in map(_dpr_words, retrieved_texts[:k]) for needle in needles)
-
-
-def _dpr_words(text: str) -> str:
-    """DPR's words between single spaces, with one before the first and one behind the last."""
-    return f" {' '.join(_DPR_TOKEN.findall(unicodedata.normalize('NFD', text.lower())))} "
-
+__all__ = [
+    "Seq2SeqDataset",
+    "calculate_exact_match",
+    "check_data_files",
+    "exact_match_score",
+    "f1_score",
+    "git_info",
+    "load_json",
+    "normalize_answer",
+    "save_git_info",
+    "save_json",
+    "trim_batch",
+]
 
 # --- The finetuning dataset -------------------------------------------------------------------------------------------
 
@@ -234,53 +147,6 @@ def trim_batch(
 # --- Files and folders that appear whole or not at all ----------------------------------------------------------------
 
 
-@contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a file beside `path` that takes its place when the block ends well and is removed when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(beside, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its place, and its old content's, when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(beside, ignore_errors=True)  # a killed run's: in a container every run has the same process id
-    beside.mkdir()
-    try:
-        yield beside
-        if path.exists():
-            path.rename(old)  # os.replace cannot take the place of a folder that holds anything
-        beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save_json(obj: Any, path: str | os.PathLike) -> None:
-    """Write an object as indented JSON, whole or not at all."""
-    with atomic_write(path) as file:
-        json.dump(obj, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-
-
-def load_json(path: str | os.PathLike) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 # --- Where a result came from, and how far it has got -----------------------------------------------------------------
 
 
@@ -305,37 +171,3 @@ def git_info() -> dict[str, str | None]:
 def save_git_info(folder: str | os.PathLike) -> None:
     """Write `git_log.json` into a folder."""
     save_json(git_info(), Path(folder) / "git_log.json")
-
-
-def progress(
-    iterable: Iterable, total: int | None, desc: str, unit: str, size: Callable[[Any], int] = lambda item: 1
-) -> Iterator:
-    """Go through an iterable while its rate and the time left are shown on stderr.
-
-    On a terminal as a bar, elsewhere (a log file) as a line about every ten seconds. `size` says how many units an
-    item holds, where that is not one (the questions of a batch).
-    """
-    if sys.stderr.isatty():
-        with tqdm(total=total, desc=desc, unit=f" {unit}", unit_scale=total is None or total >= 10**6) as bar:
-            for item in iterable:
-                yield item
-                bar.update(size(item))
-        return
-    done, start = 0, time.monotonic()
-    last_line = start
-    for item in iterable:
-        yield item
-        done += size(item)
-        now = time.monotonic()
-        if now - last_line >= 10:
-            last_line = now
-            print(_progress_line(done, total, now - start, desc, unit), file=sys.stderr, flush=True)
-    print(_progress_line(done, total, time.monotonic() - start, desc, unit), file=sys.stderr, flush=True)
-
-
-def _progress_line(done: int, total: int | None, seconds: float, desc: str, unit: str) -> str:
-    rate = done / max(seconds, 1e-6)
-    if total is None or done >= total:
-        return f"{desc}: {done:,} {unit} in {tqdm.format_interval(seconds)}, {rate:,.1f} {unit}/s"
-    left = tqdm.format_interval((total - done) / rate) if done else "?"
-    return f"{desc}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {left} left"

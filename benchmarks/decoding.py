@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, status_mib
-from cli_rag import parse_into, run_script
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
 
 SIZES = {
     "base": {"d_model": 768, "layers": 6, "heads": 12, "ffn": 3072, "vocabulary": 50265},
@@ -154,7 +155,7 @@ def transformers_way(model, ids, mask, doc_scores):
 
 
 def our_way(model, ids, mask, doc_scores):
-    from decoding_rag import generate_answers
+    from rag.generation.decoding import generate_answers
 
     return generate_answers(model, ids, mask, doc_scores, n_docs=model.config.n_docs, **SETTINGS)
 

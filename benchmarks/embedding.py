@@ -23,8 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.index_kinds import TEXTS, passages_of
 from benchmarks.machine import header, status_mib
-from cli_rag import parse_into, run_script
-from utils_rag import save_json
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC_BATCH = 16
@@ -55,7 +56,7 @@ def make_encoder(**sizes):
     import torch
     from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder
 
-    from quickstart import minilm_folder
+    from quickstart.__main__ import minilm_folder
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
@@ -109,8 +110,8 @@ def padding(tokenizer, passages, shard: int, by_length: bool) -> float:
 def compare_speed(args) -> dict:
     import numpy as np
 
-    from embed_passages_rag import PASSAGES_PER_SHARD, PassageEmbedder
-    from passages_rag import read_passages
+    from rag.knowledge.embedding import PASSAGES_PER_SHARD, PassageEmbedder
+    from rag.knowledge.passages import read_passages
 
     encoder, tokenizer = make_encoder(**({"num_hidden_layers": 2} if args.short else {}))
     passages = list(read_passages(next(path for path in TEXTS if path.is_file())))

@@ -24,8 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, status_mib
 from benchmarks.retrieval_backends import random_vectors, run
-from cli_rag import parse_into, run_script
-from utils_rag import save_json
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT.parent / "shared" / "data" / "nq_gold" / "passages.tsv", ROOT / "test_data" / "my_knowledge_dataset.csv")
@@ -86,7 +87,7 @@ def passages_of(count: int):
     """Title and text of `count` passages, no two of them equal."""
     import itertools
 
-    from passages_rag import read_passages
+    from rag.knowledge.passages import read_passages
 
     texts = list(read_passages(next(path for path in TEXTS if path.is_file())))
     for number, (title, text) in enumerate(itertools.islice(itertools.cycle(texts), count)):
@@ -94,7 +95,7 @@ def passages_of(count: int):
 
 
 def make_passages(count: int, dimension: int, folder: Path, writer) -> None:
-    from embed_passages_rag import ShardPlan, embed_passages
+    from rag.knowledge.embedding import ShardPlan, embed_passages
 
     embed_passages(passages_of(count), RandomEmbedder(dimension), folder, "benchmark", ShardPlan(count))
     writer.send(None)
@@ -125,8 +126,8 @@ class PeakMemory:
 
 def build(folder: Path, kind: str, args, writer) -> None:
     """Seconds and memory of one index."""
-    from build_index_rag import EmbeddingFiles, IndexPlan, build_index
-    from embed_passages_rag import shards_of
+    from rag.index.build import EmbeddingFiles, IndexPlan, build_index
+    from rag.knowledge.embedding import shards_of
 
     vectors = EmbeddingFiles(shards_of(folder / "passages"), args.dimension)
     with PeakMemory() as peak:
@@ -143,16 +144,16 @@ def open_words(folder: Path):
     """The BM25 index, built the first time."""
     from types import SimpleNamespace
 
-    from bm25_index_rag import open_bm25
+    from rag.index.bm25 import open_bm25
 
     return open_bm25(SimpleNamespace(passages_path=folder / "passages", index_path=folder / "words"))
 
 
 def search(folder: Path, kind: str, args, writer) -> None:
     """Milliseconds until an index is open, then recall, which BM25 has not, and speed at every effort."""
-    from build_index_rag import EmbeddingFiles, exact_scores, measure
-    from embed_passages_rag import shards_of
-    from index_rag import KnowledgeIndex
+    from rag.index.build import EmbeddingFiles, exact_scores, measure
+    from rag.index.knowledge_index import KnowledgeIndex
+    from rag.knowledge.embedding import shards_of
 
     def open_index(**effort) -> KnowledgeIndex:
         if kind == BM25:
@@ -176,7 +177,7 @@ def search(folder: Path, kind: str, args, writer) -> None:
 
 
 def main(args: BenchmarkArguments) -> list[dict]:
-    from knowledge_files_rag import size_of
+    from rag.knowledge.folder import size_of
 
     print(
         f"{header('faiss-cpu')}\n"

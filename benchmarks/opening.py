@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import header, in_its_own_process
-from cli_rag import parse_into, run_script
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
 
 LINKS = 128
 
@@ -51,7 +52,7 @@ def write_hollow_index(path: Path, passages: int, dimension: int) -> None:
     import faiss
     import numpy as np
 
-    from mapped_index_rag import GRAPH, HEADER
+    from rag.index.faiss_mapping import GRAPH, HEADER
 
     graph = faiss.HNSW(LINKS)
     levels = 1 + np.array([graph.random_level() for _ in range(min(passages, 100_000))], dtype="<i4")
@@ -78,7 +79,7 @@ def write_hollow_index(path: Path, passages: int, dimension: int) -> None:
 def open_once(args: BenchmarkArguments) -> float:
     import faiss
 
-    from mapped_index_rag import map_index
+    from rag.index.faiss_mapping import map_index
 
     ways = {"ours": map_index, "faiss": lambda path: faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)}
     start = time.perf_counter()

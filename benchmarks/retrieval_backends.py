@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import CORES, header, proportional_mib
-from cli_rag import parse_into, run_script
-from utils_rag import atomic_folder, save_json
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.files import atomic_folder, save_json
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 WAYS = ("local", "pytorch", "ray", "copies")
@@ -82,8 +83,8 @@ def build(args: BenchmarkArguments) -> Path:
     import datasets
     import pyarrow as pa
 
-    from build_index_rag import EmbeddingFiles, IndexPlan, build_index
-    from embed_passages_rag import shards_of
+    from rag.index.build import EmbeddingFiles, IndexPlan, build_index
+    from rag.knowledge.embedding import shards_of
 
     folder = args.folder / f"{args.passages}x{args.dimension}-{args.centres}"
     blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]
@@ -117,7 +118,7 @@ def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, 
 
     from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
     from distributed_ray_retriever import RagRayDistributedRetriever, RetrievalWorkers
-    from retriever_rag import RagKnowledgeRetriever
+    from rag.retrieval.retriever import RagKnowledgeRetriever
 
     config = RagConfig(
         question_encoder=DPRConfig().to_dict(), generator=BartConfig().to_dict(), index_name="custom",
@@ -134,9 +135,9 @@ def make_retriever(way: str, folder: Path, kind: str, args: BenchmarkArguments, 
         if way == "copies":
             import faiss
 
-            import index_rag
+            from rag.index import knowledge_index
 
-            index_rag.map_index = faiss.read_index
+            knowledge_index.map_index = faiss.read_index
     return retriever
 
 

@@ -25,7 +25,8 @@ from benchmarks.machine import anonymous_mib, header, in_its_own_process
 from benchmarks.retrieval_backends import CENTRES, build, random_vectors
 from benchmarks.retrieval_backends import BenchmarkArguments as KnowledgeArguments
 from benchmarks.training_step import NQ_GOLD, examples, make_tokenizer
-from cli_rag import parse_into, run_script
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
 
 SIDES = ("transformers", "ours")
 DIMENSION, N_DOCS = 768, 5
@@ -62,7 +63,7 @@ def make_retriever(side: str, index: Path, tokenizer=None):
     """A retriever of one side over a FAISS file and the passages beside it."""
     from transformers import BartConfig, DPRConfig, RagConfig, RagRetriever
 
-    from retriever_rag import RagKnowledgeRetriever
+    from rag.retrieval.retriever import RagKnowledgeRetriever
 
     config = RagConfig(
         question_encoder=DPRConfig().to_dict(), generator=BartConfig().to_dict(), index_name="custom",

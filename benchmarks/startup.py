@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import header
-from cli_rag import parse_into, run_script
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 GONE = "no/such/path"
@@ -49,7 +50,7 @@ def parse_args(argv=None) -> BenchmarkArguments:
 def seconds(script: str, way: str) -> float:
     words = MISTAKES[script] if way == "missing files" else [way]
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], capture_output=True)
+    done = subprocess.run([sys.executable, "-m", script, *words], cwd=ROOT, capture_output=True)
     elapsed = time.perf_counter() - start
     assert done.returncode == WAYS[way], done.stderr.decode()
     return elapsed

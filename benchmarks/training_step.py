@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, in_its_own_process, status_mib
-from cli_rag import parse_into, run_script
-from utils_rag import atomic_folder, read_lines
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.files import atomic_folder, read_lines
 
 NQ_GOLD = Path(__file__).resolve().parents[2] / "shared" / "data" / "nq_gold"
 SIDES = ("public", "ours")
@@ -63,7 +64,7 @@ def parse_args(argv=None) -> BenchmarkArguments:
 
 def examples() -> tuple[list[str], list[str], list[tuple[str, str]]]:
     """Questions, answers, and passages of at most 100 words with their titles."""
-    from passages_rag import split_text
+    from rag.knowledge.passages import split_text
 
     if NQ_GOLD.is_dir():
         rows = [line.split("\t") for line in read_lines(NQ_GOLD / "passages.tsv")]
@@ -114,7 +115,7 @@ def build_knowledge(args: BenchmarkArguments, encoder, tokenizer, questions, pas
 def make_tokenizer():
     from transformers import AutoTokenizer
 
-    from quickstart import minilm_folder
+    from quickstart.__main__ import minilm_folder
 
     return AutoTokenizer.from_pretrained(minilm_folder())
 
@@ -176,7 +177,7 @@ def public_side(args: BenchmarkArguments, config, parts, tokenizer):
     import torch
     from transformers import RagRetriever, RagSequenceForGeneration
 
-    from loss_rag import decoder_inputs_and_targets
+    from rag.training.loss import decoder_inputs_and_targets
 
     retriever = RagRetriever(config, tokenizer, tokenizer)
     model = RagSequenceForGeneration(config, *parts, retriever=retriever)
@@ -195,10 +196,10 @@ def our_side(args: BenchmarkArguments, config, parts, tokenizer):
     """The same of `GenerativeQAModule`."""
     from transformers import RagSequenceForGeneration, RagTokenizer
 
-    from finetune_arguments_rag import parse_args as parse_finetune_args
-    from generative_qa_rag import GenerativeQAModule
-    from lightning_base import build_optimizer
-    from retriever_rag import RagKnowledgeRetriever
+    from rag.retrieval.retriever import RagKnowledgeRetriever
+    from rag.training.arguments import parse_args as parse_finetune_args
+    from rag.training.optimizer import build_optimizer
+    from rag.training.qa_module import GenerativeQAModule
 
     retriever = RagKnowledgeRetriever(config, tokenizer, tokenizer)
     model = RagSequenceForGeneration(config, *parts)
@@ -270,9 +271,9 @@ def measure(args: BenchmarkArguments) -> dict:
 
 def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
     """Note of each batch how many tokens the encoder reads, padding included, and how many are none."""
-    import generator_rag
+    from rag.generation import forward
 
-    postprocess, group = retriever.postprocess_docs, generator_rag.groups_of_similar_length
+    postprocess, group = retriever.postprocess_docs, forward.groups_of_similar_length
 
     def watched_postprocess(*args, **kwargs):
         ids, mask = postprocess(*args, **kwargs)
@@ -284,7 +285,7 @@ def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
         lengths[-1] = (sum(len(rows) * longest for rows, longest in groups), lengths[-1][1])
         return groups
 
-    retriever.postprocess_docs, generator_rag.groups_of_similar_length = watched_postprocess, watched_group
+    retriever.postprocess_docs, forward.groups_of_similar_length = watched_postprocess, watched_group
 
 
 # --- Both sides -------------------------------------------------------------------------------------------------------

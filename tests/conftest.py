@@ -180,8 +180,8 @@ def knowledge(question_encoder, bert_tokenizer, tmp_path_factory) -> dict:
     import torch
     from datasets import Dataset, Features, List, Value
 
-    from build_index_rag import build_faiss_index
-    from index_rag import write_faiss_index
+    from rag.index.build import build_faiss_index
+    from rag.index.index_files import write_faiss_index
 
     folder = tmp_path_factory.mktemp("knowledge")
     titles, texts = map(list, zip(*PASSAGES, strict=True))
@@ -256,7 +256,7 @@ def rag_token(question_encoder, bart, knowledge):
 
 @pytest.fixture(scope="session")
 def retriever(rag_sequence, bert_tokenizer, bart_tokenizer):
-    from retriever_rag import RagKnowledgeRetriever
+    from rag.retrieval.retriever import RagKnowledgeRetriever
 
     return RagKnowledgeRetriever(rag_sequence.config, bert_tokenizer, bart_tokenizer)
 
@@ -268,7 +268,7 @@ def checkpoint(request, question_encoder, bert_tokenizer, knowledge, tmp_path_fa
     def make(model_type: str = "rag_sequence", generator: str = "bart") -> Path:
         from transformers import RagTokenizer
 
-        from models_rag import MODEL_CLASSES, save_model
+        from rag.models.checkpoints import MODEL_CLASSES, save_model
 
         folder = tmp_path_factory.mktemp(f"{model_type}_{generator}")
         tokenizer = RagTokenizer(bert_tokenizer, request.getfixturevalue(f"{generator}_tokenizer"))
@@ -293,6 +293,6 @@ def data_dir(tmp_path) -> Path:
 @pytest.fixture
 def ahead(monkeypatch):
     """Retrieval for the next batch beside the step on a CPU, too, where it is not worth it."""
-    from generative_qa_rag import GenerativeQAModule
+    from rag.training.qa_module import GenerativeQAModule
 
     monkeypatch.setattr(GenerativeQAModule, "can_retrieve_ahead", lambda module, device: module.asks_frozen)

@@ -1,0 +1,1 @@
+"""Build, finetune and measure a small RAG model offline: `python -m quickstart`."""

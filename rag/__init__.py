@@ -1,0 +1,1 @@
+"""Training and measuring retrieval-augmented generation, by subject; the scripts beside this package use it."""

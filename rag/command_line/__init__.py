@@ -1,0 +1,1 @@
+"""How a script reads its flags, reports mistakes and ends."""

@@ -1,0 +1,64 @@
+"""How every script starts, reports its user's mistakes and ends.
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+from typing import NoReturn
+
+from rag.command_line.parser import program_name
+from rag.errors import ReportedError, UserError
+
+
+def _parse_once(parse_args):
+    """What `parse_args` returns. Of the ranks of a node, which share a command line, the first says what is wrong."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return parse_args()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parse_args()
+    except UserError as error:
+        raise ReportedError(str(error)) from error
+    except SystemExit as leaving:
+        if leaving.code == 0:  # --help
+            raise
+        raise ReportedError("told by argparse") from leaving
+
+
+def _leave_it_to_the_reporter() -> NoReturn:
+    """End with status 2 too, but second: torchrun ends all ranks, by SIGTERM, once it sees that one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1)
+    sys.exit(2)
+
+
+def run_script(parse_args, main) -> NoReturn:
+    """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130.
+
+    SIGTERM ends it with 143, by way of every `finally`.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Fork-safe, quiet tokenizers: data-loading workers are forked after the tokenizer was used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # bars are for terminals
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    script = program_name()
+    try:
+        main(_parse_once(parse_args))
+    except ReportedError:
+        _leave_it_to_the_reporter()
+    except UserError as error:
+        print(*(f"{script}: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

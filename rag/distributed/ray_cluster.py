@@ -1,0 +1,164 @@
+"""This process's connection to a Ray cluster: one that runs already, or one of our own on the loopback interface.
+
+    connection = RayConnection("auto")
+    meeting = connection.open(num_workers=4)     # on rank 0
+    connection.join(meeting)                     # on the others
+    connection.close()
+
+Ray is an optional package, imported where it is used.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+
+from rag.errors import UserError
+
+# Ray's queues and arrays on a cluster of our own: a batch of queries and ids is far below a megabyte.
+OBJECT_STORE_BYTES = 100 * 2**20
+
+
+class RayConnection:
+    """This process's connection to a Ray cluster.
+
+    Args:
+        address: "HOST:PORT" of a running cluster; "auto" for the one that RAY_ADDRESS names or `ray start` started on
+            this node, or else one of our own: on this node alone, on the loopback interface, with token authentication.
+    """
+
+    def __init__(self, address: str):
+        self.address = address
+        self.folder: str | None = None  # sockets and logs of a cluster of our own
+        self.opened = False
+
+    def open(self, num_workers: int) -> dict:
+        """Connect, or start a cluster; returns the address and, for one of our own, the environment that opens it."""
+        import ray
+
+        if not ray.is_initialized():
+            running = _running_cluster() if self.address == "auto" else self.address
+            if running is None:
+                return {"address": self._start(num_workers), "environment": _authentication()}
+            self._connect(running)
+        return {"address": ray.get_runtime_context().gcs_address}
+
+    def join(self, meeting: dict) -> None:
+        """Connect to the cluster that `open` found or started on rank 0."""
+        import ray
+
+        if ray.is_initialized():
+            return
+        if "environment" in meeting:
+            _authenticate(meeting["environment"])
+            self._connect(meeting["address"], loopback=True)
+        elif (running := _running_cluster() if self.address == "auto" else self.address) is None:
+            raise UserError(f"no Ray runs on this node; let it join by `ray start --address={meeting['address']}`")
+        else:
+            self._connect(running)
+
+    def close(self) -> None:
+        """Disconnect, which ends what this process created; a cluster of our own ends altogether."""
+        if self.opened:
+            import ray
+
+            ray.shutdown()
+            self.opened = False
+        if self.folder is not None:
+            self.remover.communicate()
+            self.folder = None
+
+    def _start(self, num_workers: int) -> str:
+        import ray
+
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            # Ray would leave one in the home folder. It reads the token once a process, so it stays for the next start.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        _on_loopback(True)
+        self.opened = True
+        self.folder = tempfile.mkdtemp(prefix="rag_ray_")
+        self.remover = _remover(self.folder)
+        _init_ray(
+            address="local",
+            num_cpus=num_workers,  # as many processes as Ray starts ahead
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=self.folder,
+        )
+        return ray.get_runtime_context().gcs_address
+
+    def _connect(self, address: str, loopback: bool = False) -> None:
+        import ray
+
+        try:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
+            _on_loopback(loopback)
+            self.opened = True
+            _init_ray(address=address)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            remedy = (
+                "Ray's own cluster of rank 0 serves one node; for several, run `ray start --head` and join it by "
+                "`ray start --address` on the others"
+                if loopback
+                else "start one with `ray start --head`, or `ray stop` to forget one that died"
+            )
+            raise UserError(
+                f"--ray_address {self.address}: no Ray cluster can be reached at {address} ({first_line(error)}); "
+                f"{remedy}"
+            ) from error
+
+
+def _init_ray(**settings) -> None:
+    """`ray.init` without its handler of SIGTERM, which ends the job with status 15 in the middle of a step."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _remover(folder: str) -> subprocess.Popen:
+    """A process that removes the folder at the end of the pipe to it, so also where this process is killed.
+
+    The kernel ends Ray's processes then; they may write on for a moment.
+    """
+    command = ["sh", "-c", 'cat; rm -rf "$0"; while [ -e "$0" ]; do sleep 0.2; rm -rf "$0"; done', folder]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def _running_cluster() -> str | None:
+    """Address of the cluster that RAY_ADDRESS names or `ray start` noted on this node; never another job's own one."""
+    from ray._private.services import get_ray_address_from_environment
+
+    return get_ray_address_from_environment(None, None)
+
+
+def _on_loopback(only: bool) -> None:
+    """Have Ray listen on 127.0.0.1 only, or not. On Linux it has no argument for that, though it does so elsewhere."""
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = not only
+
+
+def _authentication() -> dict[str, str]:
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _authenticate(environment: dict[str, str]) -> None:
+    """Take over what opens another process's cluster. Ray read its own environment when it was imported."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    os.environ.update(environment)
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,41 @@
+"""The user's mistakes: the error that carries them to the command line, and the checks that many scripts share.
+
+    raise_problems(file_problems("--csv_path", args.csv_path, "give a table of documents"))
+
+`x_problems(...)` returns a list of messages, so that all of them are reported at once; `require_x(...)` raises.
+"""
+
+import os
+import re
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake of the user's; the message names the flag, its value and the remedy printed without traceback."""
+
+
+class ReportedError(UserError):
+    """A mistake of the user's that another process of the same job prints."""
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise all the problems found so far as one `UserError`; return quietly when there is none."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_file(flag: str, path: str | os.PathLike | None, remedy: str) -> list[str]:
+    """The problem with an input file as a list of none or one line, ready for `problems += check_file(...)`."""
+    if path is None:
+        return [f"{flag} is missing; {remedy}"]
+    if not Path(path).is_file():
+        what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+        return [f"{flag} {path} {what}; {remedy}"]
+    return []
+
+
+def check_device(flag: str, name: str | None) -> list[str]:
+    """The problem with the name of a device, if any; whether there is such a one takes torch to tell."""
+    if name is None or re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        return []
+    return [f"{flag} {name} is no device; give cuda, cuda:1 or cpu, or leave it out"]

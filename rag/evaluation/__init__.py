@@ -1,0 +1,1 @@
+"""Answers and retrieved passages, measured."""

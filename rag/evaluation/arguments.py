@@ -1,0 +1,130 @@
+"""The settings of `eval_rag.py`, and its question and gold files, checked before anything heavy is loaded.
+
+args = parse_args(["--model_name_or_path", "rag", "--evaluation_set", "test.source", "--gold_data_path", "test.qa"])
+data = read_data(args)
+data.questions, data.gold, data.answers
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rag.command_line.parser import parse_into
+from rag.errors import check_device, raise_problems
+
+logger = logging.getLogger(__name__)
+
+AT_LEAST_ONE = ("n_docs", "ef_search", "nprobe", "eval_batch_size", "max_source_length", "num_beams", "max_length")
+# Which index is searched, and how.
+SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
+WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
+INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
+
+
+@dataclass
+class EvalArguments:
+    """What is measured, on which questions, with which passages."""
+
+    model_name_or_path: str = field(metadata={"help": "Checkpoint to measure: a folder or a name on the hub."})
+    evaluation_set: str = field(metadata={"help": "File of questions, one a line."})
+    gold_data_path: str = field(metadata={"help": "File of the right answers or titles, a line a question."})
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = field(
+        default=None, metadata={"help": "Left out, it is read from the checkpoint; bart and t5 answer closed-book."}
+    )
+    eval_mode: Literal["e2e", "retrieval"] = field(
+        default="e2e", metadata={"help": "e2e measures answers (EM, F1), retrieval passages (precision@k, MRR)."}
+    )
+    gold_data_mode: Literal["qa", "ans"] = field(
+        default="qa", metadata={"help": "e2e: qa is `question TAB ['answer', ...]`, ans is one answer a line."}
+    )
+    answers_path: str | None = field(
+        default=None,
+        metadata={"help": "retrieval: file of answers (qa), for recall@k: is an answer in one of k passages?"},
+    )
+    predictions_path: str = field(
+        default="predictions.txt", metadata={"help": "File of predictions: written, continued or scored again."}
+    )
+    recalculate: bool = field(default=False, metadata={"help": "Overwrite the predictions that are there."})
+    eval_all_checkpoints: bool = field(
+        default=False, metadata={"help": "Measure every folder checkpoint* in --model_name_or_path, and print a table."}
+    )
+    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = field(
+        default=None,
+        metadata={"help": "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."},
+    )
+    index_path: str | None = field(
+        default=None,
+        metadata={"help": "FAISS file (custom) or folder (legacy; bm25, beside the passages if left out)."},
+    )
+    passages_path: str | None = field(
+        default=None, metadata={"help": "Folder of passages that use_own_knowledge_dataset.py wrote (custom, bm25)."}
+    )
+    ef_search: int | None = field(
+        default=None, metadata={"help": "Candidates an HNSW search keeps: more find more, slower; the index's own."}
+    )
+    nprobe: int | None = field(
+        default=None, metadata={"help": "Lists an IVF search visits: more find more, slower; the index's own."}
+    )
+    index_device: str | None = field(
+        default=None,
+        metadata={"help": "cuda, cuda:1 or cpu: compare with all embeddings, held there; left out, FAISS searches."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout."}
+    )
+    use_dummy_dataset: bool = field(
+        default=False, metadata={"help": "Its first 10,000 passages only, also where the checkpoint has all."}
+    )
+    dataset_encoding: Literal["nq", "multiset"] | None = field(
+        default=None, metadata={"help": "Its encoder pair; left out, that in the question encoder's name, else nq."}
+    )
+    doc_vectors: Literal["passages", "index"] | None = field(
+        default=None,
+        metadata={"help": "Whence the scores' vectors; left out, index for exact, passages for compressed."},
+    )
+    n_docs: int = field(default=5, metadata={"help": "e2e: passages a question, as in the public suite."})
+    k: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "retrieval: one or more k; the largest is retrieved."}
+    )
+    eval_batch_size: int = field(default=8, metadata={"help": "Questions at a time."})
+    max_source_length: int = field(default=128, metadata={"help": "Question tokens kept, as in finetune_rag.py."})
+    prefix: str = field(default="", metadata={"help": "Put before every question, as --prefix of finetune_rag.py was."})
+    num_beams: int = field(default=4, metadata={"help": "Beams of generation; 1 is greedy."})
+    decoding: Literal["thorough", "fast"] = field(
+        default="thorough",
+        metadata={
+            "help": "rag_sequence: thorough scores every candidate under every passage, fast only where beams found it."
+        },
+    )
+    min_length: int = field(default=1, metadata={"help": "Fewest tokens of an answer."})
+    max_length: int = field(default=50, metadata={"help": "Most tokens of an answer."})
+    print_predictions: bool = field(default=False, metadata={"help": "Print each question and its answer."})
+    print_docs: bool = field(default=False, metadata={"help": "Print titles and scores of each question's passages."})
+    device: str | None = field(
+        default=None, metadata={"help": "Where the model runs (cpu, cuda:1); left out, the GPU if there is one."}
+    )
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> EvalArguments:
+    """Read the command line; raises one `UserError` for all settings that are out of range."""
+    args = parse_into(EvalArguments, description=description, argv=argv)
+    raise_problems(_range_problems(args))
+    return args
+
+
+def _range_problems(args: EvalArguments) -> list[str]:
+    problems = [
+        f"--{name} {getattr(args, name)} must be 1 or more"
+        for name in AT_LEAST_ONE
+        if getattr(args, name) is not None and getattr(args, name) < 1
+    ]
+    if min(args.k, default=0) < 1:
+        problems.append(f"--k {' '.join(map(str, args.k))}: give one or more numbers, each 1 or more")
+    problems += check_device("--index_device", args.index_device)
+    if args.min_length > args.max_length:
+        problems.append(f"--min_length {args.min_length} is more than --max_length {args.max_length}; lower it")
+    if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "auto"):
+        problems.append(f"--model_type {args.model_type} retrieves nothing; measure it with --eval_mode e2e")
+    if args.eval_mode == "e2e" and args.answers_path is not None:
+        problems.append(f"--answers_path {args.answers_path} is for --eval_mode retrieval; leave it out")
+    return problems

@@ -1,0 +1,140 @@
+"""How `eval_rag.py` answers: from a batch of questions to lines of its predictions file, and what is told of each.
+
+    predict, index = load_predictor(args, "rag_sequence")  # args: EvalArguments; index: how it is searched
+    lines, details = predict(["where is oslo?"], None)     # ["norway"], [{"answer": "norway", "titles": [...], ...}]
+
+A RAG model answers from passages, or only retrieves them (--eval_mode retrieval); a bare generator answers closed-book.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import RagConfig
+
+from rag.errors import UserError
+from rag.evaluation.arguments import INDEX_FLAGS, EvalArguments
+from rag.evaluation.gold import strip_title
+from rag.generation.decoding import generate_answers
+from rag.index.device_search import DeviceUnavailableError, usable_device
+from rag.metrics import answer_recall_at_k
+from rag.models.checkpoints import RAG_TYPES, load_config, load_model, load_tokenizer
+from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
+
+
+def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
+    """A function from questions (and their answers, for recall) to lines and details, and how the index is searched."""
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.model_name_or_path, model_type)
+    if model_type not in RAG_TYPES:
+        model = load_model(args.model_name_or_path, model_type).to(device)
+        return partial(answer_closed_book, args, model, tokenizer), {}
+    # The index first: it opens in milliseconds, and tells what does not fit.
+    config = rag_config(args)
+    retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
+    retriever.init_retrieval()
+    index = retriever.index.settings()
+    model = load_model(args.model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
+    if args.eval_mode == "retrieval":  # the generator stays where it is
+        return partial(retrieve_passages, args, model.rag.question_encoder.to(device), retriever), index
+    return partial(answer_from_passages, args, model.to(device), retriever), index
+
+
+def rag_config(args: EvalArguments) -> RagConfig:
+    """The checkpoint's config with the index and the number of passages that the flags ask for."""
+    config = load_config(args.model_name_or_path)
+    config.n_docs = args.n_docs if args.eval_mode == "e2e" else max(args.k)
+    for name in INDEX_FLAGS:
+        if getattr(args, name) not in (None, False):
+            setattr(config, name, getattr(args, name))
+    if args.passages_path is not None and args.index_name is None:
+        config.index_name = "custom"
+    return config
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device by its name; else a GPU if there is one, the ranks of a node each their own; else the CPU."""
+    if name is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # so that --index_device cuda means the same one
+        return device
+    try:
+        return usable_device(name)
+    except DeviceUnavailableError as error:
+        raise UserError(f"--device {name} cannot be used: {error}; leave it out, or give cpu") from error
+
+
+def answer_from_passages(args, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
+    tokens = encode(args, retriever.question_encoder_tokenizer, questions, model.device)
+    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, args.n_docs, questions)
+    token_ids = generate_answers(
+        model,
+        contexts.input_ids,
+        contexts.attention_mask,
+        contexts.doc_scores,
+        n_docs=args.n_docs,
+        decoding=args.decoding,
+        **generation_settings(args, model.generator),
+    )
+    answers = decode(retriever.generator_tokenizer, token_ids)
+    passages = passages_found(contexts.doc_ids, contexts.docs, contexts.doc_scores.cpu().numpy())
+    return answers, [{"answer": answer, **found} for answer, found in zip(answers, passages, strict=True)]
+
+
+def answer_closed_book(args, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
+    tokens = encode(args, tokenizer, questions, model.device)
+    token_ids = model.generate(
+        tokens.input_ids, attention_mask=tokens.attention_mask, **generation_settings(args, model)
+    )
+    answers = decode(tokenizer, token_ids)
+    return answers, [{"answer": answer} for answer in answers]
+
+
+def retrieve_passages(args, question_encoder, retriever, questions, answers) -> tuple[list[str], list[dict]]:
+    tokens = encode(args, retriever.question_encoder_tokenizer, questions, question_encoder.device)
+    vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
+    embeddings, doc_ids, docs = retriever.retrieve(vectors, max(args.k))  # (B, k, d), (B, k)
+    details = passages_found(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
+    lines = ["\t".join(one_line(strip_title(title)) for title in found["titles"]) for found in details]
+    if answers is not None:
+        for found, doc, right in zip(details, docs, answers, strict=True):
+            ranks = (n for n, text in enumerate(doc["text"], start=1) if answer_recall_at_k([text], right, 1))
+            found["answer_rank"] = next(ranks, None)
+    return lines, details
+
+
+def encode(args, tokenizer, questions: list[str], device):
+    """input_ids and attention_mask, (B, S), padded to the longest."""
+    questions = [args.prefix + question for question in questions]
+    settings = {"max_length": args.max_source_length, "truncation": True, "padding": "longest"}
+    return tokenizer(questions, return_tensors="pt", **settings).to(device)
+
+
+def generation_settings(args: EvalArguments, generator) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
+    bos = generator.config.bos_token_id
+    if bos is not None:  # BART likes to repeat its first token
+        settings["bad_words_ids"] = [[bos, bos]]
+    return settings | {"early_stopping": False}
+
+
+def decode(tokenizer, token_ids) -> list[str]:
+    return [one_line(text).strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+
+
+def one_line(text: str) -> str:
+    return text.translate({ord(c): " " for c in "\t\r\n"})
+
+
+def passages_found(doc_ids, docs: list[dict], scores) -> list[dict]:
+    """Ids, titles and scores of the passages of each question; doc_ids and scores (B, n_docs)."""
+    details = []
+    for ids, doc, own_scores in zip(doc_ids.tolist(), docs, scores.tolist(), strict=True):
+        found = [n for n, doc_id in enumerate(ids) if doc_id >= 0]
+        columns = {"doc_ids": ids, "titles": doc["title"], "scores": own_scores}
+        details.append({name: [column[n] for n in found] for name, column in columns.items()})
+    return details

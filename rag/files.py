@@ -1,0 +1,84 @@
+"""Text and JSON files, and files and folders that appear whole or not at all.
+
+with atomic_write("metrics.json") as file:
+    file.write(text)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rag.errors import UserError
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    r"""The lines of a UTF-8 file without their ends.
+
+    Lines end at \n, \r\n or \r and nowhere else: `str.splitlines` also splits at U+2028, \x0b or \x85, which stand
+    inside Wikipedia's sentences and would shift every later pair of source and target.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # text mode turns \r\n and \r into \n
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from error
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:
+    """Write one line each; a line that holds a line end would come back as two, so it is refused."""
+    with atomic_write(path) as file:
+        for line in lines:
+            assert "\n" not in line and "\r" not in line, f"a line end inside a line: {line!r}"
+            file.write(line + "\n")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a file beside `path` that takes its place when the block ends well and is removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(beside, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place, and its old content's, when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(beside, ignore_errors=True)  # a killed run's: in a container every run has the same process id
+    beside.mkdir()
+    try:
+        yield beside
+        if path.exists():
+            path.rename(old)  # os.replace cannot take the place of a folder that holds anything
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_json(obj: Any, path: str | os.PathLike) -> None:
+    """Write an object as indented JSON, whole or not at all."""
+    with atomic_write(path) as file:
+        json.dump(obj, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def load_json(path: str | os.PathLike) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))

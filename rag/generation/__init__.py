@@ -1,0 +1,1 @@
+"""From contexts to hidden states, and from contexts to answers."""

@@ -1,0 +1,382 @@
+"""Answers of a RAG model from contexts that were already retrieved: transformers' answers without its repeated work.
+
+    contexts = retrieve_contexts(model.rag, retriever, input_ids, attention_mask, n_docs=5)
+    token_ids = generate_answers(model, contexts.input_ids, contexts.attention_mask, contexts.doc_scores, n_docs=5)
+
+A context is encoded once and its cross-attention keys and values are projected once. The tokens decoded for it form a
+tree that hangs on it: a token attends to its ancestors, so that neither beams nor candidates copy or move any cache.
+Beam search grows the trees of all documents by `num_beams` tokens a step. RAG-Sequence's scoring lays the candidates of
+a question out as one tree, in which common beginnings stand once, and decodes it in a single pass a document.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import log_softmax
+from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
+
+from rag.generation.token_trees import CHUNK_TOKENS, Past, tree_decoder
+
+
+@torch.no_grad()
+def generate_answers(
+    model: RagSequenceForGeneration | RagTokenForGeneration,
+    context_input_ids: torch.Tensor,
+    context_attention_mask: torch.Tensor,
+    doc_scores: torch.Tensor,
+    *,
+    n_docs: int,
+    num_beams: int = 4,
+    num_return_sequences: int = 1,
+    min_length: int = 1,
+    max_length: int = 50,
+    do_deduplication: bool = True,
+    decoding: str = "thorough",
+    **generate_kwargs,
+) -> torch.Tensor:
+    """The best answers to B questions, (B * num_return_sequences, T), best first, padded with the generator's pad id.
+
+    Where a question has fewer candidates than `num_return_sequences`, its last rows are padding.
+
+    Args:
+        context_input_ids: (B * n_docs, S), the documents of a question in a row.
+        context_attention_mask: (B * n_docs, S).
+        doc_scores: (B, n_docs); -inf where there is no document: that slot proposes nothing and has no probability.
+            A question without any document is answered from its first context, which holds the question alone.
+        do_deduplication: RAG-Sequence: equal candidates of several documents stand once.
+        decoding: RAG-Sequence (Lewis et al. 2020, section 2.5): "thorough" scores every candidate under every document;
+            "fast" takes the beams' own scores, and 0 for a document whose beams did not find the candidate.
+        generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...).
+    """
+    assert decoding in ("thorough", "fast"), decoding
+    assert doc_scores.shape == (len(context_input_ids) // n_docs, n_docs), doc_scores.shape
+    settings = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length, **generate_kwargs}
+    decoder = tree_decoder(model.generator)
+    lost = doc_scores.isneginf().all(1, keepdim=True)
+    first = torch.arange(n_docs, device=doc_scores.device) == 0
+    doc_scores = doc_scores.to(decoder.dtype).masked_fill(lost & first, 0.0)
+
+    if isinstance(model, RagTokenForGeneration):
+        memory = decoder.read(context_input_ids, context_attention_mask)
+        found = _Search(model, settings, decoder, memory, context_input_ids, log_softmax(doc_scores, -1)).run()
+        answers = [own[:num_return_sequences] for own in _candidates(found.sequences, decoder.pad)]
+        return _stack(answers, num_return_sequences, decoder.pad, doc_scores.device)
+
+    present = doc_scores.flatten() > float("-inf")  # (B * n_docs)
+    context_input_ids = context_input_ids[present]
+    memory = decoder.read(context_input_ids, context_attention_mask[present])
+    found = _Search(model.generator, settings, decoder, memory, context_input_ids).run()
+    candidates = _candidates(found.sequences, decoder.pad)
+    bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
+    answers, document = [], 0
+    for own_scores in doc_scores:
+        doc_log_probs = log_softmax(own_scores[own_scores > float("-inf")], -1)  # (n)
+        own = slice(document, document + len(doc_log_probs))
+        document = own.stop
+        pool = [candidate for beams in candidates[own] for candidate in beams]
+        distinct = list(dict.fromkeys(pool))
+        if decoding == "fast":
+            scores = _beam_scores(distinct, pool, found.log_probs[own] + doc_log_probs[:, None])
+        else:
+            scores = _marginal_log_probs(decoder, memory.select(own), distinct, doc_log_probs, bos)
+        if do_deduplication:
+            pool = distinct
+        else:
+            scores = scores[[distinct.index(candidate) for candidate in pool]]
+        best = scores.topk(min(num_return_sequences, len(pool))).indices.tolist()
+        answers.append([pool[i] for i in best])
+    return _stack(answers, num_return_sequences, decoder.pad, doc_scores.device)
+
+
+def _candidates(sequences: torch.Tensor, pad_token_id: int) -> list[list[tuple[int, ...]]]:
+    """Sequences (items, num_beams, T) without their padding; the decoder's first token and one more always stay."""
+
+    def trim(tokens: list[int]) -> tuple[int, ...]:
+        end = len(tokens)
+        while end > 2 and tokens[end - 1] == pad_token_id:
+            end -= 1
+        return tuple(tokens[:end])
+
+    return [[trim(tokens) for tokens in beams] for beams in sequences.tolist()]
+
+
+def _stack(answers: list[list[tuple]], rows: int, pad_token_id: int, device) -> torch.Tensor:
+    """The token tuples of B questions, at most `rows` each, to (B * rows, T)."""
+    answers = [answer for own in answers for answer in own + [()] * (rows - len(own))]
+    length = max(map(len, answers))
+    return torch.tensor([[*a, *[pad_token_id] * (length - len(a))] for a in answers], dtype=torch.long, device=device)
+
+
+# ---- the score of a candidate answer to RAG-Sequence
+
+
+def _beam_scores(distinct: list, pool: list, log_probs: torch.Tensor) -> torch.Tensor:
+    """log sum of p(z) p(candidate | z) over the documents that found it: the pool's log_probs (n, num_beams) to (C)."""
+    found = torch.tensor([[c == d for c in pool] for d in distinct], device=log_probs.device)  # (C, n * num_beams)
+    return log_probs.flatten().masked_fill(~found, float("-inf")).logsumexp(-1)
+
+
+def _marginal_log_probs(decoder, memory, candidates: list, doc_log_probs: torch.Tensor, bos: int | None):
+    """log sum_z p(z) p(candidate | z), as `RagSequenceForGeneration.get_nll` without label smoothing.
+
+    Args:
+        memory: of the n documents of one question.
+        candidates: C distinct token tuples, from the decoder's start on.
+        doc_log_probs: (n).
+        bos: the first token is not scored where every candidate begins with this one, as in get_nll.
+
+    Returns:
+        (C).
+    """
+    without_first = bos is not None and all(c[1:2] == (bos,) for c in candidates)
+    nodes, edges, paths = {}, {}, []  # (parent, token) -> node; (node, next token) -> edge; each candidate's edges
+    for candidate in candidates:
+        node, path = -1, []
+        for depth, (token, target) in enumerate(pairwise(candidate)):
+            node = nodes.setdefault((node, token), len(nodes))
+            if target != decoder.pad and not (without_first and depth == 0):
+                path.append(edges.setdefault((node, target), len(edges)))
+        paths.append(path)
+    device = doc_log_probs.device
+    on_path = torch.zeros(len(edges), len(candidates), dtype=doc_log_probs.dtype, device=device)
+    for c, path in enumerate(paths):
+        on_path[path, c] = 1
+    edge_log_probs = _edge_log_probs(decoder, memory, list(nodes), list(edges))  # (n, edges)
+    # get_nll puts the document's probability on the second token: an empty answer has none.
+    has_second = torch.tensor([len(c) > 2 and c[2] != decoder.pad for c in candidates], device=device)
+    with torch.autocast(device.type, enabled=False):  # a sum in float32
+        return (edge_log_probs @ on_path + doc_log_probs[:, None] * has_second).logsumexp(0)
+
+
+def _edge_log_probs(decoder, memory, nodes: list, edges: list) -> torch.Tensor:
+    """log p(next token | node) under each document: nodes (parent, token), edges (node, next token) to (n, edges)."""
+    device = memory.mask.device
+    ancestors, depths = torch.eye(len(nodes), dtype=torch.bool), []
+    for node, (parent, _) in enumerate(nodes):
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        if parent >= 0:
+            ancestors[node] |= ancestors[parent]
+    tokens = torch.tensor([token for _, token in nodes], device=device)
+    depths, ancestors = torch.tensor(depths, device=device), ancestors.to(device)
+    places, targets = torch.tensor(edges, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+    log_probs, step = [], max(1, CHUNK_TOKENS // len(nodes))
+    for first in range(0, len(memory.mask), step):
+        own = memory.select(slice(first, first + step))
+        hidden = decoder.decode(tokens.expand(len(own.mask), -1), depths, ancestors[None], own)
+        log_probs.append(decoder.token_log_probs(hidden, places, targets))
+    return torch.cat(log_probs)
+
+
+# ---- greedy and beam search
+
+
+@dataclass
+class _Found:
+    """The sequences of the search: (items, num_beams, max_length), best first, and their log-probabilities."""
+
+    sequences: torch.Tensor
+    log_probs: torch.Tensor
+
+
+@dataclass
+class _Beams:
+    """The state of transformers' beam search over I items, row by row; see GenerationMixin._beam_search."""
+
+    item: torch.Tensor  # (I) where the item stood at the beginning
+    running: torch.Tensor  # (I, num_beams, max_length) unfinished sequences
+    running_scores: torch.Tensor  # (I, num_beams)
+    parents: torch.Tensor  # (I, num_beams) the running beam of the step before that each one continues
+    sequences: torch.Tensor  # (I, num_beams, max_length) the best finished sequences
+    scores: torch.Tensor  # (I, num_beams) theirs, with the length penalty
+    lengths: torch.Tensor  # (I, num_beams, 1) tokens decoded
+    finished: torch.Tensor  # (I, num_beams) bool
+    improvable: torch.Tensor  # (I, 1) bool
+
+    def select(self, rows: torch.Tensor) -> "_Beams":
+        return _Beams(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+class _Search:
+    """Greedy or beam search exactly as `owner.generate` runs it, over items whose finished ones are dropped.
+
+    An item is a document (RAG-Sequence) or, where `doc_log_probs` (B, n_docs) are given, a question (RAG-Token), whose
+    next token's probability is the mean over its documents.
+    """
+
+    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None):
+        self.owner, self.decoder, self.memory, self.context_input_ids = owner, decoder, memory, context_input_ids
+        self.doc_log_probs = doc_log_probs
+        self.documents = 1 if doc_log_probs is None else doc_log_probs.shape[1]  # of an item
+        self.items = len(context_input_ids) // self.documents
+        self.device = context_input_ids.device
+        settings = dict(settings)
+        self.custom_processors = settings.pop("logits_processor", LogitsProcessorList())
+        self.config, unknown = owner._prepare_generation_config(settings.pop("generation_config", None), **settings)
+        if unknown:
+            raise ValueError(f"generate_answers does not know {', '.join(unknown)}")
+        if self.config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+            raise ValueError("generate_answers runs greedy or beam search only; set do_sample=False")
+        owner._prepare_special_tokens(self.config, True, device=self.device)
+        owner._prepare_generated_length(self.config, False, False, "input_ids", 1, context_input_ids)
+        self.stops = owner._get_stopping_criteria(self.config, StoppingCriteriaList())
+        self.past = Past(capacity=1 + self.config.num_beams * (self.config.max_length - 1))
+        self.ancestors = None  # (I, N, tokens in self.past)
+        self._set_processors()
+
+    def run(self) -> _Found:
+        return self._beam_search() if self.config.num_beams > 1 else self._greedy_search()
+
+    def _set_processors(self):
+        self.processors = self.owner._get_logits_processor(
+            self.config,
+            input_ids_seq_length=1,
+            encoder_input_ids=self.context_input_ids,
+            logits_processor=self.custom_processors,
+            device=self.device,
+        )
+
+    def _blank(self, *shape) -> torch.Tensor:
+        """Sequences (*shape, max_length) that hold the decoder's first token."""
+        sequences = torch.full((*shape, self.config.max_length), self.decoder.pad, device=self.device)
+        sequences[..., 0] = self.config._decoder_start_token_tensor
+        return sequences
+
+    def _step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Hang tokens (I, N) on the tokens of the step before: scores of what may follow each, (I, N, vocabulary)."""
+        own = torch.eye(tokens.shape[1], dtype=torch.bool, device=self.device).expand(len(tokens), -1, -1)
+        if self.ancestors is not None:
+            before = self.ancestors.expand(-1, tokens.shape[1], -1).take_along_dim(parents[..., None], 1)
+            own = torch.cat([before, own], -1)
+        self.ancestors = own
+        hidden = self.decoder.decode(
+            tokens.repeat_interleave(self.documents, 0),
+            torch.full(tokens.shape[1:], self.past.steps, device=self.device),
+            self.ancestors.repeat_interleave(self.documents, 0),
+            self.memory,
+            self.past,
+        )
+        logits = self.decoder.logits(hidden)  # (I * documents, N, vocabulary)
+        if self.doc_log_probs is None:
+            return logits
+        logits = logits.unflatten(0, (-1, self.documents))
+        return torch.stack(  # one item at a time: it fits into the processor's cache
+            [
+                (log_softmax(own, -1) + log_prob[:, None, None]).logsumexp(0)
+                for own, log_prob in zip(logits, self.doc_log_probs, strict=True)
+            ]
+        )
+
+    def _drop(self, over: torch.Tensor) -> torch.Tensor | None:
+        """The rows of the items to go on with, or None while too few are over to be worth the copy of the others."""
+        if 4 * over.sum() < len(over):
+            return None
+        rows = (~over).nonzero().squeeze(1)
+        documents = (rows[:, None] * self.documents + torch.arange(self.documents, device=self.device)).flatten()
+        self.memory, self.ancestors = self.memory.select(documents), self.ancestors[rows]
+        self.past.select(documents)
+        self.context_input_ids = self.context_input_ids[documents]
+        if self.doc_log_probs is not None:
+            self.doc_log_probs = self.doc_log_probs[rows]
+        self._set_processors()
+        return rows
+
+    def _greedy_search(self) -> _Found:
+        sequences = self._blank(self.items)
+        log_probs = torch.zeros(self.items, dtype=self.decoder.dtype, device=self.device)
+        alive = torch.arange(self.items, device=self.device)
+        over = torch.zeros_like(alive, dtype=torch.bool)
+        for length in range(1, self.config.max_length):
+            prefixes = sequences[alive, :length]
+            scores = self._step(prefixes[:, -1:], torch.zeros_like(alive)[:, None]).squeeze(1)  # (I, vocabulary)
+            scores = self.processors(prefixes, scores)
+            tokens = scores.argmax(-1)
+            sequences[alive, length] = tokens.masked_fill(over, self.decoder.pad)
+            gained = log_softmax(scores, -1).gather(1, tokens[:, None]).squeeze(1)
+            log_probs[alive] += gained.masked_fill(over, 0.0)
+            over = over | self.stops(sequences[alive, : length + 1], None)
+            if over.all():
+                break
+            if (rows := self._drop(over)) is not None:
+                alive, over = alive[rows], over[rows]
+        return _Found(sequences[:, None], log_probs[:, None])
+
+    def _beam_search(self) -> _Found:
+        config, shape = self.config, (self.items, self.config.num_beams)
+        kind = {"dtype": self.decoder.dtype, "device": self.device}
+        beams = _Beams(
+            item=torch.arange(self.items, device=self.device),
+            running=self._blank(*shape),
+            running_scores=torch.tensor([[0.0] + [-1e9] * (shape[1] - 1)] * shape[0], **kind),
+            parents=torch.zeros(shape, dtype=torch.long, device=self.device),
+            sequences=self._blank(*shape),
+            scores=torch.full(shape, -1e9, **kind),
+            lengths=torch.zeros(*shape, 1, dtype=torch.long, device=self.device),
+            finished=torch.zeros(shape, dtype=torch.bool, device=self.device),
+            improvable=torch.ones(shape[0], 1, dtype=torch.bool, device=self.device),
+        )
+        found = _Found(beams.sequences.clone(), beams.scores.clone())
+        for length in range(1, config.max_length):
+            beams = self._advance(beams, length)
+            over = ~beams.improvable.squeeze(1) | (beams.finished.all(1) & (config.early_stopping is True))
+            found.sequences[beams.item] = beams.sequences
+            found.log_probs[beams.item] = beams.scores * beams.lengths.squeeze(-1).float() ** config.length_penalty
+            if over.all():
+                break
+            if (rows := self._drop(over)) is not None:
+                beams = beams.select(rows)
+        return found
+
+    def _advance(self, beams: _Beams, length: int) -> _Beams:
+        """One step of GenerationMixin._beam_search, by its own functions, from `length` tokens to one more."""
+        config, num_beams = self.config, self.config.num_beams
+        n_eos = 0 if config._eos_token_tensor is None else len(config._eos_token_tensor)
+        kept = max(2, 1 + n_eos) * num_beams
+        nodes = 1 if length == 1 else num_beams  # all beams begin alike
+        prefixes = beams.running[:, :nodes, :length]
+        scores = self._step(prefixes[..., -1], beams.parents[:, :nodes])
+        if self.doc_log_probs is None:
+            scores = log_softmax(scores, -1)
+        scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
+        values, tokens = (t.expand(-1, num_beams, -1) for t in scores.topk(min(kept, scores.shape[-1])))  # (I, N, k)
+        log_probs, best = (values + beams.running_scores[..., None]).flatten(1).topk(kept)  # (I, kept)
+        parents = best // values.shape[-1]
+        grown = beams.running.take_along_dim(parents[..., None], 1)
+        grown[..., length] = tokens.flatten(1).gather(1, best)
+        stopped = self.stops(grown[..., : length + 1].flatten(0, 1), None).view_as(parents)
+        running, running_scores, parents = self.owner._get_running_beams_for_next_iteration(
+            log_probs, grown, parents[..., None], stopped, num_beams
+        )
+        sequences, finished_scores, lengths, finished = self.owner._update_finished_beams(
+            sequences=beams.sequences,
+            topk_running_sequences=grown,
+            beam_scores=beams.scores,
+            topk_log_probs=log_probs,
+            beam_indices=beams.lengths,
+            topk_running_beam_indices=torch.full_like(best, length)[..., None],
+            is_early_stop_heuristic_unsatisfied=beams.improvable,
+            is_sent_finished=beams.finished,
+            next_token_hits_stopping_criteria=stopped,
+            top_num_beam_mask=torch.arange(kept, device=self.device) < num_beams,
+            num_beams=num_beams,
+            cur_len=length,
+            decoder_prompt_len=1,
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+        )
+        improvable = self.owner._check_early_stop_heuristic(
+            is_early_stop_heuristic_unsatisfied=beams.improvable,
+            running_beam_scores=running_scores,
+            beam_scores=finished_scores,
+            is_sent_finished=finished,
+            cur_len=length + 1,
+            max_length=config.max_length,
+            decoder_prompt_len=1,
+            early_stopping=config.early_stopping,
+            length_penalty=config.length_penalty,
+        )
+        return _Beams(
+            beams.item, running, running_scores, parents.squeeze(-1), sequences, finished_scores, lengths, finished,
+            improvable,
+        )  # fmt: skip

@@ -1,0 +1,340 @@
+"""FAISS indexes of any kind, built of embeddings that need not fit into memory, and what each finds of an exact search.
+
+    vectors = EmbeddingFiles(shards_of("my_knowledge_dataset"), dimension=768)
+    plan = IndexPlan("OPQ64_256,IVF4096,PQ64", dimension=768, shards=8)
+    build_index(vectors, plan, Path("my_knowledge_dataset_index"), digest)
+    rows = measure(open_index, queries, exact_scores(vectors, queries, n_docs=5))
+
+A kind is written as FAISS writes it (its wiki: "The index factory"); scores are inner products. An index that learns
+(IVF, PQ, OPQ, SQ) is trained once, on a sample. Vectors are added a file of embeddings at a time, on all cores; an
+index in shards needs memory for one of them. What has been added is saved every few minutes. With faiss 1.15.1 a
+rebuilt index was the same to the bit in all trials, HNSW too, whatever the number of threads.
+"""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from rag.index.columns import EmbeddingColumn
+from rag.index.faiss_mapping import map_index
+from rag.index.index_files import shard_files, shard_path, write_faiss_index
+from rag.progress import progress
+
+EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_256,IVF1024,PQ64"
+FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantiser's 256 centroids, as many as FAISS ever uses
+TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 at most
+ROWS_AT_A_TIME = 65_536
+# An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
+SAVE_AFTER, SAVES_COST = 120, 10
+# Efforts that are tried on a new index, each four times the last; FAISS's own are 16 and 1.
+EFFORTS = {"ef_search": (16, 64, 256), "nprobe": (1, 4, 16, 64, 256)}
+
+
+class EmbeddingFiles:
+    """The embeddings of a saved dataset, of whose files one at a time is mapped: reading all of them takes no memory.
+
+    Args:
+        paths: its Arrow files, in the order of their rows.
+        dimension: length d of every vector.
+    """
+
+    def __init__(self, paths: list[Path], dimension: int):
+        self.dimension = dimension
+        self.paths = paths
+        self.starts = np.cumsum([0] + [len(self._open(path)) for path in self.paths])
+
+    def _open(self, path: Path) -> EmbeddingColumn:
+        with pa.memory_map(str(path)) as file:
+            return EmbeddingColumn(pa.ipc.open_stream(file).read_all().column("embeddings"), self.dimension)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def blocks(self, size: int = ROWS_AT_A_TIME, rows: range | None = None) -> Iterator[np.ndarray]:
+        """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
+        rows = range(len(self)) if rows is None else rows
+        for path, first, last in zip(self.paths, self.starts, self.starts[1:], strict=False):
+            if rows.start < last and first < rows.stop:
+                yield from self._open(path).blocks(size, range(max(rows.start - first, 0), rows.stop - first))
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of `ids` (n,), in ascending order, as float32 (n, d)."""
+        parts = np.split(ids, np.searchsorted(ids, self.starts[1:-1]))
+        found = [
+            self._open(path).gather(part - first)
+            for path, first, part in zip(self.paths, self.starts, parts, strict=False)
+            if len(part)
+        ]
+        return np.concatenate(found)
+
+
+# --- Kinds ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """What index is to be built.
+
+    Attributes:
+        factory: FAISS's factory string.
+        dimension: d of the vectors.
+        shards: FAISS files that hold equally many rows; 1 for a single file.
+        train_sample: vectors to train on; None for what the kind needs.
+    """
+
+    factory: str
+    dimension: int
+    shards: int = 1
+    train_sample: int | None = None
+
+    def empty(self):
+        """The index, untrained and without vectors."""
+        return faiss.index_factory(self.dimension, self.factory, faiss.METRIC_INNER_PRODUCT)
+
+    def problems(self, count: int) -> list[str]:
+        """Why the index cannot be built over `count` vectors."""
+        flag = f"--index_factory {self.factory}"
+        try:
+            index = self.empty()
+            if index.is_trained:
+                index.add(np.zeros((1, self.dimension), dtype=np.float32))
+        except RuntimeError as error:
+            reason = str(error).partition("Error: ")[2] or str(error).rpartition(": ")[2]
+            return [f"{flag}: FAISS adds no vectors of dimension {self.dimension} to it ({reason}); try {EXAMPLES}"]
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            return [f"{flag}: FAISS ranks it by distances, RAG by inner products; try {EXAMPLES}"]
+        found = []
+        if _centroids(index) > min(count, self.train_sample or count):
+            found.append(
+                f"{flag} learns {_centroids(index)} centroids, for which there must be as many passages (there are "
+                f"{count}) and no smaller --train_sample; give fewer lists, or Flat"
+            )
+        if self.shards > count:
+            found.append(f"--num_index_shards {self.shards}, but there are only {count} passages; give fewer shards")
+        return found
+
+    def learns(self) -> bool:
+        """Whether the kind learns anything of the vectors."""
+        return not self.empty().is_trained
+
+    def sample_size(self, count: int) -> int:
+        """How many of `count` vectors the index is trained on."""
+        wanted = self.train_sample or max(FEWEST_TRAINED_ON, TRAINED_ON_A_LIST * _centroids(self.empty()))
+        return min(wanted, count)
+
+    def bytes_a_vector(self) -> int:
+        """What the index keeps of a vector: its code, and its links or its id; roughly."""
+        return _bytes_a_vector(self.empty())
+
+    def spans(self, count: int) -> list[tuple[int, int]]:
+        """First row and the one behind the last of each shard."""
+        ends = [count * number // self.shards for number in range(self.shards + 1)]
+        return list(itertools.pairwise(ends))
+
+
+def _core(index):
+    """The index behind a rotation (OPQ, PCA)."""
+    index = faiss.downcast_index(index)
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _bytes_a_vector(index) -> int:
+    core = _core(index)
+    if hasattr(core, "hnsw"):
+        return core.storage.sa_code_size() + 4 * core.hnsw.nb_neighbors(0)
+    return core.sa_code_size() + (8 if isinstance(core, faiss.IndexIVF) else 0)
+
+
+def _centroids(index) -> int:
+    """The most that any part of the index learns by k-means; 0 where none does."""
+    core = _core(index)
+    storage = faiss.downcast_index(core.storage) if hasattr(core, "hnsw") else core
+    lists = core.nlist if isinstance(core, faiss.IndexIVF) else 0
+    return max(lists, storage.pq.ksub if hasattr(storage, "pq") else 0)
+
+
+# --- Building ---------------------------------------------------------------------------------------------------------
+
+
+def build_faiss_index(blocks: Iterable[np.ndarray], dimension: int, factory: str = "HNSW128,Flat"):
+    """An index in memory of a kind that needs no training; by default that of Lewis et al. 2020 (section 2.2).
+
+    Args:
+        blocks: float32 arrays (rows, dimension), in the passages' order.
+        dimension: d.
+        factory: FAISS's factory string.
+    """
+    index = IndexPlan(factory, dimension).empty()
+    for block in blocks:
+        index.add(block)
+    return index
+
+
+def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: str) -> None:
+    """Write the index at `path`: a FAISS file, or a folder of shards; whole or not at all.
+
+    What a killed run has trained, finished and saved is taken over by the next one of the same `digest`, which stands
+    for the vectors and the plan.
+    """
+    partial = path.with_name(f".{path.name}.{digest}")
+    partial.mkdir(parents=True, exist_ok=True)
+    trained = partial / "trained.faiss"
+    if not trained.exists():
+        write_faiss_index(_train(plan, vectors), trained)
+    work = _add_to(trained, vectors, plan.spans(len(vectors)), lambda span: shard_path(partial, *span))
+    for _ in progress(work, total=len(vectors), desc="Indexing", unit="passages", size=int):
+        pass
+    _remove(path)
+    if plan.shards == 1:
+        os.replace(shard_path(partial, 0, len(vectors)), path)
+        shutil.rmtree(partial)
+    else:
+        for other in set(partial.iterdir()) - {file for file, _, _ in shard_files(partial)}:
+            other.unlink()  # what it was trained to be, and what a kill has left of a file
+        partial.rename(path)
+
+
+def extend_index(path: Path, vectors: EmbeddingFiles, known: int, digest: str) -> Path:
+    """The FAISS file that holds the vectors from row `known` on, beside the index at `path`, which stays as it is.
+
+    It is to take the place of `path` where that is a file, and to join its shards where that is a folder. What an
+    earlier run of the same `digest` has finished or saved is taken over.
+    """
+    staged = path.with_name(f".{path.name}.{digest}.faiss")
+    base = shard_files(path)[0][0] if path.is_dir() else path
+    work = _add_to(base, vectors, [(known, len(vectors))], lambda _: staged, from_nothing=path.is_dir())
+    for _ in progress(work, total=len(vectors) - known, desc="Indexing", unit="passages", size=int):
+        pass
+    return staged
+
+
+def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> Iterator[int]:
+    """Write an index for each span that has none yet: `base` and the span's rows. Yields the rows of every block."""
+    for start, end in spans:
+        path = path_of((start, end))
+        saved = path.with_name(f"{path.name}.saved")
+        if path.exists():
+            yield end - start
+        else:
+            yield from _write_one(base, vectors, range(start, end), path, saved, from_nothing)
+        saved.unlink(missing_ok=True)
+
+
+def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_nothing: bool) -> Iterator[int]:
+    """Write `base`, or what it has learnt, and these rows at `path`; begin with what is saved, and save in between."""
+    for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
+        left.unlink()
+    first = 0 if from_nothing else map_index(base).ntotal
+    whole = first + len(rows)
+    if saved.exists():
+        index = _read_unfinished(saved, first)
+        yield index.ntotal - first
+    else:
+        index = faiss.read_index(str(base))
+        if from_nothing:
+            index.reset()
+    last_saved, pause = time.monotonic(), SAVE_AFTER
+    for block in vectors.blocks(rows=rows[index.ntotal - first :]):
+        index.add(block)
+        yield len(block)
+        now = time.monotonic()
+        if now - last_saved >= pause and index.ntotal < whole and _has_room(path.parent, index, whole):
+            write_faiss_index(index, saved)
+            last_saved = time.monotonic()
+            pause = max(SAVE_AFTER, SAVES_COST * (last_saved - now))
+    write_faiss_index(index, path)
+
+
+def _read_unfinished(saved: Path, first: int):
+    """The index that goes on as if it had not been written and read, after all but its `first` vectors were added."""
+    index = faiss.read_index(str(saved))
+    core = _core(index)
+    if hasattr(core, "hnsw"):
+        for _ in range(index.ntotal - first):  # a file holds no state of the random numbers, of which each took one
+            core.hnsw.random_level()
+    return index
+
+
+def _has_room(folder: Path, index, whole: int) -> bool:
+    """Whether the disk can take what there is of an index beside all `whole` vectors of it, which come after."""
+    return shutil.disk_usage(folder).free > _bytes_a_vector(index) * (index.ntotal + whole)
+
+
+def _train(plan: IndexPlan, vectors: EmbeddingFiles):
+    """The index without vectors, trained where its kind learns."""
+    index = plan.empty()
+    if not index.is_trained:
+        size = plan.sample_size(len(vectors))
+        start = time.monotonic()
+        rows = np.random.default_rng(0).choice(len(vectors), size, replace=False, shuffle=False)
+        index.train(vectors.gather(np.sort(rows)))
+        print(f"Trained on {size:,} passages in {time.monotonic() - start:.1f} s")
+    return index
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- What it finds ----------------------------------------------------------------------------------------------------
+
+
+def exact_scores(vectors: EmbeddingFiles, queries: np.ndarray, n_docs: int) -> np.ndarray:
+    """The largest inner products (Q, n_docs) float32 with each of `queries` (Q, d), best first, of all vectors."""
+    heap = faiss.ResultHeap(len(queries), n_docs, keep_max=True)
+    for block in vectors.blocks():
+        heap.add_result(*faiss.knn(queries, block, min(n_docs, len(block)), metric=faiss.METRIC_INNER_PRODUCT))
+    heap.finalize()
+    return heap.D
+
+
+def recall(queries: np.ndarray, found: np.ndarray, best: np.ndarray) -> float:
+    """The share of what an exact search finds that was found.
+
+    A passage counts whose inner product reaches the last of `best`: of equal ones it does not matter which.
+
+    Args:
+        queries: (Q, d) float32.
+        found: (Q, n_docs, d) float32, the vectors of the passages that were found.
+        best: (Q, n_docs) float32, from `exact_scores`.
+    """
+    scores = np.einsum("qd,qnd->qn", queries, found)
+    worst = best[:, -1:]
+    return float((scores >= worst - 1e-5 * np.abs(worst)).mean())
+
+
+def measure(open_index, queries: np.ndarray, best: np.ndarray) -> list[dict]:
+    """Recall and queries a second, all queries in one call on all cores, at growing effort as long as that helps.
+
+    Args:
+        open_index: called with ef_search or nprobe or neither; returns a `KnowledgeIndex`, not yet opened.
+        queries: (Q, d) float32.
+        best: (Q, n_docs) float32, from `exact_scores`.
+    """
+    index = open_index()
+    index.init_index()
+    setting = next((name for name in ("nprobe", "ef_search") if name in index.settings()), None)
+    rows: list[dict] = []
+    for effort in [{setting: value} for value in EFFORTS[setting]] if setting else [{}]:
+        index = open_index(**effort)
+        index.init_index()
+        index.search(queries, best.shape[1])  # reads from the disk
+        start = time.perf_counter()
+        _, ids = index.search(queries, best.shape[1])
+        speed = len(queries) / (time.perf_counter() - start)
+        share = recall(queries, index.embeddings.gather(ids), best)
+        if rows and share <= rows[-1]["recall"]:
+            break
+        rows.append(effort | {"recall": share, "queries_per_second": speed})
+    return rows

@@ -1,0 +1,1 @@
+"""From documents to passages, embeddings and an index."""

@@ -1,0 +1,115 @@
+"""Documents cut into passages of 100 words, one after the other, whatever the size of their source.
+
+    survey = survey_documents("my_documents.jsonl.zst")      # problems, counts and digest, in one pass
+    for title, text in read_passages("my_documents.jsonl.zst"): ...
+
+documents.py says which files and folders are read.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rag.errors import UserError
+from rag.knowledge.documents import Document, Fault, read_documents
+
+WORDS_PER_PASSAGE = 100
+PROBLEMS_SHOWN = 10
+
+
+@dataclass
+class DocumentsSurvey:
+    """What is in a file or folder of documents.
+
+    Attributes:
+        problems: lines that name a fault each, ready for `raise_problems`.
+        documents: how many there are.
+        passages: pieces that they are cut into.
+        text_bytes: of the passages and their titles, in UTF-8.
+        digest: of the passages in their order: the same ones from another kind of file have the same digest.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    documents: int = 0
+    passages: int = 0
+    text_bytes: int = 0
+    digest: str = ""
+
+
+def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
+    """Read all documents once and tell what is in them, the first ten faults among it."""
+    survey = DocumentsSurvey()
+    digest = hashlib.blake2b(digest_size=16)
+    faults = 0
+    for item in read_documents(path):
+        if isinstance(item, Fault):
+            faults += 1
+            if faults <= PROBLEMS_SHOWN:
+                survey.problems.append(_problem(item))
+            continue
+        survey.documents += 1
+        title = item.title.encode()
+        for passage in cut(item):
+            text = passage.encode()
+            digest.update(b"%d %d " % (len(title), len(text)) + title + text)
+            survey.passages += 1
+            survey.text_bytes += len(title) + len(text)
+    if faults > PROBLEMS_SHOWN:
+        survey.problems.append(f"--csv_path {path}: {faults - PROBLEMS_SHOWN} more lines like these")
+    if not faults and not survey.documents:
+        survey.problems.append(f"--csv_path {path} holds no document; write a line `title TAB text` for each")
+    survey.digest = digest.hexdigest()
+    return survey
+
+
+def read_passages(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """Title and text of each passage, in the order of the documents, which `survey_documents` found without fault."""
+    for item in read_documents(path):
+        if isinstance(item, Fault):
+            raise UserError(f"{_problem(item)} (it has changed since it was looked at)")
+        for passage in cut(item):
+            yield item.title, passage
+
+
+@dataclass
+class PassageSource:
+    """The passages of --csv_path, without duplicates where none are wanted.
+
+    Attributes:
+        path: of the documents.
+        survey: what is in them.
+        keep: (N,) bool, the passages that are taken; None for all.
+    """
+
+    path: str
+    survey: DocumentsSurvey
+    keep: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        return self.survey.passages if self.keep is None else int(self.keep.sum())
+
+    def passages(self) -> Iterator[tuple[str, str]]:
+        passages = read_passages(self.path)
+        return passages if self.keep is None else itertools.compress(passages, self.keep)
+
+
+def cut(document: Document) -> list[str]:
+    """The passages of a document; DPR's are passages already."""
+    return [document.text.strip()] if document.is_passage else split_text(document.text)
+
+
+def split_text(text: str, words: int = WORDS_PER_PASSAGE) -> list[str]:
+    """A text in pieces of `words` words, the last one shorter; the white space within a piece stays as it is."""
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    pieces = [spans[i : i + words] for i in range(0, len(spans), words)]
+    return [text[piece[0][0] : piece[-1][1]] for piece in pieces]
+
+
+def _problem(fault: Fault) -> str:
+    return f"--csv_path {fault.place}: {fault.reason}"

@@ -1,0 +1,261 @@
+"""Passages embedded by several processes at once: on this node, one a GPU, or wherever a Ray cluster has room.
+
+    with encoding_workers(args, embedder, encoder_digest) as workers:
+        embed_passages(passages, workers, folder, digest, shards)
+
+One process reads the documents and writes the shards; the workers get texts and give vectors back, so that nodes need
+no common disk for them. Two shards a worker are under way at a time. Each worker loads the encoder once, by its name,
+and refuses to go on with other weights than the first process has. Ray is an optional package.
+"""
+
+import multiprocessing
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rag.distributed.ray_cluster import RayConnection
+from rag.errors import UserError
+from rag.knowledge.arguments import ENCODER_FLAG, KnowledgeArguments
+from rag.knowledge.embedding import PassageEmbedder, Passages
+from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
+
+SHARDS_A_WORKER = 2  # one is encoded while the next one is on its way
+RETRIES = 3  # of a shard whose Ray worker, or node, died
+GOES_ON = "the same command goes on with the shards that are left"
+
+
+def encoding_device(args: KnowledgeArguments) -> str:
+    """Where passages are embedded: cuda or cpu."""
+    if args.distributed == "ray" and args.gpus_per_task is not None:
+        return "cuda" if args.gpus_per_task > 0 else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def encoding_workers(args: KnowledgeArguments, embedder: PassageEmbedder, encoder_digest: str):
+    """A context that gives what embeds the shards: the embedder itself, where one process is to do it."""
+    processes = args.num_encoding_processes or max(torch.cuda.device_count(), 1)
+    if args.distributed is None and processes == 1:
+        return nullcontext(embedder)
+    device = encoding_device(args)
+    plan = EncoderPlan(
+        args.dpr_ctx_encoder_model_name, args.ctx_encoder_pooling, encoder_digest, args.batch_size, device
+    )
+    if args.distributed is None:
+        return NodeWorkers(embedder, plan, processes)
+    gpus = args.gpus_per_task if args.gpus_per_task is not None else float(device == "cuda")
+    return RayWorkers(embedder, plan, args.ray_address, gpus)
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """What a worker needs to be equal to the `PassageEmbedder` of the first process.
+
+    Attributes:
+        name: folder or hub name of the encoder, the same on every node.
+        pooling: as --ctx_encoder_pooling.
+        digest: of its weights.
+        batch_size: passages encoded at a time.
+        device: cuda or cpu.
+    """
+
+    name: str
+    pooling: str
+    digest: str
+    batch_size: int
+    device: str
+
+
+def embed_shard(plan: EncoderPlan, shard: Passages) -> tuple[np.ndarray, int]:
+    """A worker's task: the vectors (n, d) float32 of n passages, and how many of these the encoder had to cut."""
+    embedder = _embedder(plan)
+    cut = embedder.cut
+    vectors = np.empty((len(shard), embedder.dimension), dtype=np.float32)
+    for rows, batch in embedder(shard):
+        vectors[rows] = batch
+    return vectors, embedder.cut - cut
+
+
+@lru_cache(maxsize=1)
+def _embedder(plan: EncoderPlan) -> PassageEmbedder:
+    encoder = load_encoder(plan.name, "context", plan.pooling, flag=ENCODER_FLAG)
+    if weights_digest(encoder) != plan.digest:
+        raise UserError(
+            f"{ENCODER_FLAG} {plan.name} has other weights on {os.uname().nodename} than where the command was given; "
+            "give every node the same"
+        )
+    return PassageEmbedder(encoder, load_tokenizer(plan.name, flag=ENCODER_FLAG), plan.batch_size, plan.device)
+
+
+class Workers(ABC):
+    """Embeds shards as a `PassageEmbedder` does, in other processes.
+
+    Attributes:
+        dimension: d.
+        max_length: tokens an encoder can read.
+        cut: passages that were longer.
+    """
+
+    def __init__(self, embedder: PassageEmbedder, plan: EncoderPlan):
+        self.plan = plan
+        self.dimension, self.max_length = embedder.dimension, embedder.max_length
+        self.cut = 0
+
+    def embed_shards(self, shards: Iterator[tuple[Path, Passages]], write: Callable) -> Iterator[int]:
+        """Call `write(path, passages, vectors)` for every shard, as they get ready; yields the passages of each."""
+        under_way: dict = {}
+        for path, shard in shards:
+            under_way[self._submit(shard)] = (path, shard)
+            if len(under_way) >= SHARDS_A_WORKER * self._size():
+                yield from self._finish(under_way, write)
+        while under_way:
+            yield from self._finish(under_way, write)
+
+    def _finish(self, under_way: dict, write: Callable) -> Iterator[int]:
+        """Write the shards that are ready, one at least."""
+        for answer in self._ready(list(under_way)):
+            path, shard = under_way.pop(answer)
+            vectors, cut = self._result(answer)
+            write(path, shard, vectors)
+            self.cut += cut
+            yield len(shard)
+
+    @abstractmethod
+    def _submit(self, shard: Passages):
+        """Begin with a shard; what stands for its result."""
+
+    @abstractmethod
+    def _ready(self, answers: list) -> list:
+        """Wait until some of the answers are there; those."""
+
+    @abstractmethod
+    def _result(self, answer) -> tuple[np.ndarray, int]:
+        """What `embed_shard` gave."""
+
+    @abstractmethod
+    def _size(self) -> int:
+        """Shards that can be encoded at a time."""
+
+
+class NodeWorkers(Workers):
+    """Processes on this node: one for each GPU, or `processes` that share the cores."""
+
+    def __init__(self, embedder: PassageEmbedder, plan: EncoderPlan, processes: int):
+        super().__init__(embedder, plan)
+        self.processes = processes
+        spawn = multiprocessing.get_context("spawn")  # a fork would share the first process's CUDA, and its locks
+        gpus = spawn.Queue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        for number in range(processes):
+            gpus.put(visible.split(",")[number % max(torch.cuda.device_count(), 1)])
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        self.pool = ProcessPoolExecutor(processes, spawn, initializer=_start_worker, initargs=(gpus, threads))
+
+    def __enter__(self) -> "NodeWorkers":
+        return self
+
+    def __exit__(self, _, error, traceback) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                f"one of {self.processes} processes that encode was killed, as happens when memory runs out; give "
+                f"fewer --num_encoding_processes or a smaller --batch_size: {GOES_ON}"
+            ) from error
+
+    def _submit(self, shard: Passages):
+        return self.pool.submit(embed_shard, self.plan, shard)
+
+    def _ready(self, answers: list) -> list:
+        return list(wait(answers, return_when=FIRST_COMPLETED).done)
+
+    def _result(self, answer) -> tuple[np.ndarray, int]:
+        return answer.result()
+
+    def _size(self) -> int:
+        return self.processes
+
+
+def _start_worker(gpus, threads: int) -> None:
+    """Give a new process of a `NodeWorkers` its GPU, before it has seen any, and its share of the cores."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent) -> None:
+    """A pool's process waits for work for good, also where nobody is left to give it any."""
+    parent.join()
+    os._exit(1)
+
+
+class RayWorkers(Workers):
+    """Tasks on a Ray cluster, which Ray places where there is room, spread over the nodes, and repeats where one died.
+
+    Args:
+        address: as `RayConnection`'s.
+        gpus_a_task: share of a GPU that a task reserves; 0 for a core.
+    """
+
+    def __init__(self, embedder: PassageEmbedder, plan: EncoderPlan, address: str, gpus_a_task: float):
+        super().__init__(embedder, plan)
+        self.connection = RayConnection(address)
+        self.gpus_a_task = gpus_a_task
+
+    def __enter__(self) -> "RayWorkers":
+        import ray
+
+        self.connection.open(len(os.sched_getaffinity(0)))
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if self.gpus_a_task > gpus:
+            self.connection.close()
+            raise UserError(
+                f"--gpus_per_task {self.gpus_a_task:g} is more than the Ray cluster's {gpus:g} GPUs; give less, or 0 "
+                "to encode on CPUs"
+            )
+        self.task = ray.remote(embed_shard).options(
+            num_cpus=1, num_gpus=self.gpus_a_task, max_retries=RETRIES, scheduling_strategy="SPREAD"
+        )
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.connection.close()
+
+    def _submit(self, shard: Passages):
+        return self.task.remote(self.plan, shard)
+
+    def _ready(self, answers: list) -> list:
+        import ray
+
+        return ray.wait(answers, num_returns=1)[0]
+
+    def _result(self, answer) -> tuple[np.ndarray, int]:
+        import ray
+
+        try:
+            return ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:  # a worker or its node has died too often
+            raise UserError(
+                f"--distributed ray: of {1 + RETRIES} tries to encode a shard the last one ended so: "
+                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {GOES_ON}"
+            ) from error
+
+    def _size(self) -> int:
+        """Asked again for every shard: nodes come and go."""
+        import ray
+
+        resources = ray.cluster_resources()
+        cores = int(resources.get("CPU", 1))
+        return max(1, min(cores, int(resources["GPU"] / self.gpus_a_task)) if self.gpus_a_task else cores)

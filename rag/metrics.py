@@ -1,0 +1,75 @@
+"""Metrics of answers and of retrieved passages, as fractions: pure functions, one question at a time.
+
+python -c "from rag.metrics import f1_score; print(f1_score('the old Eiffel Tower', 'Eiffel Tower'))"
+"""
+
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import starmap
+
+import regex
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = regex.compile(r"\b(a|an|the)\b")
+_DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+
+
+def normalize_answer(s: str) -> str:
+    """Lower case, no ASCII punctuation, no English articles, single spaces (the SQuAD v1.1 evaluation script)."""
+    s = s.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", s).split())
+
+
+def exact_match_score(prediction: str, ground_truth: str) -> bool:
+    """Whether two answers are equal once normalised (SQuAD v1.1)."""
+    return normalize_answer(prediction) == normalize_answer(ground_truth)
+
+
+def f1_score(prediction: str, ground_truth: str) -> float:
+    """Harmonic mean of precision and recall over the normalised words of two answers (SQuAD v1.1)."""
+    prediction_words = normalize_answer(prediction).split()
+    truth_words = normalize_answer(ground_truth).split()
+    shared = (Counter(prediction_words) & Counter(truth_words)).total()
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(prediction_words), shared / len(truth_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def metric_max_over_ground_truths(
+    metric_fn: Callable[[str, str], float], prediction: str, ground_truths: Sequence[str]
+) -> float:
+    """The best score of a prediction over the answers that count as right."""
+    return max(metric_fn(prediction, truth) for truth in ground_truths)
+
+
+def calculate_exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The share of predictions that match the reference of the same place; as many of one as of the other."""
+    return sum(starmap(exact_match_score, zip(predictions, references, strict=True))) / len(references)
+
+
+def precision_at_k(retrieved_titles: Sequence[str], gold_titles: Iterable[str], k: int) -> float:
+    """Distinct gold titles among the first k retrieved ones, over k, also where fewer are gold (public suite)."""
+    return len(set(retrieved_titles[:k]) & set(gold_titles)) / k
+
+
+def reciprocal_rank(retrieved_titles: Sequence[str], gold_titles: Iterable[str]) -> float:
+    """1 / the rank (from 1) of the first gold title; 0 where none was retrieved."""
+    gold_titles = set(gold_titles)
+    return next((1 / rank for rank, title in enumerate(retrieved_titles, start=1) if title in gold_titles), 0.0)
+
+
+def answer_recall_at_k(retrieved_texts: Sequence[str], answers: Iterable[str], k: int) -> bool:
+    """Whether one of the first k passages contains one of the answers, word for word (DPR, Karpukhin et al. 2020).
+
+    Words are compared case-folded and Unicode-normalised; "Rome" is not found in "Romeo".
+    """
+    needles = [needle for needle in map(_dpr_words, answers) if needle.strip()]
+    return any(needle in text for text in map(_dpr_words, retrieved_texts[:k]) for needle in needles)
+
+
+def _dpr_words(text: str) -> str:
+    """DPR's words between single spaces, with one before the first and one behind the last."""
+    return f" {' '.join(_DPR_TOKEN.findall(unicodedata.normalize('NFD', text.lower())))} "

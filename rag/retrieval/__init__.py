@@ -1,0 +1,1 @@
+"""From question vectors to passages, wherever the search runs."""

@@ -1,0 +1,91 @@
+"""`RayRetriever`: what a Ray actor runs to hold an index and search it.
+
+    actor = ray.remote(RayRetriever).remote(index_config(config))
+    doc_ids, vectors = ray.get(actor.retrieve.remote(queries, n_docs))
+
+It is a file of its own because an actor that died is back the sooner the less it imports: neither torch nor
+transformers, whose import takes seconds.
+"""
+
+import json
+import os
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+
+from rag.index.sources import open_index
+from rag.retrieval.remote import search_to_send
+
+
+def index_config(config) -> SimpleNamespace:
+    """A `RagConfig` in plain values, which an actor reads without importing transformers."""
+    return json.loads(config.to_json_string(use_diff=False), object_hook=lambda values: SimpleNamespace(**values))
+
+
+class RayRetriever:
+    """One index, opened with the first call.
+
+    To survive its restarts an actor needs its config here; what `create_rag_retriever` gives it ends with them.
+
+    Args:
+        config: `RagConfig`, or what `index_config` makes of it.
+        workers_on_node: actors among which the node's cores are shared.
+        shard: number of the one shard of the index that is held; None for all.
+    """
+
+    def __init__(self, config=None, workers_on_node: int = 1, shard: int | None = None):
+        self.config = config
+        self.shard = shard
+        self.index = None
+        # Ray sets OMP_NUM_THREADS to 1 for an actor that reserves no more cores.
+        faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_on_node))
+
+    def create_rag_retriever(self, config, question_encoder_tokenizer, generator_tokenizer, index) -> None:
+        """Take `index`, or the one that `config` describes; a second call does nothing.
+
+        The tokenizers are the public suite's arguments; an actor only searches.
+        """
+        if self.index is None:
+            self.index = open_index(config) if index is None else index
+
+    def init_retrieval(self) -> str | None:
+        """Open the index; a second call does nothing, so that it also asks whether the actor is ready.
+
+        Returns:
+            Why a device that was to search does not, if so.
+        """
+        self.create_rag_retriever(self.config, None, None, None)
+        if not self.index.is_initialized():
+            self.index.init_index(*([] if self.shard is None else [self.shard]))  # transformers' take no argument
+        return getattr(self.index, "fallback", None)
+
+    def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """One search for the whole batch.
+
+        Args:
+            question_hidden_states: (B, d) float32.
+            n_docs: passages a question.
+
+        Returns:
+            doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32, or None in place of these where the
+            caller's own memory-mapped passages hold them.
+        """
+        self.init_retrieval()
+        return search_to_send(self.index, question_hidden_states, n_docs)[1:]
+
+    def search(
+        self, queries: bytes, dimension: int, n_docs: int
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """`retrieve` as the suite's own ranks call it.
+
+        Args:
+            queries: bytes of a float32 array (B, dimension), which Ray passes on in less time than the array.
+
+        Returns:
+            scores (B, n_docs) float32 where one shard of several is held, else None; and what `retrieve` returns.
+        """
+        self.init_retrieval()
+        array = np.frombuffer(queries, dtype=np.float32).reshape(-1, dimension)
+        scores, doc_ids, vectors = search_to_send(self.index, array, n_docs)
+        return None if self.shard is None else scores, doc_ids, vectors

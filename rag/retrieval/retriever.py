@@ -1,0 +1,216 @@
+"""The retriever of one process: question vectors in, passages and generator contexts out.
+
+    retriever = RagKnowledgeRetriever.from_pretrained(checkpoint, passages_path="...", index_path="...")
+    contexts = retrieve_contexts(model.rag, retriever, input_ids, attention_mask, n_docs=5)
+
+A subclass changes only where the search runs (`_search`); passage text is read on the rank that needs it.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+import torch
+from transformers import RagConfig, RagRetriever, RagTokenizer
+from transformers.models.rag.retrieval_rag import Index
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+
+from rag.errors import UserError
+from rag.index.knowledge_index import KnowledgeIndex
+from rag.index.sources import open_index
+from rag.models.checkpoints import INDEX_SETTINGS
+
+# Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
+CONTEXT_MULTIPLE = 8
+
+
+class RagKnowledgeRetriever(RagRetriever):
+    """`transformers.RagRetriever` over a memory-mapped `KnowledgeIndex`.
+
+    Returns what transformers' own returns, but contexts are padded to the longest of the batch instead of
+    `max_combined_length`, a batch is searched in one call, and a slot for which no passage was found has id -1 and no
+    text. Arguments as transformers'.
+    """
+
+    @staticmethod
+    def _build_index(config: RagConfig) -> Index:
+        return open_index(config)
+
+    @classmethod
+    def from_pretrained(cls, retriever_name_or_path, indexed_dataset=None, **kwargs) -> "RagKnowledgeRetriever":
+        """Config and tokenizers from a RAG checkpoint; keyword arguments override its config.
+
+        Args:
+            retriever_name_or_path: folder or hub name of a RAG checkpoint.
+            indexed_dataset: a dataset with a FAISS index on its column "embeddings", in place of the config's index.
+        """
+        config = cls._config(retriever_name_or_path, **kwargs)
+        return cls(
+            config,
+            *cls._tokenizers(retriever_name_or_path, config),
+            index=cls._index_of(config, indexed_dataset),
+        )
+
+    @staticmethod
+    def _config(retriever_name_or_path, config: RagConfig | None = None, **kwargs) -> RagConfig:
+        if config is None:
+            config, unknown = RagConfig.from_pretrained(retriever_name_or_path, return_unused_kwargs=True, **kwargs)
+            for name in unknown.keys() & set(INDEX_SETTINGS):
+                setattr(config, name, unknown[name])
+        return config
+
+    @staticmethod
+    def _tokenizers(retriever_name_or_path, config: RagConfig):
+        tokenizer = RagTokenizer.from_pretrained(retriever_name_or_path, config=config)
+        return tokenizer.question_encoder, tokenizer.generator
+
+    @classmethod
+    def _index_of(cls, config: RagConfig, indexed_dataset) -> Index:
+        if indexed_dataset is None:
+            return cls._build_index(config)
+        config.index_name = "custom"
+        return KnowledgeIndex.from_dataset(indexed_dataset, config.retrieval_vector_size)
+
+    def init_retrieval(self) -> None:
+        """Open the index; a second call does nothing."""
+        if not self.index.is_initialized():
+            self.index.init_index()
+
+    def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+        """The `n_docs` passages of largest inner product for each question, best first.
+
+        Args:
+            question_hidden_states: (B, d) float32.
+            n_docs: passages a question.
+
+        Returns:
+            retrieved_doc_embeds (B, n_docs, d) float32, doc_ids (B, n_docs) int64, and B dicts of the lists "title" and
+            "text". Where too few passages were found: id -1, a zero vector, empty strings.
+        """
+        queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
+        doc_ids, doc_embeds = self._search(queries, n_docs)
+        return doc_embeds, doc_ids, self.index.get_doc_dicts(doc_ids)
+
+    def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries (B, d) float32 to doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32."""
+        return self.index.get_top_docs(queries, n_docs)
+
+    def postprocess_docs(self, docs, input_strings, prefix, n_docs, return_tensors=None):
+        """Generator inputs "prefix title / text // question", (B * n_docs, S), a question's documents in a row.
+
+        Token ids and mask, int64: as torch tensors for return_tensors "pt", else as numpy arrays.
+        """
+        contexts = [
+            self._context(title, text, question, prefix or "")
+            for question, found in zip(input_strings, docs, strict=True)
+            for title, text in zip(found["title"][:n_docs], found["text"][:n_docs], strict=True)
+        ]
+        rows = self._tokenise(contexts, self.config.max_combined_length)
+        # 300 is no multiple of 8
+        input_ids, mask = _padded(
+            rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, self.config.max_combined_length)
+        )
+        return (torch.from_numpy(input_ids), torch.from_numpy(mask)) if return_tensors == "pt" else (input_ids, mask)
+
+    def _tokenise(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """The tokens of each text. A fast tokenizer is asked for ids alone: all else takes as long again."""
+        tokenizer = self.generator_tokenizer
+        if not tokenizer.is_fast:
+            return tokenizer(texts, max_length=max_length, truncation=True)["input_ids"]
+        tokenizer.set_truncation_and_padding(
+            padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+            max_length=max_length, stride=0, pad_to_multiple_of=None, padding_side=None,
+        )  # fmt: skip
+        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+
+    def _context(self, title: str, text: str, question: str, prefix: str) -> str:
+        title = title.removeprefix('"').removesuffix('"')
+        context = prefix + title + self.config.title_sep + text + self.config.doc_sep + question
+        return context.replace("  ", " ")
+
+
+def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (N) of token ids as ids and mask (N, S) int64, padded on the right, S a multiple of `multiple`."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(-(-lengths.max() // multiple) * multiple) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate(rows)
+    return input_ids, mask.astype(np.int64)
+
+
+def reads_text(retriever: RagRetriever) -> bool:
+    """Whether the index reads the questions' words (BM25), so that no question encoder is asked, nor trained."""
+    return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
+
+
+def question_vectors(question_encoder, retriever: RagRetriever, tokens, questions: list[str]) -> torch.Tensor:
+    """What B questions ask the index with, (B, d), on the device of the tokens.
+
+    Args:
+        tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
+        questions: the same questions, for an index that reads text.
+    """
+    if reads_text(retriever):
+        return torch.from_numpy(retriever.index.encode_questions(questions)).to(tokens["input_ids"].device)
+    return question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+
+
+def check_n_docs(index: Index, n_docs: int) -> None:
+    """Raise `UserError` if an index holds fewer passages than are to be fetched for each question."""
+    if isinstance(index, KnowledgeIndex) and n_docs > len(index):
+        raise UserError(f"--n_docs {n_docs} is more than the {len(index)} passages of the index; ask for fewer")
+
+
+@dataclass
+class RetrievedContexts:
+    """What the generator reads for a batch of B questions, and where it came from.
+
+    Attributes:
+        input_ids: (B * n_docs, S) int64, the documents of a question in a row.
+        attention_mask: (B * n_docs, S) int64.
+        doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder, or
+            BM25 scores; -inf in a slot without a passage, so that it gets no probability.
+        doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
+        docs: B dicts of the lists "title" and "text".
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    doc_scores: torch.Tensor
+    doc_ids: np.ndarray
+    docs: list[dict]
+
+
+def retrieve_contexts(
+    rag, retriever: RagRetriever, input_ids, attention_mask, n_docs=None, texts: list[str] | None = None
+) -> RetrievedContexts:
+    """Encode the questions, fetch their passages, tokenise the contexts (the first half of `RagModel.forward`).
+
+    Args:
+        rag: a `RagModel`; gradients reach its question encoder through `doc_scores`.
+        retriever: any `RagRetriever`. Collective where the retriever's `retrieve` is.
+        input_ids: (B, S) questions, in the question encoder's tokens.
+        attention_mask: (B, S).
+        n_docs: passages a question; None for the config's.
+        texts: the questions as they were written, for an index that reads text; None for what their tokens say.
+    """
+    n_docs = n_docs or rag.config.n_docs
+    questions = retriever.question_encoder_tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+    tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions)  # (B, d)
+    doc_embeds, doc_ids, docs = retriever.retrieve(
+        queries.detach().to("cpu", torch.float32).numpy(), n_docs
+    )  # (B, n_docs, d), (B, n_docs)
+    prefix = getattr(rag.generator.config, "prefix", None)
+    context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
+
+    doc_embeds = torch.from_numpy(doc_embeds).to(queries)
+    doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
+    missing = torch.from_numpy(doc_ids < 0).to(input_ids.device)
+    return RetrievedContexts(
+        input_ids=context_ids.to(input_ids.device),
+        attention_mask=context_mask.to(input_ids.device),
+        doc_scores=doc_scores.masked_fill(missing, float("-inf")),
+        doc_ids=doc_ids,
+        docs=docs,
+    )

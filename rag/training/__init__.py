@@ -1,0 +1,1 @@
+"""The joint training of question encoder and generator."""

@@ -1,0 +1,321 @@
+"""The settings of `finetune_rag.py`: the suite's own, and the Lightning Trainer's read off its source.
+
+    args = parse_args(["--model_name_or_path", "rag", "--data_dir", "data", "--output_dir", "out", "--seed", "7"])
+    args.data.train_batch_size, args.trainer["precision"], args.to_dict()
+
+Neither torch nor Lightning is imported, so that `--help` and a mistyped flag answer at once.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rag.command_line.parser import RagArgumentParser
+from rag.command_line.trainer_flags import add_trainer_flags
+from rag.errors import check_device, raise_problems
+
+logger = logging.getLogger(__name__)
+
+
+def _flag(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    _argument_group_name = "model"
+    model_name_or_path: str = field(metadata={"help": "Checkpoint to start from: a folder or a name on the hub."})
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = _flag(
+        None, "Left out, it is read from the checkpoint's config; bart and t5 train a bare, closed-book generator."
+    )
+    config_name: str | None = _flag(None, "Config to use instead of the checkpoint's: a folder or a name.")
+    tokenizer_name: str | None = _flag(None, "Tokenizer to use instead of the checkpoint's: a folder or a name.")
+    cache_dir: str | None = _flag(None, "Where downloads are kept; left out, the Hugging Face cache.")
+    encoder_layerdrop: float | None = _flag(None, "Probability of leaving out an encoder layer; the checkpoint's.")
+    decoder_layerdrop: float | None = _flag(None, "Probability of leaving out a decoder layer; the checkpoint's.")
+    dropout: float | None = _flag(None, "Dropout probability of the generator; left out, the checkpoint's.")
+    attention_dropout: float | None = _flag(None, "Dropout probability of its attention; left out, the checkpoint's.")
+    label_smoothing: float = _flag(0.0, "Share of the probability spread over the vocabulary; 0 is the plain loss.")
+    freeze_question_encoder: bool = _flag(False, "Leave the question encoder as it is: a remedy for collapse.")
+    freeze_embeds: bool = _flag(False, "Leave the generator's word and position embeddings as they are.")
+    gradient_checkpointing: bool = _flag(
+        False, "Recompute the generator's activations in the backward pass: less memory."
+    )
+    compile: bool = _flag(False, "torch.compile the generator: minutes at the start; see benchmarks/README.md.")
+
+
+@dataclass
+class RetrievalArguments:
+    """Where passages come from."""
+
+    _argument_group_name = "retrieval"
+    n_docs: int | None = _flag(None, "Passages retrieved a question; left out, the checkpoint's.")
+    max_combined_length: int | None = _flag(None, "Tokens of passage and question together; the checkpoint's.")
+    index_name: str | None = _flag(
+        None, "exact, compressed, legacy, custom or bm25; left out, the checkpoint's, custom with --passages_path."
+    )
+    passages_path: str | None = _flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
+    index_path: str | None = _flag(None, "FAISS index file of these passages (custom), or a folder (legacy, bm25).")
+    ef_search: int | None = _flag(None, "Candidates an HNSW search keeps: more find more, slower; the index's own.")
+    nprobe: int | None = _flag(None, "Lists an IVF search visits: more find more, slower; the index's own.")
+    index_device: str | None = _flag(
+        None,
+        "cuda, cuda:1 or cpu: compare with all embeddings, held there in half precision; left out, FAISS searches.",
+    )
+    dataset: str | None = _flag(
+        None, "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; the checkpoint's."
+    )
+    use_dummy_dataset: bool = _flag(
+        False, "Use the small trial version of wiki_dpr, also where the checkpoint does not."
+    )
+    dataset_encoding: Literal["nq", "multiset"] | None = _flag(
+        None, "Encoder pair of wiki_dpr; left out, that in the question encoder's name, else nq."
+    )
+    doc_vectors: Literal["passages", "index"] | None = _flag(
+        None, "Whence the vectors for document scores; left out, index for exact, passages for compressed."
+    )
+    distributed_retriever: Literal["pytorch", "ray", "local"] = _flag(
+        "pytorch", "pytorch: process 0 searches for all; ray: Ray's processes do; local: each process for itself."
+    )
+    ray_address: str = _flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
+    num_retrieval_workers: int = _flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
+    retrieval_worker_gpus: float = _flag(0.0, "Share of a GPU for each of them, which then searches on it.")
+    distributed_port: int = _flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
+
+    def __post_init__(self):
+        if self.passages_path is not None and self.index_name is None:
+            self.index_name = "custom"  # nothing else reads them
+
+
+@dataclass
+class DataArguments:
+    """Examples and batches."""
+
+    _argument_group_name = "data"
+    data_dir: str = field(metadata={"help": "Folder of train|val|test .source and .target, one example a line."})
+    max_source_length: int = _flag(128, "Question tokens kept; questions are short.")
+    max_target_length: int = _flag(25, "Answer tokens kept in training; answers are short.")
+    val_max_target_length: int = _flag(25, "Answer tokens kept and generated in validation; as in training.")
+    test_max_target_length: int = _flag(25, "Answer tokens kept and generated in the test; as in training.")
+    n_train: int = _flag(-1, "Training examples used, from the first; -1 is all.")
+    n_val: int = _flag(-1, "Validation examples used, from the first; -1 is all.")
+    n_test: int = _flag(-1, "Test examples used, from the first; -1 is all.")
+    prefix: str = _flag("", "Put before every question (T5: 'question: '); eval_rag.py must be given the same.")
+    train_batch_size: int = _flag(32, "Questions a process takes at a time in training.")
+    eval_batch_size: int = _flag(32, "Questions a process takes at a time in validation and test.")
+    num_workers: int = _flag(4, "Processes that read and tokenise ahead; 0 does it in the training process.")
+    group_by_length: bool = _flag(False, "Batches of questions of similar length: less padding, less random batches.")
+    num_beams: int = _flag(
+        1, "Beams of generation in validation and test; 1 (greedy) is what Lewis et al. test question answering with."
+    )
+
+
+@dataclass
+class TrainingArguments:
+    """How the weights change."""
+
+    _argument_group_name = "training"
+    learning_rate: float = _flag(5e-5, "Peak learning rate.")
+    question_encoder_learning_rate: float | None = _flag(None, "The question encoder's; left out, --learning_rate.")
+    decoder_learning_rate: float | None = _flag(None, "The generator's decoder's; left out, --learning_rate.")
+    lr_scheduler: Literal["linear", "cosine", "cosine_w_restarts", "polynomial"] = _flag(
+        "linear", "How the learning rate goes down after the warm-up."
+    )
+    warmup_steps: int = _flag(0, "Optimizer steps over which the learning rate rises from 0.")
+    weight_decay: float = _flag(0.0, "Decay a step, times the learning rate; never of biases and norms.")
+    adam_epsilon: float = _flag(1e-8, "Term that keeps AdamW from dividing by zero.")
+    adafactor: bool = _flag(False, "Adafactor instead of AdamW: less memory.")
+    max_grad_norm: float = _flag(1.0, "Gradients of a larger norm are scaled down to it; 0 leaves them.")
+    num_train_epochs: int = _flag(3, "Times every training example is seen; --max_steps may end it earlier.")
+    gradient_accumulation_steps: int = _flag(1, "Batches whose gradients make one optimizer step.")
+    seed: int = _flag(42, "Seed of the order of examples, of dropout and of new weights.")
+    early_stopping_patience: int = _flag(-1, "Validations without a better EM before training stops; -1 never stops.")
+    fp16: bool = _flag(False, "Mixed precision with float16 (--precision 16-mixed); needs a GPU.")
+    bf16: bool = _flag(False, "Mixed precision with bfloat16 (--precision bf16-mixed).")
+    fp16_opt_level: str | None = _flag(
+        None, "Without effect: it was Apex's, which torch's own mixed precision replaced."
+    )
+
+
+@dataclass
+class RunArguments:
+    """What is done, where it is written, on what it runs."""
+
+    _argument_group_name = "run"
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, metrics and logs."})
+    overwrite_output_dir: bool = _flag(False, "Remove the run that the folder holds and start afresh.")
+    do_train: bool = _flag(False, "Train; what happens when neither --do_train nor --do_predict is given.")
+    do_predict: bool = _flag(False, "Test the best checkpoint after training, or the model as it is without training.")
+    resume_from_checkpoint: str | None = _flag(
+        None, "Lightning checkpoint to go on from; left out, --output_dir's last.ckpt, a new run where there is none."
+    )
+    save_interval: float = _flag(
+        30.0, "Minutes between writings of last.ckpt inside an epoch, which is the work a kill can cost; 0 is off."
+    )
+    logger_name: Literal["default", "wandb", "wandb_shared"] = _flag(
+        "default", "default writes training_log.jsonl; wandb and wandb_shared send to Weights & Biases."
+    )
+    profile: bool = _flag(False, "Write the time each part of the training took to --output_dir.")
+    gpus: str | None = _flag(
+        None, "Number of GPUs (0 is the CPU, -1 all of them) or their numbers (0,1); left out, --accelerator decides."
+    )
+    n_tpu_cores: int | None = _flag(None, "Without effect: use --accelerator tpu --devices N.")
+
+    def __post_init__(self):
+        self.do_train = self.do_train or not self.do_predict
+        last = Path(self.output_dir) / "last.ckpt"
+        if self.do_train and self.resume_from_checkpoint is None and not self.overwrite_output_dir and last.is_file():
+            self.resume_from_checkpoint = str(last)
+
+
+@dataclass
+class FinetuneArguments:
+    """All settings of a run, plain data."""
+
+    model: ModelArguments
+    retrieval: RetrievalArguments
+    data: DataArguments
+    training: TrainingArguments
+    run: RunArguments
+    trainer: dict[str, Any]  # the Lightning Trainer's own settings, as given or by its defaults
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by its group, as JSON can hold it."""
+        return asdict(self)
+
+
+GROUPS = (ModelArguments, RetrievalArguments, DataArguments, TrainingArguments, RunArguments)
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> FinetuneArguments:
+    """Read the command line; raises one `UserError` for all settings that are out of range or contradict each other."""
+    parser = RagArgumentParser(*GROUPS, description=description)
+    add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
+    *groups, rest = parser.parse(argv)
+    args = FinetuneArguments(*groups, trainer=vars(rest))
+    raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
+    for flag, given in _settings_without_effect(args).items():
+        logger.warning(f"--{flag} {given} has no effect; see --help")
+    return args
+
+
+AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
+train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length
+ef_search nprobe"""
+AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
+weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus seed"""
+PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
+MINUS_ONE_OR_MORE = "early_stopping_patience"
+ALL_OR_SOME = "n_train n_val n_test"
+
+
+def _range_problems(args: FinetuneArguments) -> list[str]:
+    values = {name: value for group in GROUPS for name, value in vars(_group_of(args, group)).items()}
+    checks = [
+        (AT_LEAST_ONE, lambda value: value >= 1, "must be 1 or more"),
+        (AT_LEAST_ZERO, lambda value: value >= 0, "must be 0 or more"),
+        (PROBABILITIES, lambda value: 0 <= value < 1, "must be a probability, from 0 to below 1"),
+        (MINUS_ONE_OR_MORE, lambda value: value >= -1, "must be -1 or more"),
+        (ALL_OR_SOME, lambda value: value == -1 or value >= 1, "must be -1 (all) or 1 or more"),
+    ]
+    return [
+        f"--{name} {values[name]} {rule}"
+        for names, is_good, rule in checks
+        for name in names.split()
+        if values[name] is not None and not is_good(values[name])
+    ]
+
+
+def _group_of(args: FinetuneArguments, group: type) -> Any:
+    return getattr(args, group._argument_group_name)
+
+
+def _contradictions(args: FinetuneArguments) -> list[str]:
+    problems = _retrieval_contradictions(args.retrieval)
+    if args.trainer["log_every_n_steps"] == 0:
+        problems.append("--log_every_n_steps 0 must be 1 or more; a large number logs once an epoch")
+    precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]
+    precisions += [f"--precision {args.trainer['precision']}"] if args.trainer["precision"] is not None else []
+    if len(precisions) > 1:
+        problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
+    if args.run.gpus is not None and args.trainer["devices"] != "auto":
+        problems.append(f"--gpus {args.run.gpus} and --devices {args.trainer['devices']} both count devices; give one")
+    if args.run.gpus is not None and args.trainer["accelerator"] not in ("auto", "gpu", "cuda"):
+        problems.append(
+            f"--gpus {args.run.gpus} contradicts --accelerator {args.trainer['accelerator']}; leave one out"
+        )
+    if args.run.gpus is not None and not all(part.strip().lstrip("-").isdigit() for part in args.run.gpus.split(",")):
+        problems.append(f"--gpus {args.run.gpus} is neither a number of GPUs nor a list of theirs such as 0,1")
+    return problems
+
+
+def _retrieval_contradictions(retrieval: RetrievalArguments) -> list[str]:
+    if problems := check_device("--index_device", retrieval.index_device):
+        return problems
+    uses_ray = retrieval.distributed_retriever == "ray"
+    if retrieval.retrieval_worker_gpus and not uses_ray:
+        return [
+            f"--retrieval_worker_gpus {retrieval.retrieval_worker_gpus:g} is for --distributed_retriever ray; give "
+            "--index_device cuda instead"
+        ]
+    if uses_ray and (retrieval.index_device or "").startswith("cuda") and not retrieval.retrieval_worker_gpus:
+        return [
+            f"--index_device {retrieval.index_device}: Ray shows its processes only the GPUs that are set aside for "
+            "them; give --retrieval_worker_gpus 1"
+        ]
+    return []
+
+
+def _run_problems(run: RunArguments) -> list[str]:
+    problems = []
+    resumed = run.resume_from_checkpoint
+    if resumed is not None and not Path(resumed).is_file():
+        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to go on from last.ckpt")
+    if resumed is not None and run.overwrite_output_dir:
+        problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint goes on with; give one")
+    if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
+        problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
+    return problems
+
+
+def _settings_without_effect(args: FinetuneArguments) -> dict[str, Any]:
+    values = {
+        "fp16_opt_level": args.training.fp16_opt_level,
+        "n_tpu_cores": args.run.n_tpu_cores,
+        "distributed_port": None if args.retrieval.distributed_port == -1 else args.retrieval.distributed_port,
+    }
+    return {flag: value for flag, value in values.items() if value is not None}
+
+
+def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
+    """The keyword arguments of `pl.Trainer` that are plain data: its own flags and the suite's names for some."""
+    settings = dict(args.trainer)
+    if args.run.gpus is not None:
+        on_cpu = args.run.gpus.strip() == "0"
+        devices = int(args.run.gpus) if "," not in args.run.gpus else args.run.gpus
+        settings |= {"accelerator": "cpu", "devices": 1} if on_cpu else {"accelerator": "gpu", "devices": devices}
+    if args.training.fp16 or args.training.bf16:
+        settings["precision"] = "16-mixed" if args.training.fp16 else "bf16-mixed"
+    if settings["strategy"] == "auto" and (args.model.encoder_layerdrop or args.model.decoder_layerdrop):
+        # A dropped layer gets no gradient, which DistributedDataParallel would otherwise wait for.
+        settings["strategy"] = "ddp_find_unused_parameters_true"
+    if (ranks_on_node := os.environ.get("LOCAL_WORLD_SIZE")) is not None:  # torchrun has started the ranks
+        if settings["devices"] == "auto":
+            settings["devices"] = int(ranks_on_node)
+        if settings["num_nodes"] == 1:
+            settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(ranks_on_node)
+    if settings["enable_progress_bar"] is None:
+        settings["enable_progress_bar"] = sys.stdout.isatty()  # in a log file, callbacks_rag.ProgressLines instead
+    return settings | {
+        "max_epochs": args.training.num_train_epochs,
+        "accumulate_grad_batches": args.training.gradient_accumulation_steps,
+        "gradient_clip_val": args.training.max_grad_norm,
+        "default_root_dir": args.run.output_dir,
+        "use_distributed_sampler": False,  # the data module splits by rank itself, each example exactly once
+    }

@@ -1,0 +1,377 @@
+"""`eval_rag.py` as its command line runs it: scores by hand, reuse, continuation, refusal, all checkpoints."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eval_rag
+from rag.errors import UserError
+from rag.evaluation import predictors
+from rag.evaluation.gold import parse_qa_line
+from rag.files import load_json, read_lines, write_lines
+from rag.models.checkpoints import save_model
+from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
+
+ASKED, ANSWERS = zip(*QUESTIONS, strict=True)
+
+
+@pytest.fixture(scope="module")
+def rag_folder(checkpoint):
+    return checkpoint("rag_sequence", "bart")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Question file, and a gold file of each kind."""
+    write_lines(ASKED, tmp_path / "q")
+    write_lines(ANSWERS, tmp_path / "ans")
+    write_lines([f"{q}\t{[a, 'the ' + a.title()]}" for q, a in QUESTIONS], tmp_path / "qa")
+    write_lines([f'"{a}"\tanother' for a in ANSWERS], tmp_path / "pages")
+    return tmp_path
+
+
+@pytest.fixture
+def run(files):
+    """Evaluate; keyword arguments are flags. Returns what `main` returns."""
+
+    def run(model, gold="ans", predictions="predictions.txt", **flags):
+        flags = {
+            "model_name_or_path": model,
+            "evaluation_set": files / "q",
+            "gold_data_path": files / gold,
+            "gold_data_mode": "qa" if gold == "qa" else "ans",
+            "eval_mode": "retrieval" if gold == "pages" else "e2e",
+            "predictions_path": files / predictions,
+            "num_beams": 2,
+            "max_length": 8,
+            "n_docs": 3,
+            "eval_batch_size": 3,
+        } | flags
+        argv = []
+        for name, value in flags.items():
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *map(str, values)]
+        return eval_rag.main(eval_rag.parse_args(argv))
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail where a model is loaded."""
+
+    def refuse(*args):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(predictors, "load_predictor", refuse)
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_scored_as_by_the_squad_script(run, rag_folder, files, no_model):
+    write_lines(["The Paris!", "london town", "", "x", "y", "Madrid", "lisbon", "oslo oslo"], files / "predictions.txt")
+    assert run(rag_folder, "ans") == {"em": 3 / 8, "f1": pytest.approx((3 + 2 / 3 + 2 / 3) / 8)}
+    write_lines(["The Paris!", "the london", "", "x", "y", "Madrid", "lisbon", "oslo"], files / "predictions.txt")
+    assert run(rag_folder, "qa") == {"em": 5 / 8, "f1": 5 / 8}
+
+
+def test_passages_are_scored_over_all_k(run, rag_folder, files, no_model):
+    titles = ['"paris"\trome', "rome\tlondon", "rome", "x\ty", "x\tx", "another\tmadrid", "x\tlisbon", "oslo\tz"]
+    write_lines(titles, files / "predictions.txt")
+    scores = run(rag_folder, "pages", k=[1, 2])
+    assert scores == {
+        "precision_at_1": 4 / 8,
+        "precision_at_2": (1 + 1 + 1 + 0 + 0 + 2 + 1 + 1) / 16,
+        "mrr": (1 + 1 / 2 + 1 + 0 + 0 + 1 + 1 / 2 + 1) / 8,
+    }
+
+
+@pytest.mark.parametrize("model_type", ["rag_sequence", "rag_token"])
+@pytest.mark.parametrize("generator", ["bart", "t5"])
+def test_rag_answers_end_to_end(run, checkpoint, files, model_type, generator):
+    scores = run(checkpoint(model_type, generator), "ans")
+    answers = read_lines(files / "predictions.txt")
+    assert len(answers) == 8 and scores["em"] == sum(a == b for a, b in zip(answers, ANSWERS, strict=True)) / 8
+    records = [json.loads(line) for line in read_lines(files / "predictions.txt.jsonl")]
+    for number, (record, (question, _)) in enumerate(zip(records, QUESTIONS, strict=True), start=1):
+        assert list(record) == ["id", "question", "answer", "doc_ids", "titles", "scores"]
+        assert (record["id"], record["question"], record["answer"]) == (number, question, answers[number - 1])
+        assert record["titles"] == [PASSAGES[i][0] for i in record["doc_ids"]] and len(record["scores"]) == 3
+        assert record["scores"] == sorted(record["scores"], reverse=True)
+    written = load_json(files / "predictions.txt.scores.json")
+    assert written["scores"] == scores and written["questions"] == 8
+    assert written["settings"]["model_type"] == model_type and written["settings"]["num_beams"] == 2
+    assert written["index"] == {"kind": "IndexHNSWFlat", "passages": 8, "dimension": DIMENSION, "ef_search": 16}
+
+
+def test_the_batch_does_not_change_the_answers(run, rag_folder, files):
+    run(rag_folder, predictions="threes")
+    run(rag_folder, predictions="all", eval_batch_size=8)
+    run(rag_folder, predictions="ones", eval_batch_size=1)
+    assert read_lines(files / "threes") == read_lines(files / "ones") == read_lines(files / "all")
+
+
+@pytest.mark.parametrize("generator", ["bart", "t5"])
+def test_a_bare_generator_answers_closed_book(run, request, files, generator):
+    model = request.getfixturevalue(generator)
+    tokenizer = request.getfixturevalue(f"{generator}_tokenizer")
+    run(request.getfixturevalue(f"{generator}_folder"), prefix="oslo ")
+    tokens = tokenizer(["oslo " + q for q in ASKED], padding=True, return_tensors="pt")
+    token_ids = model.generate(**tokens, num_beams=2, min_length=1, max_length=8)
+    assert read_lines(files / "predictions.txt") == tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    assert list(json.loads(read_lines(files / "predictions.txt.jsonl")[0])) == ["id", "question", "answer"]
+
+
+def test_retrieval_equals_a_search_by_hand(run, rag_folder, files, question_encoder, bert_tokenizer):
+    def encode(texts):
+        with torch.no_grad():
+            return question_encoder(**bert_tokenizer(list(texts), padding=True, return_tensors="pt"))[0]
+
+    found = (encode(ASKED) @ encode(text for _, text in PASSAGES).T).argsort(1, descending=True)[:, :5].tolist()
+    ranks = [row.index(number) + 1 if number in row else None for number, row in enumerate(found)]
+    scores = run(rag_folder, "pages", k=[1, 3, 5], answers_path=files / "qa")
+    for k in (1, 3, 5):
+        hits = sum(rank is not None and rank <= k for rank in ranks)
+        assert scores[f"precision_at_{k}"] == pytest.approx(hits / k / 8)
+        assert scores[f"recall_at_{k}"] == hits / 8
+    assert scores["mrr"] == pytest.approx(sum(1 / rank for rank in ranks if rank) / 8)
+    titles = [line.split("\t") for line in read_lines(files / "predictions.txt")]
+    assert titles == [[PASSAGES[i][0] for i in row] for row in found]
+    records = [json.loads(line) for line in read_lines(files / "predictions.txt.jsonl")]
+    assert [record["answer_rank"] for record in records] == ranks
+    assert [record["doc_ids"] for record in records] == found
+
+
+def test_more_passages_are_asked_for_than_there_are(run, rag_folder, files):
+    scores = run(rag_folder, "pages", k=[20])
+    assert scores["precision_at_20"] == 1 / 20 and scores["mrr"] > 0
+    assert {len(line.split("\t")) for line in read_lines(files / "predictions.txt")} == {8}
+    assert 0 <= run(rag_folder, predictions="e2e", n_docs=12)["em"] <= 1
+
+
+def test_the_effort_of_the_search_is_a_setting(run, rag_folder, files):
+    run(rag_folder, "pages", ef_search=4)
+    written = load_json(files / "predictions.txt.scores.json")
+    assert written["index"]["ef_search"] == written["settings"]["ef_search"] == 4
+    with pytest.raises(UserError, match=r"was made with ef_search 4 \(now 5\)"):
+        run(rag_folder, "pages", ef_search=5)
+    with pytest.raises(UserError, match="--nprobe 2: an index of kind IndexHNSWFlat has no such setting"):
+        run(rag_folder, "pages", "other", nprobe=2)
+
+
+def test_what_is_printed(run, rag_folder, capsys):
+    run(rag_folder, print_docs=True, print_predictions=True)
+    first = capsys.readouterr().out
+    assert "Q: what is the capital of oslo" not in first and first.count("Q: what is the capital of ") == 8
+    titles = [line.split()[-1] for line in first.splitlines() if line.startswith("    ")]
+    assert len(titles) == 24 and set(titles) <= set(ANSWERS)
+    assert "8 questions; eval_mode e2e, " in first and "index ef_search 16" in first and "n_docs 3" in first
+    assert "\nEM: 0.00\nF1: " in first
+    run(rag_folder, print_docs=True, print_predictions=True)
+    second = capsys.readouterr().out
+    assert second.splitlines()[1:] == first.splitlines()
+
+
+# --- Reuse, continuation, refusal -------------------------------------------------------------------------------------
+
+
+def test_a_complete_file_is_scored_again_without_the_model(run, rag_folder, request):
+    scores = run(rag_folder)
+    request.getfixturevalue("no_model")
+    assert run(rag_folder) == scores
+    assert run(rag_folder, "qa") != {}  # another gold file, the same predictions
+    with pytest.raises(AssertionError, match="a model is loaded"):
+        run(rag_folder, recalculate=True)
+
+
+def test_a_killed_run_is_continued(run, rag_folder, files, monkeypatch):
+    run(rag_folder, predictions="whole")
+    answer = predictors.answer_from_passages
+    asked = []
+
+    def killed(args, model, retriever, questions, answers):
+        asked.extend(questions)
+        if len(asked) > 6:
+            raise KeyboardInterrupt
+        return answer(args, model, retriever, questions, answers)
+
+    monkeypatch.setattr(predictors, "answer_from_passages", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(rag_folder)
+    with open(files / "predictions.txt", "a") as file:
+        file.write("half a li")
+    assert not (files / "predictions.txt.scores.json").exists()
+    asked = asked[:-10]
+    run(rag_folder)
+    assert tuple(asked) == ASKED[6:]
+    for end in ("", ".jsonl"):
+        assert read_lines(files / f"predictions.txt{end}") == read_lines(files / f"whole{end}")
+
+
+def test_another_checkpoint_or_other_settings_are_refused(run, rag_folder, rag_token, files, tmp_path):
+    run(rag_folder)
+    shutil.copytree(rag_folder, files / "moved")
+    run(files / "moved")  # the same model
+    other = copy.deepcopy(rag_token)
+    save_model(other, files / "other")
+    for folder in ("question_encoder_tokenizer", "generator_tokenizer"):
+        shutil.copytree(rag_folder / folder, files / "other" / folder)
+    refused = r"was made with .*{}.*--recalculate"
+    with pytest.raises(UserError, match=refused.format("model_name_or_path .* \\(now .*other\\)")):
+        run(files / "other")
+    with pytest.raises(UserError, match=refused.format(r"n_docs 3 \(now 2\), num_beams 2 \(now 4\)")):
+        run(rag_folder, n_docs=2, num_beams=4)
+    with pytest.raises(UserError, match=refused.format(r"eval_mode e2e \(now retrieval\)")):
+        run(rag_folder, "pages")
+    run(files / "other", recalculate=True)
+    write_lines([*ASKED[1:], "what is near"], files / "q")
+    with pytest.raises(UserError, match=refused.format("evaluation_set .* \\(its content has changed\\)")):
+        run(files / "other")
+
+
+def test_decoding_is_handed_on_noted_and_for_rag_sequence_only(run, rag_folder, checkpoint, files, monkeypatch):
+    used, original = set(), predictors.generate_answers
+
+    def generate_answers(*args, decoding, **settings):
+        used.add(decoding)
+        return original(*args, decoding=decoding, **settings)
+
+    monkeypatch.setattr(predictors, "generate_answers", generate_answers)
+    run(rag_folder, decoding="fast")
+    assert used == {"fast"}
+    assert load_json(files / "predictions.txt.settings.json")["settings"]["decoding"] == "fast"
+    with pytest.raises(UserError, match=r"decoding fast \(now thorough\)"):
+        run(rag_folder)
+    with pytest.raises(UserError, match=r"--decoding fast is for rag_sequence; leave it out: .* is a rag_token model"):
+        run(checkpoint("rag_token", "bart"), predictions="other.txt", decoding="fast")
+
+
+def test_all_checkpoints_are_measured_each_into_its_own_file(run, rag_folder, files, bart, capsys):
+    output = files / "output"
+    for name in ("checkpoint10", "checkpoint2"):
+        shutil.copytree(rag_folder, output / name)
+    (output / "checkpoint3").mkdir()  # half-written: no config
+    scores = run(output, eval_all_checkpoints=True)
+    assert list(scores) == ["checkpoint2", "checkpoint10"] and scores["checkpoint2"] == scores["checkpoint10"]
+    assert len(read_lines(files / "predictions.checkpoint2.txt")) == 8
+    assert len(read_lines(files / "predictions.checkpoint10.txt")) == 8
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert table[0] == ["checkpoint", "EM", "F1"] and [row[0] for row in table[1:]] == list(scores)
+    with pytest.raises(UserError, match=r"holds no folder checkpoint\*"):
+        run(rag_folder, eval_all_checkpoints=True)
+
+
+# --- Mistakes, before anything is loaded ------------------------------------------------------------------------------
+
+
+def test_missing_files_and_bad_values_are_named_together(run, files, no_model):
+    with pytest.raises(UserError) as error:
+        run("nowhere", evaluation_set="no_q", gold_data_path="no_gold", predictions_path=files)
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "--evaluation_set", "--gold_data_path", "--predictions_path",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"--predictions_path .* is --gold_data_path, which would be overwritten"):
+        run("nowhere", predictions_path=files / "ans", gold_data_path=files / "ans", recalculate=True)
+    with pytest.raises(UserError) as error:
+        run("nowhere", n_docs=0, k=[5, 0], min_length=9, answers_path="x")
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "--n_docs", "--k", "--min_length", "--answers_path",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gold", "line", "message"),
+    [
+        ("ans", " ", "line 3: blank"),
+        ("pages", "\t", "line 3: blank"),
+        ("qa", "what is\t['a', 'b'", 'line 3: `question TAB .*not "what is'),
+        ("qa", "berlin", "line 3: .*--gold_data_mode ans"),
+        ("qa", "q\t[]", "line 3"),
+        ("qa", "q\t[1984]", "line 3"),
+        ("qa", "q\t'berlin'", "line 3"),
+        ("qa", "q\t__import__('os')", "line 3"),
+        ("ans", "one\ntwo", "has 9 lines, but --evaluation_set has 8"),
+    ],
+)
+def test_a_bad_gold_line_is_named(run, files, no_model, gold, line, message):
+    lines = read_lines(files / gold)
+    (files / gold).write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    with pytest.raises(UserError, match=message):
+        run("nowhere", gold)
+
+
+def test_blank_questions_are_named(run, files, no_model):
+    write_lines(["a", " "], files / "q")
+    with pytest.raises(UserError, match="line 2 is blank"):
+        run("nowhere")
+    write_lines([], files / "q")
+    with pytest.raises(UserError, match="there is none"):
+        run("nowhere")
+
+
+def test_gold_that_is_a_line_off_is_remarked(run, files, rag_folder, caplog):
+    lines = read_lines(files / "qa")
+    write_lines([*lines[1:], lines[0]], files / "qa")
+    write_lines(ANSWERS, files / "predictions.txt")
+    run(rag_folder, "qa")
+    assert "8 of 8 questions are not those of --evaluation_set" in caplog.text
+
+
+def test_a_generator_retrieves_nothing(run, bart_folder):
+    with pytest.raises(UserError, match="is a bart model, which retrieves nothing"):
+        run(bart_folder, "pages")
+    with pytest.raises(UserError, match="--model_type bart retrieves nothing"):
+        run(bart_folder, "pages", model_type="bart")
+
+
+def test_an_index_that_is_not_there_is_named_before_the_model_is_loaded(run, rag_folder, monkeypatch):
+    monkeypatch.setattr(predictors, "load_model", None)
+    with pytest.raises(UserError, match="--index_path nowhere"):
+        run(rag_folder, index_path="nowhere")
+    with pytest.raises(UserError, match="--passages_path nowhere"):
+        run(rag_folder, passages_path="nowhere")
+
+
+def test_an_unknown_device_is_named(run, rag_folder):
+    with pytest.raises(UserError, match="--device toaster cannot be used"):
+        run(rag_folder, device="toaster")
+
+
+def test_each_rank_of_a_node_has_a_gpu_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert predictors.pick_device(None) == torch.device("cuda:0")
+    for rank, device in (("3", "cuda:3"), ("5", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert predictors.pick_device(None) == current[-1] == torch.device(device)
+        assert predictors.pick_device("cpu") == torch.device("cpu")
+
+
+def test_qa_lines():
+    assert parse_qa_line("who\t['Xiu Li Dai', \"Dai's\"]") == ["Xiu Li Dai", "Dai's"]
+
+
+def test_the_command_line_answers_at_once(tmp_path):
+    command = [sys.executable, str(ROOT / "eval_rag.py"), "--model-name-or-path", "x", "--evaluation-set", "none"]
+    command += ["--gold-data-path", "none", "--predictions-path", str(tmp_path / "p")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[0].startswith("eval_rag.py: error: --evaluation_set none does not exist")
+    code = "import sys, eval_rag; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_blanks_around_titles_do_not_count(run, files, rag_folder):
+    expected = run(rag_folder, gold="pages")
+    (files / "spaced").write_text("".join(f" {line} \n" for line in (files / "pages").read_text().splitlines()))
+    spaced = run(rag_folder, gold="pages", predictions="again", gold_data_path=files / "spaced")
+    assert spaced == expected and expected["precision_at_1"] > 0

@@ -1,0 +1,122 @@
+"""The DPR relevance file is streamed into two files that stay in step, or into none."""
+
+import json
+import random
+import tracemalloc
+
+import pytest
+
+import parse_dpr_relevance_data as script
+from rag.errors import UserError
+from rag.files import read_lines
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Parse a JSON text (or bytes); return the counts and the lines of both files."""
+
+    def run(source):
+        (tmp_path / "src.json").write_bytes(source if isinstance(source, bytes) else source.encode())
+        questions, pages = tmp_path / "out" / "questions", tmp_path / "out" / "pages"
+        argv = ["--src_path", tmp_path / "src.json", "--evaluation_set", questions, "--gold-data-path", pages]
+        counts = script.main(script.parse_args([str(word) for word in argv]))
+        return counts, read_lines(questions), read_lines(pages)
+
+    return run
+
+
+def record(question, *titles):
+    return {"question": question, "positive_ctxs": [{"title": title, "text": "..."} for title in titles], "answers": []}
+
+
+def test_the_sample_gives_questions_and_titles(parse, capsys):
+    counts, questions, pages = parse((ROOT / "test_data" / "biencoder-sample.json").read_bytes())
+    assert counts == {"written": 2, "skipped": 1}
+    assert questions == ["which river flows through vienna", "what is the capital of são tomé and príncipe"]
+    assert pages == ["Vienna\tDanube", "São Tomé\tSão Tomé"]
+    assert "1 of 3 records have no positive passage" in capsys.readouterr().out
+
+
+def test_tabs_and_newlines_do_not_shift_lines_or_titles(parse):
+    records = [record("who\nwas\r\nit", "A\tB", "C\nD", ""), record("none", ""), record("u\u2028v", "E  F")]
+    counts, questions, pages = parse(json.dumps(records))
+    assert counts == {"written": 2, "skipped": 1}
+    assert questions == ["who was it", "u\u2028v"] and pages == ["A B\tC D", "E  F"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_the_cut_of_the_chunks_does_not_matter(parse, monkeypatch, chunk, ensure_ascii):
+    monkeypatch.setattr(script, "CHUNK_BYTES", chunk)
+    rng = random.Random(chunk)
+    letters = 'aé"\\/[]{},:😀\u2028 '
+    records = [record("".join(rng.choices(letters, k=12)), "".join(rng.choices(letters, k=5)) + "x") for _ in range(9)]
+    for one in records:
+        one.update(score=-1.5e-7, ok=True, nothing=None, big=float("inf"))
+    counts, questions, pages = parse(json.dumps(records, indent=rng.choice([None, 2]), ensure_ascii=ensure_ascii))
+    assert counts == {"written": 9, "skipped": 0}
+    assert questions == [one["question"] for one in records]
+    assert pages == [one["positive_ctxs"][0]["title"] for one in records]
+
+
+def test_an_empty_array_gives_empty_files(parse):
+    assert parse(" [ ]\n") == ({"written": 0, "skipped": 0}, [], [])
+
+
+GOOD = json.dumps(record("é?", "A"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", r"the file ends where \[ is expected, at byte 0"),
+        ('{"question": 1}', r"'{' stands where \[ is expected, at byte 0"),
+        (f"[{GOOD}", rf"the file ends where , or \] is expected, at byte {len(GOOD.encode()) + 1}$"),
+        (f"[{GOOD} {GOOD}]", rf"'{{' stands where , or \] is expected, at byte {len(GOOD.encode()) + 2}$"),
+        (f"[{GOOD}, {GOOD[:-9]}", r"at byte \d+"),
+        (f'[{GOOD}, {{"question" 3}}]', rf"Expecting ':' delimiter, at byte {len(GOOD.encode()) + 15}$"),
+        (f"[{GOOD},]", rf"Expecting value, at byte {len(GOOD.encode()) + 2}$"),
+        (f"[{GOOD}]\n{GOOD}", rf"behind the end of the array, at byte {len(GOOD.encode()) + 3}$"),
+        (b"\x8b\x08", r"not UTF-8 text \(a .gz file has to be unzipped first\), at byte 0$"),
+        (f"[{GOOD}, ".encode() + b'{"\xff', rf"not UTF-8 text .* at byte {len(GOOD.encode()) + 5}$"),
+        (f'[{GOOD}, {{"question": "no positives"}}]', "record 2, which ends at byte .*needs a `question`"),
+        (f"[{GOOD}, 7]", "record 2, which ends at byte .*needs a `question`"),
+        ('[{"question": null, "positive_ctxs": []}]', "record 1, .*needs a `question`"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_fault_is_named_with_its_byte_and_nothing_is_written(parse, monkeypatch, tmp_path, source, message, chunk):
+    monkeypatch.setattr(script, "CHUNK_BYTES", chunk)
+    with pytest.raises(UserError, match=message):
+        parse(source)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_fault_early_in_a_long_file_does_not_read_the_rest(parse, monkeypatch):
+    monkeypatch.setattr(script, "CHUNK_BYTES", 1 << 10)
+    read = []
+    monkeypatch.setattr(script, "progress", lambda chunks, *args, **kwargs: (read.append(c) or c for c in chunks))
+    with pytest.raises(UserError, match="Expecting property name"):
+        parse(f"[{GOOD}, {{'single': 1}}, " + ", ".join([GOOD] * 2000) + "]")
+    assert len(read) <= 2
+
+
+def test_wrong_arguments_are_named_together(tmp_path):
+    argv = ["--src_path", "nowhere.json", "--evaluation_set", str(tmp_path), "--gold_data_path", str(tmp_path)]
+    with pytest.raises(UserError) as error:
+        script.main(script.parse_args(argv))
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "--src_path", "--evaluation_set", "--gold_data_path", "--src_path,",
+    ]  # fmt: skip
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    one = json.dumps(record("q" * 1000, "T" * 1000))
+    (tmp_path / "src.json").write_text(f"[{', '.join([one] * 10000)}]")  # 21 MB
+    args = script.ParseArguments(str(tmp_path / "q"), str(tmp_path / "p"), str(tmp_path / "src.json"))
+    tracemalloc.start()
+    script.main(args)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * script.CHUNK_BYTES

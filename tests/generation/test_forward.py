@@ -1,0 +1,118 @@
+"""The generator in training: contexts encoded in groups, logits in parts, half precision, fused attention."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from rag.generation import forward
+from rag.generation.forward import decode_answers, encode_contexts, groups_of_similar_length, output_layer
+from rag.training import loss as loss_module
+from rag.training.loss import rag_sequence_nll, rag_token_nll, target_logprobs
+
+
+def cost(lengths, groups, group_cost):
+    assert sorted(row for rows, _ in groups for row in rows) == list(range(len(lengths)))
+    assert all(longest == max(lengths[row] for row in rows) for rows, longest in groups)
+    return sum(len(rows) * longest + group_cost for rows, longest in groups)
+
+
+def test_groups_are_the_cheapest_there_are():
+    random = np.random.default_rng(0)
+    for group_cost in (1, 10, 40, 1000):
+        lengths = random.integers(1, 50, size=7)
+        order, cheapest = np.argsort(lengths), np.inf
+        for cuts in itertools.product([False, True], repeat=6):
+            parts = np.split(order, [i + 1 for i, cut in enumerate(cuts) if cut])
+            cheapest = min(cheapest, sum(len(rows) * lengths[rows].max() + group_cost for rows in parts))
+        assert cost(lengths, groups_of_similar_length(lengths, group_cost), group_cost) == cheapest
+    assert len(groups_of_similar_length(np.full(9, 30), 1)) == 1
+
+
+@pytest.fixture
+def contexts():
+    """Seven contexts of 1 to 23 tokens, ids (7, 24) and mask."""
+    torch.manual_seed(0)
+    mask = (torch.arange(24) < torch.tensor([[23], [3], [9], [1], [20], [4], [9]])).long()
+    return torch.randint(4, 60, mask.shape).where(mask == 1, 1), mask
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_contexts_in_groups_are_encoded_as_together(name, side, contexts, request, monkeypatch):
+    generator = request.getfixturevalue(name)
+    ids, mask = contexts if side == "right" else (tensor.flip(1) for tensor in contexts)
+    encoder = generator.get_encoder()
+    read = []
+    hook = encoder.register_forward_hook(
+        lambda _, __, kwargs, ___: read.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    monkeypatch.setitem(forward.GROUP_COST, "cpu", 1)
+    encoded = encode_contexts(generator, ids, mask)
+    hook.remove()
+    expected = encoder(ids, attention_mask=mask)[0]
+    torch.testing.assert_close(encoded[mask == 1], expected[mask == 1])
+    if side == "right":
+        assert len(read) > 3 and sum(part.numel() for part in read) < 1.1 * mask.sum()
+    decoder_ids = torch.randint(4, 60, (7, 5))
+    hidden = decode_answers(generator, encoded, mask, decoder_ids)
+    weight, bias = output_layer(generator)
+    logits = generator(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+    torch.testing.assert_close(hidden @ weight.T + bias, logits)
+
+
+def test_log_probabilities_and_gradients_are_those_of_whole_logits(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_VOCABULARY", 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
+    bias, targets = torch.randn(11), torch.tensor([[0, 3, 4], [7, 8, 10]])
+    logits = hidden @ weight.T + bias
+    expected = torch.stack([logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0], logits.logsumexp(-1)])
+    weights = torch.randn(2, 2, 3)
+    found = torch.stack(target_logprobs(hidden, weight, bias, targets))
+    torch.testing.assert_close(found, expected)
+    for gradient, right in zip(
+        *(torch.autograd.grad((weights * x).sum(), (hidden, weight)) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(gradient, right)
+
+
+@pytest.mark.parametrize("loss", [rag_sequence_nll, rag_token_nll])
+def test_a_frozen_output_layer_gets_no_gradient(loss):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 3, 5, requires_grad=True), torch.randn(11, 5)
+    nll = loss(hidden, (weight, torch.zeros(11)), torch.randn(2, 2), torch.randint(2, 11, (2, 3)), 1)
+    nll.sum().backward()
+    assert weight.grad is None and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", [rag_sequence_nll, rag_token_nll])
+def test_half_precision_is_summed_in_float32(loss, label_smoothing):
+    """Under autocast, as with --bf16: float32 results near those of full precision, gradients in the weights' own."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 3, 64, requires_grad=True), torch.randn(20_000, 64, requires_grad=True)
+    bias, scores, targets = torch.randn(20_000), torch.randn(2, 2), torch.randint(2, 20_000, (2, 3))
+    nll = loss(hidden, (weight, bias), scores, targets, 1, label_smoothing)
+    gradients = torch.autograd.grad(nll.sum(), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss(hidden, (weight, bias), scores, targets, 1, label_smoothing)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, nll, rtol=0.02, atol=0.02)
+    for gradient, right in zip(torch.autograd.grad(half.sum(), (hidden, weight)), gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - right).norm() < 0.05 * right.norm()
+
+
+def test_attention_is_not_materialised(checkpoint):
+    """A RAG checkpoint's generator and question encoder are loaded with fused attention."""
+    from rag.models.checkpoints import load_model
+
+    model = load_model(str(checkpoint("rag_sequence", "bart")))
+    kinds = {
+        type(module).__name__: module.config._attn_implementation
+        for module in model.modules()
+        if "Attention" in type(module).__name__ and hasattr(module, "config")
+    }
+    assert {"BartAttention", "BertSelfAttention"} <= kinds.keys() and set(kinds.values()) == {"sdpa"}

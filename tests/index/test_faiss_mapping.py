@@ -1,0 +1,126 @@
+"""mapped_index_rag.py: the same index that FAISS reads, without reading it."""
+
+import re
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from rag.index.faiss_mapping import map_index
+
+ROWS, DIMENSION = 600, 16
+METRICS = [faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2]
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+def written(path: Path, factory: str, metric: int, vectors: np.ndarray) -> Path:
+    index = faiss.index_factory(vectors.shape[1], factory, metric)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(path))
+    return path
+
+
+@pytest.fixture
+def only_ours(monkeypatch):
+    """FAISS may not open the file, only read what is in memory."""
+    read_index = faiss.read_index
+
+    def refuse(source, *flags):
+        assert isinstance(source, faiss.VectorIOReader), "left to FAISS"
+        return read_index(source, *flags)
+
+    monkeypatch.setattr(faiss, "read_index", refuse)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", ["HNSW32,Flat", "HNSW8", "HNSW16,SQ8", "HNSW16,SQ4", "HNSW16,SQfp16"])
+def test_an_hnsw_index_is_the_one_of_the_file_without_faiss_walking_over_it(
+    factory, metric, random, tmp_path, only_ours
+):
+    vectors = random.standard_normal((ROWS, DIMENSION), dtype=np.float32)
+    path = written(tmp_path / "index.faiss", factory, metric, vectors)
+    index = map_index(path)
+    assert faiss.serialize_index(index).tobytes() == path.read_bytes()
+    read = faiss.deserialize_index(np.frombuffer(path.read_bytes(), dtype=np.uint8))
+    for one in (index, read):
+        faiss.ParameterSpace().set_index_parameter(one, "efSearch", 64)
+    for ours, theirs in zip(index.search(vectors[:50], 7), read.search(vectors[:50], 7), strict=True):
+        assert np.array_equal(ours, theirs)
+    rows = np.arange(ROWS)
+    assert np.array_equal(index.reconstruct_batch(rows), read.reconstruct_batch(rows))
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IVF8,Flat", "IVF8_HNSW8,Flat", "HNSW8,PQ4x4np", "PCA8,HNSW8,Flat", "IDMap,HNSW8", "SQ8"]
+)
+def test_any_other_index_is_opened_by_faiss(factory, random, tmp_path):
+    vectors = random.standard_normal((ROWS, DIMENSION), dtype=np.float32)
+    if factory.startswith("IDMap"):
+        index = faiss.IndexIDMap(faiss.IndexHNSWFlat(DIMENSION, 8))
+        index.add_with_ids(vectors, np.arange(ROWS) + 7)
+        faiss.write_index(index, str(tmp_path / "index.faiss"))
+    else:
+        written(tmp_path / "index.faiss", factory, faiss.METRIC_L2, vectors)
+    index = map_index(tmp_path / "index.faiss")
+    expected = faiss.read_index(str(tmp_path / "index.faiss")).search(vectors[:20], 3)
+    assert np.array_equal(index.search(vectors[:20], 3)[1], expected[1])
+
+
+def test_an_empty_hnsw_index_and_another_metric_are_opened_by_faiss(random, tmp_path):
+    faiss.write_index(faiss.IndexHNSWFlat(DIMENSION, 8), str(tmp_path / "empty.faiss"))
+    assert map_index(tmp_path / "empty.faiss").ntotal == 0
+    vectors = random.standard_normal((ROWS, DIMENSION), dtype=np.float32)
+    path = written(tmp_path / "l1.faiss", "HNSW8", faiss.METRIC_L1, vectors)
+    assert map_index(path).metric_type == faiss.METRIC_L1
+
+
+@pytest.mark.parametrize("factory", ["HNSW8,Flat", "HNSW8,SQ8"])
+def test_a_file_cut_anywhere_is_refused(factory, random, tmp_path):
+    path = written(
+        tmp_path / "index.faiss", factory, METRICS[0], random.standard_normal((50, DIMENSION), dtype=np.float32)
+    )
+    whole = path.read_bytes()
+    for length in [*range(0, 200), *range(200, len(whole), 17), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(RuntimeError):
+            map_index(path)
+
+
+@pytest.mark.parametrize("part", ["levels", "offsets", "neighbors"])
+def test_parts_that_do_not_fit_are_told_by_faiss(part, random, tmp_path):
+    index = faiss.IndexHNSWFlat(DIMENSION, 8)
+    index.add(random.standard_normal((50, DIMENSION), dtype=np.float32))
+    numbers = getattr(index.hnsw, part)
+    numbers.resize(numbers.size() - 1)
+    faiss.write_index(index, str(tmp_path / "index.faiss"))
+    with pytest.raises(RuntimeError, match="HNSW"):
+        map_index(tmp_path / "index.faiss")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match=r"none\.faiss"):
+        map_index(tmp_path / "none.faiss")
+
+
+def resident_share(path: Path) -> float:
+    """How much of a mapped file the pages of this process hold."""
+    maps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    _, found = maps.split(f" {path}\n", 1)
+    size, resident = (int(re.search(rf"^{name}: +(\d+) kB", found, re.MULTILINE)[1]) for name in ("Size", "Rss"))
+    return resident / size
+
+
+def test_what_is_mapped_is_not_read(random, tmp_path):
+    path = written(
+        tmp_path / "index.faiss", "HNSW64", METRICS[0], random.standard_normal((20000, 64), dtype=np.float32)
+    )
+    index = map_index(path.resolve())
+    assert resident_share(path.resolve()) < 0.15
+    assert index.search(random.standard_normal((200, 64), dtype=np.float32), 5)[1].min() >= 0
+    assert resident_share(path.resolve()) > 0.5

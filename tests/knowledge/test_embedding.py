@@ -1,0 +1,183 @@
+"""Every passage gets its own vector, in its own row, whatever was killed in between."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from rag.errors import UserError
+from rag.index.columns import EmbeddingColumn
+from rag.knowledge import embedding
+from rag.knowledge.embedding import PassageEmbedder, ShardPlan, _publish, embed_passages, is_complete, partial_folder
+from rag.models.checkpoints import load_encoder
+from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig
+from tests.conftest import DIMENSION, PASSAGES
+
+
+@pytest.fixture(scope="module")
+def passages():
+    """Forty passages of very different lengths."""
+    return [(title, " ".join([text] * (1 + i % 3))) for i, (title, text) in enumerate(PASSAGES * 5)]
+
+
+@pytest.fixture
+def embedder(context_encoder_folder, bert_tokenizer):
+    return PassageEmbedder(load_encoder(str(context_encoder_folder), "context"), bert_tokenizer, batch_size=4)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(embedding, "PASSAGES_PER_SHARD", 7)
+
+
+def one_by_one(embedder, passages):
+    """What the encoder gives for each passage alone, without padding."""
+    vectors = []
+    for title, text in passages:
+        words = (title, text) if embedder.as_pair else (f"{title} {text}",)
+        tokens = embedder.tokenizer(*words, truncation=True, max_length=embedder.max_length, return_tensors="pt")
+        with torch.no_grad():
+            vectors.append(embedder.encoder(**tokens)[0][0].numpy())
+    return np.stack(vectors)
+
+
+def test_rows_are_in_order_and_do_not_depend_on_their_batch(embedder, passages, small_shards, tmp_path):
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
+    dataset = load_from_disk(str(tmp_path / "out"))
+    assert dataset.column_names == ["title", "text", "embeddings"]
+    assert dataset.features["embeddings"].length == DIMENSION
+    assert list(zip(dataset["title"], dataset["text"], strict=True)) == passages
+    vectors = np.array(dataset["embeddings"], dtype=np.float32)
+    np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=1e-4, atol=1e-5)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"data-{i:05d}-of-00006.arrow" for i in range(6)] + ["dataset_info.json", "state.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert is_complete(tmp_path / "out", "digest") and not is_complete(tmp_path / "out", "another")
+
+
+def test_batches_hold_texts_of_like_length(embedder, passages):
+    widths = []
+    embedder._encode = lambda batch: widths.append(batch["input_ids"].shape) or np.zeros((len(batch["input_ids"]), 1))
+    rows = np.concatenate([rows for rows, _ in embedder(passages)])
+    assert sorted(rows) == list(range(len(passages)))
+    tokens = sum(len(ids) for ids in embedder.tokenizer(*map(list, zip(*passages, strict=True)))["input_ids"])
+    assert tokens / sum(b * s for b, s in widths) > 0.9
+    assert max(b for b, _ in widths) == 4
+
+
+def test_title_and_text_are_of_one_token_type(embedder, passages, bert_tokenizer, tmp_path):
+    expected = np.concatenate([vectors for _, vectors in embedder(passages)])
+    bert_tokenizer.save_pretrained(tmp_path)
+    embedder.tokenizer = BertTokenizerFast.from_pretrained(
+        tmp_path, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+    )
+    assert max(embedder.tokenizer(*passages[0])["token_type_ids"]) == 1
+    np.testing.assert_array_equal(np.concatenate([vectors for _, vectors in embedder(passages)]), expected)
+
+
+def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
+    encode, encoded = embedder._encode, []
+
+    def killed(batch):
+        encoded.append(len(batch["input_ids"]))
+        if sum(encoded) > 20:
+            raise KeyboardInterrupt
+        return encode(batch)
+
+    embedder._encode = killed
+    with pytest.raises(KeyboardInterrupt):
+        embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
+    assert not (tmp_path / "out").exists()
+    partial = partial_folder(tmp_path / "out", "digest")
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.iterdir()}
+    assert len(kept) == 2  # of 7 passages each; the third was cut off
+
+    # A run with other settings takes nothing of it.
+    embedder._encode = encode
+    embed_passages(iter(passages[:3]), embedder, tmp_path / "other", "other digest", ShardPlan(3))
+    assert {path.name: path.stat().st_mtime_ns for path in partial.iterdir()} == kept
+
+    again = []
+    embedder._encode = lambda batch: again.append(len(batch["input_ids"])) or encode(batch)
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
+    assert sum(again) == len(passages) - 14
+    vectors = np.array(load_from_disk(str(tmp_path / "out"))["embeddings"], dtype=np.float32)
+    np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=1e-4, atol=1e-5)
+
+
+def test_many_passages_make_few_shards(embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "PASSAGES_PER_SHARD", 2)
+    monkeypatch.setattr(embedding, "MOST_SHARDS", 3)
+    embed_passages(iter(PASSAGES), embedder, tmp_path / "out", "digest", ShardPlan(len(PASSAGES)))
+    state = json.loads((tmp_path / "out" / "state.json").read_text())
+    assert len(state["_data_files"]) == 3
+    assert len(load_from_disk(str(tmp_path / "out"))) == len(PASSAGES)
+
+
+def test_sentence_encoders_read_title_and_text_as_one(bert_tokenizer, passages):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": DIMENSION, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(bert_tokenizer), max_position_embeddings=32, **sizes))
+    encoder = PooledEncoder(PooledEncoderConfig(backbone=bert.config), bert).eval()
+    embedder = PassageEmbedder(encoder, bert_tokenizer, batch_size=8)
+    assert not embedder.as_pair and embedder.max_length == 32
+    vectors = np.empty((len(passages), DIMENSION), dtype=np.float32)
+    for rows, batch in embedder(passages):
+        vectors[rows] = batch
+    np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=1e-4, atol=1e-5)
+    long = sum(len(bert_tokenizer(f"{title} {text}")["input_ids"]) >= 32 for title, text in passages)
+    assert embedder.cut == long > 0
+
+
+def test_no_passage_is_lost_to_an_odd_count(embedder, small_shards, tmp_path):
+    for count in (1, 7, 8):
+        embed_passages(iter(PASSAGES[:count]), embedder, tmp_path / str(count), "digest", ShardPlan(count))
+        assert len(load_from_disk(str(tmp_path / str(count)))) == count
+
+
+def test_a_number_of_shards_and_half_precision(embedder, passages, tmp_path):
+    plan = ShardPlan(len(passages), num_shards=3, dtype="float16")
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", plan)
+    dataset = load_from_disk(str(tmp_path / "out"))
+    assert dataset.features["embeddings"].feature.dtype == "float16"
+    assert [len(chunk) for chunk in dataset.data.column("embeddings").chunks] == [14, 14, 12]
+    vectors = EmbeddingColumn(dataset.data.column("embeddings"), DIMENSION).gather(np.arange(len(passages)))
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=1e-3, atol=1e-4)
+    embedder._encode = lambda batch: np.full((len(batch["input_ids"]), DIMENSION), 7e4)
+    with pytest.raises(UserError, match="--half_precision: a vector holds 70000"):
+        embed_passages(iter(passages), embedder, tmp_path / "large", "digest", plan)
+
+
+def test_shards_of_another_cut_are_not_part_of_the_dataset(embedder, passages, tmp_path):
+    partial = partial_folder(tmp_path / "out", "digest")
+    partial.mkdir()
+    (partial / "data-00000-of-00002.arrow").write_bytes(b"of a run with two shards")
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages), num_shards=4))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.arrow")) == [
+        f"data-{i:05d}-of-00004.arrow" for i in range(4)
+    ]
+
+
+def test_a_killed_run_with_another_number_of_shards_is_gone_on_with(embedder, passages, tmp_path):
+    """Both make two files of the same names; what does not fit is embedded again."""
+    plan = ShardPlan(len(passages), num_shards=2)
+    partial = partial_folder(tmp_path / "out", "digest")
+    embed_passages(iter(passages[:5]), embedder, tmp_path / "five", "other", ShardPlan(5, num_shards=1))
+    partial.mkdir(parents=True)
+    shutil.copy(tmp_path / "five" / "data-00000-of-00001.arrow", partial / plan.names()[0])
+    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", plan)
+    assert load_from_disk(str(tmp_path / "out"))["text"] == [text for _, text in passages]
+
+
+def test_what_others_keep_beside_the_dataset_stays(embedder, passages, tmp_path):
+    folder = tmp_path / "out"
+    embed_passages(iter(passages[:5]), embedder, folder, "digest", ShardPlan(5))
+    (folder / "NOTES.md").write_text("mine")
+    (folder / ".ipynb_checkpoints").mkdir()
+    _publish(folder, ["data-00000-of-00001.arrow"], "digest")
+    assert (folder / "NOTES.md").exists() and len(load_from_disk(str(folder))) == 5

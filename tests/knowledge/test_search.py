@@ -1,0 +1,91 @@
+"""Questions put to knowledge from the command line; nothing is built."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import use_own_knowledge_dataset
+from rag.errors import UserError
+from tests.conftest import DIMENSION, QUESTIONS
+from tests.knowledge.test_use_own_knowledge_dataset import run
+from use_own_knowledge_dataset import ENCODER_FLAG, main, parse_args
+
+TWO = [question for question, _ in QUESTIONS[:2]]
+
+
+def search(out, *words):
+    return main(parse_args(["--output_dir", str(out), "--search", *TWO, *map(str, words)]))
+
+
+def test_passages_for_questions(flags, question_encoder_folder, question_encoder, bert_tokenizer, tmp_path, capsys):
+    run(flags)
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(use_own_knowledge_dataset, "read_source", lambda *_: pytest.fail("read the documents"))
+        found = search(tmp_path / "out", "--question_encoder_name_or_path", question_encoder_folder, "--n_docs", 3)
+    assert [len(passages) for passages in found] == [3, 3]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"Question: {TWO[0]}" and printed[4] == f"Question: {TWO[1]}" and len(printed) == 8
+    for question, passages in zip(TWO, found, strict=True):
+        with torch.no_grad():
+            vector = question_encoder(**bert_tokenizer(question, return_tensors="pt"))[0][0].numpy()
+        from datasets import load_from_disk
+
+        rows = load_from_disk(tmp_path / "out" / "my_knowledge_dataset")
+        scores = np.array(rows["embeddings"], dtype=np.float32) @ vector
+        best = np.argsort(-scores)[:3]
+        assert [passage["id"] for passage in passages] == best.tolist()
+        np.testing.assert_allclose([passage["score"] for passage in passages], scores[best], rtol=1e-4)
+        assert [passage["text"] for passage in passages] == [rows[int(i)]["text"] for i in best]
+    title, text = found[1][2]["title"], found[1][2]["text"]
+    assert printed[-1] == f"  {found[1][2]['score']:8.3f}  {title}: {text}"
+
+
+def test_the_checkpoints_encoder(flags, checkpoint, question_encoder_folder, tmp_path):
+    run(flags)
+    by_encoder = search(tmp_path / "out", "--question_encoder_name_or_path", question_encoder_folder)
+    by_checkpoint = search(tmp_path / "out", "--rag_model_name", checkpoint(), "--ef_search", 64)
+    for one, other in zip(by_encoder, by_checkpoint, strict=True):
+        assert [passage["id"] for passage in one] == [passage["id"] for passage in other]
+
+
+def test_sentence_encoders_ask_for_themselves(flags, bert_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": DIMENSION, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(bert_tokenizer), **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    bert_tokenizer.save_pretrained(tmp_path / "bert")
+    run(flags, **{ENCODER_FLAG: tmp_path / "bert", "--ctx_encoder_pooling": "mean"})
+    found = search(tmp_path / "out")
+    pooled = ["--question_encoder_name_or_path", tmp_path / "bert", "--question_encoder_pooling"]
+    assert found == search(tmp_path / "out", *pooled, "mean")
+    assert found != search(tmp_path / "out", *pooled, "cls")
+    with torch.no_grad():
+        next(bert.parameters()).mul_(1.01)
+    bert.save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="is not what it was when the passages were embedded"):
+        search(tmp_path / "out")
+
+
+def test_what_cannot_be_searched(flags, question_encoder_folder, context_encoder_folder, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"--search: --output_dir .*out holds no knowledge"):
+        search(tmp_path / "out")
+    run(flags)
+    with pytest.raises(UserError, match="needs the question encoder that belongs to"):
+        search(tmp_path / "out")
+    given = ["--question_encoder_name_or_path", question_encoder_folder]
+    with pytest.raises(UserError, match="--nprobe 3: an index of kind IndexHNSWFlat has no such setting"):
+        search(tmp_path / "out", *given, "--nprobe", 3)
+    path = tmp_path / "out" / "index.json"
+    made_by = json.loads(path.read_text())
+    path.write_text(json.dumps(made_by | {"pooling": "mean"}))
+    search(tmp_path / "out", *given)
+    assert "Warning: passages are pooled by" in capsys.readouterr().out
+    path.write_text(json.dumps(made_by | {"index": None}))
+    with pytest.raises(UserError, match="is not finished; run the command that was building it"):
+        search(tmp_path / "out", *given)
+    shutil.rmtree(tmp_path / "out")

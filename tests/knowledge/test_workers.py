@@ -1,0 +1,182 @@
+"""Several processes, or a Ray cluster's tasks, embed what one process does."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from datasets import load_from_disk
+
+from rag.errors import UserError
+from rag.knowledge import workers as workers_module
+from rag.knowledge.workers import EncoderPlan, NodeWorkers, RayWorkers, encoding_device, encoding_workers
+from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
+from tests.conftest import PASSAGES, ROOT
+from tests.knowledge.test_use_own_knowledge_dataset import run
+from use_own_knowledge_dataset import parse_args
+
+
+@pytest.fixture
+def embedder(context_encoder_folder):
+    from rag.knowledge.embedding import PassageEmbedder
+
+    folder = str(context_encoder_folder)
+    return PassageEmbedder(load_encoder(folder, "context"), load_tokenizer(folder), batch_size=2)
+
+
+@pytest.fixture
+def plan(context_encoder_folder, embedder):
+    return EncoderPlan(str(context_encoder_folder), "auto", weights_digest(embedder.encoder), 2, "cpu")
+
+
+def embedded(workers) -> dict:
+    """The vectors of four shards, by their paths."""
+    shards = {"a": PASSAGES[:3], "b": PASSAGES[3:5], "c": PASSAGES[5:], "d": PASSAGES[:1]}
+    written = {}
+    done = list(
+        workers.embed_shards(iter(shards.items()), lambda path, shard, vectors: written.update({path: vectors}))
+    )
+    assert sum(done) == 9
+    return written
+
+
+def assert_equal_to(expected: dict, found: dict) -> None:
+    assert found.keys() == expected.keys()
+    for path, vectors in expected.items():
+        np.testing.assert_allclose(found[path], vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_of_this_node(embedder, plan):
+    with NodeWorkers(embedder, plan, processes=2) as workers:
+        assert_equal_to(embedded(embedder), embedded(workers))
+        wrong = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
+        workers.plan = wrong
+        with pytest.raises(UserError, match="has other weights on"):
+            embedded(workers)
+
+
+def test_tasks_of_a_cluster_of_our_own(embedder, plan, flags, tmp_path):
+    ray = pytest.importorskip("ray")
+    with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers:
+        assert_equal_to(embedded(embedder), embedded(workers))
+        workers.plan = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
+        with pytest.raises(UserError, match="has other weights on"):
+            embedded(workers)
+        # The script uses the cluster that is there, and leaves it up.
+        run(flags, **{"--distributed": "ray", "--num_shards": 4})
+        run(flags, **{"--output_dir": tmp_path / "alone", "--num_shards": 4})
+        spread, alone = (load_from_disk(tmp_path / name / "my_knowledge_dataset") for name in ("out", "alone"))
+        assert spread["text"] == alone["text"]
+        np.testing.assert_allclose(np.array(spread["embeddings"]), np.array(alone["embeddings"]), rtol=1e-4, atol=1e-5)
+        assert ray.is_initialized()
+        with pytest.raises(UserError, match="--gpus_per_task 64 is more than"), RayWorkers(embedder, plan, "auto", 64):
+            pass
+    assert not ray.is_initialized()
+
+
+class Killer(threading.Thread):
+    """Sends SIGKILL to processes below this one that have a word in their command line or title.
+
+    Args:
+        word: what tells them from others.
+        count: how many, one after the other; each once it has been seen.
+    """
+
+    def __init__(self, word: str, count: int):
+        super().__init__(daemon=True)
+        self.word, self.count, self.killed, self.over = word, count, set(), threading.Event()
+
+    def __enter__(self) -> "Killer":
+        self.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.over.set()
+        self.join()
+
+    def run(self) -> None:
+        while len(self.killed) < self.count and not self.over.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if self.word in " ".join(process.cmdline()) and process.pid not in self.killed:
+                        time.sleep(0.1)  # let it begin
+                        process.kill()
+                        self.killed.add(process.pid)
+                        break
+                except psutil.Error:  # it has just ended
+                    pass
+
+
+def test_a_killed_process_is_told_and_nothing_is_lost(embedder, plan, flags, tmp_path):
+    more = {"--num_shards": 4, "--batch_size": 1}
+    with Killer("spawn_main", 1) as killer, pytest.raises(UserError) as error:
+        run(flags, **more, **{"--num_encoding_processes": 2})
+    assert len(killer.killed) == 1
+    assert "one of 2 processes that encode was killed" in str(error.value)
+    assert "give fewer --num_encoding_processes" in str(error.value)
+    assert not (tmp_path / "out" / "my_knowledge_dataset").exists()
+    assert run(flags, **more).passages == 11
+
+
+def test_shards_of_a_killed_ray_worker_are_encoded_by_another(embedder, plan):
+    pytest.importorskip("ray")
+    with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers, Killer("ray::embed_shard", 2) as killer:
+        assert_equal_to(embedded(embedder), embedded(workers))
+        assert len(killer.killed) == 2
+
+
+def test_ray_workers_that_die_too_often_are_told(embedder, plan, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(workers_module, "RETRIES", 0)
+    with (
+        pytest.raises(UserError, match="--distributed ray: of 1 tries to encode a shard the last one ended so: "),
+        RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers,
+        Killer("ray::embed_shard", 1),
+    ):
+        embedded(workers)
+
+
+def test_who_embeds(embedder, plan, flags):
+    def workers(*words):
+        args = parse_args(["--dpr_ctx_encoder_model_name", plan.name, *words])
+        return encoding_device(args), encoding_workers(args, embedder, plan.digest)
+
+    device, one = workers()
+    with one as workers_or_embedder:
+        assert workers_or_embedder is embedder and device == "cpu"
+    with workers("--num_encoding_processes", "3")[1] as several:
+        assert isinstance(several, NodeWorkers) and several.processes == 3
+    device, on_ray = workers("--distributed", "ray", "--gpus_per_task", "0.5")
+    assert (device, on_ray.plan.device, on_ray.gpus_a_task) == ("cuda", "cuda", 0.5)
+    device, on_ray = workers("--distributed", "ray")
+    assert (device, on_ray.gpus_a_task) == ("cpu", 0)
+
+
+ORPHANING = """
+import multiprocessing, os, signal, sys
+from concurrent.futures import ProcessPoolExecutor
+from encoding_workers_rag import _start_worker
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    gpus = spawn.Queue()
+    gpus.put("")
+    pool = ProcessPoolExecutor(1, spawn, initializer=_start_worker, initargs=(gpus, 1))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
+    script = tmp_path / "orphaning.py"
+    script.write_text(ORPHANING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # The worker shares the pipe: this returns when both are gone.
+    command = [sys.executable, script]
+    killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(int(killed.stdout)) or psutil.Process(int(killed.stdout)).status() == "zombie"

@@ -1,0 +1,237 @@
+"""Ray actors search for all: the same results as one process, dead and busy actors, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever, RetrievalWorkers
+from rag.distributed.ray_cluster import RayConnection, _running_cluster
+from rag.errors import UserError
+from rag.retrieval.retriever import RagKnowledgeRetriever
+from tests.conftest import DIMENSION, PASSAGES, ROOT
+from tests.distributed.many_ranks import run_ranks
+from tests.retrieval.test_distributed_pytorch_retriever import device_config, legacy_config, rag_config, write_shards  # noqa: F401
+
+ray = pytest.importorskip("ray")
+
+
+def queries_of(seed: int, rows: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, DIMENSION), dtype=np.float32)
+
+
+def process_of(actor) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+def actors_of(retriever) -> list:
+    [pool] = retriever.pools
+    return pool.actors
+
+
+def ray_processes() -> set[str]:
+    """Ray's processes on this machine, whoever started them."""
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if process.info["name"] in ("raylet", "gcs_server") or words.startswith("ray::") or "rag_ray_" in words:
+            found.add(f"{process.pid} {words[:80]}")
+    return found
+
+
+def gone(processes: set[str], seconds: float = 10) -> bool:
+    """Whether all these processes end within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while ray_processes() & processes and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not ray_processes() & processes
+
+
+@pytest.fixture(scope="module")
+def config(knowledge):
+    return rag_config(**knowledge)
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return RagKnowledgeRetriever(config, None, None)
+
+
+@pytest.fixture(scope="module")
+def retriever(config):
+    """Two actors on a cluster of our own; when it has closed, nothing of it is left."""
+    before = ray_processes()
+    with RetrievalWorkers(num_workers=2) as workers:
+        retriever = RagRayDistributedRetriever(config, None, None, workers)
+        retriever.init_retrieval()
+        retriever.init_retrieval()
+        folder = workers.connection.folder
+        started = ray_processes() - before
+        assert len(started) >= 4 and os.path.isdir(folder)
+        yield retriever
+    assert gone(started)
+    assert not os.path.exists(folder) and not ray.is_initialized()
+
+
+def same(results, expected) -> None:
+    for found, wanted in zip(results[:2], expected[:2], strict=True):
+        assert found.dtype == wanted.dtype and found.flags.writeable
+        np.testing.assert_array_equal(found, wanted)
+    assert results[2] == expected[2]
+
+
+@pytest.mark.parametrize("rows, n_docs", [(3, 2), (5, 5), (1, 1), (2, len(PASSAGES)), (0, 3), (40, 5)])
+def test_retrieve_gives_what_one_process_gives(retriever, alone, rows, n_docs):
+    same(retriever.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+
+
+@pytest.mark.parametrize("kind", ["legacy_config", "device_config"])
+def test_other_indexes_give_what_one_process_gives(kind, request, retriever):
+    config = request.getfixturevalue(kind)
+    alone = RagKnowledgeRetriever(config, None, None)
+    with RetrievalWorkers(1) as workers:
+        other = RagRayDistributedRetriever(config, None, None, workers)
+        other.init_retrieval()
+        for rows, n_docs in [(3, 2), (0, 3), (2, len(PASSAGES))]:
+            same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+
+
+@pytest.mark.parametrize("num_workers", [3, 5])
+def test_actors_with_a_shard_each_find_what_one_index_does(config, alone, retriever, tmp_path, num_workers):
+    sharded = rag_config(
+        index_name="custom", passages_path=config.passages_path, index_path=write_shards(config, tmp_path)
+    )
+    with RetrievalWorkers(num_workers) as workers:
+        other = RagRayDistributedRetriever(sharded, None, None, workers)
+        other.init_retrieval()
+        assert [len(pool.actors) for pool in other.pools] == ([1, 1, 1] if num_workers == 3 else [2, 2, 1])
+        for rows, n_docs in [(3, 2), (0, 3), (40, 5), (2, len(PASSAGES))]:
+            same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+        for pool in other.pools:  # one of every shard dies
+            os.kill(process_of(pool.actors[0]), signal.SIGKILL)
+        same(other.retrieve(queries_of(3, 3), 3), alone.retrieve(queries_of(3, 3), 3))
+    with RetrievalWorkers(2) as workers, pytest.raises(UserError, match=r"--num_retrieval_workers 2: .* has 3; give 3"):
+        RagRayDistributedRetriever(sharded, None, None, workers).init_retrieval()
+
+
+def test_our_own_cluster_is_locked_and_listens_on_this_machine_only(retriever):
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    me = psutil.Process()
+    sockets = [socket for one in [me, *me.children(recursive=True)] for socket in one.net_connections("inet")]
+    addresses = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    assert addresses == {"127.0.0.1"}
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert _running_cluster() is None  # another job does not take it for a cluster to use
+
+
+def test_a_killed_actor_costs_a_moment_and_comes_back(retriever, alone):
+    queries = queries_of(1, 4)
+    expected = alone.retrieve(queries, 3)
+    old = process_of(actors_of(retriever)[0])
+    os.kill(old, signal.SIGKILL)
+    start = time.monotonic()
+    for _ in range(5):
+        same(retriever.retrieve(queries, 3), expected)
+    assert time.monotonic() - start < 5  # Ray takes about a second to notice
+    assert process_of(actors_of(retriever)[0]) != old
+    both = [process_of(actor) for actor in actors_of(retriever)]
+    for process in both:
+        os.kill(process, signal.SIGKILL)
+    same(retriever.retrieve(queries, 3), expected)
+
+
+def test_a_busy_actor_is_not_asked(retriever):
+    for actor in actors_of(retriever):
+        busy = actor.__ray_call__.remote(lambda self: time.sleep(2))
+        start = time.monotonic()
+        retriever.retrieve(queries_of(2, 4), 3)
+        assert time.monotonic() - start < 1
+        ray.get(busy)
+
+
+def test_a_retrieval_that_takes_too_long_says_so(config, retriever):
+    impatient = RagRayDistributedRetriever(config, None, None, actors_of(retriever)[:1], timeout=0.5)
+    impatient.init_retrieval()
+    busy = actors_of(retriever)[0].__ray_call__.remote(lambda self: time.sleep(1.5))
+    with pytest.raises(TimeoutError, match=r"within 0\.5 s"):
+        impatient.retrieve(queries_of(2, 4), 3)
+    ray.get(busy)
+
+
+def test_handles_as_in_the_public_suite(config, alone, retriever, bert_tokenizer, bart_tokenizer, tmp_path):
+    RagKnowledgeRetriever(config, bert_tokenizer, bart_tokenizer).save_pretrained(tmp_path)
+    handles = [ray.remote(RayRetriever).options(num_cpus=0).remote()]
+    given = RagRayDistributedRetriever.from_pretrained(tmp_path, handles)
+    given.init_retrieval()
+    same(given.retrieve(queries_of(3, 4), 3), alone.retrieve(queries_of(3, 4), 3))
+    ray.kill(handles[0])
+    with pytest.raises(RuntimeError, match="every retrieval worker has died"):
+        given.retrieve(queries_of(3, 4), 3)
+
+
+def test_the_users_mistakes_are_told(config, knowledge, alone, retriever, tmp_path):
+    with pytest.raises(UserError, match="--num_retrieval_workers 0"):
+        RetrievalWorkers(0)
+    with pytest.raises(UserError, match="in memory"):
+        RagRayDistributedRetriever(config, None, None, [], index=alone.index)
+    with RetrievalWorkers(1, gpus_each=64) as workers, pytest.raises(UserError, match="--retrieval_worker_gpus 64"):
+        workers.connect(config)
+    broken = tmp_path / "broken.faiss"
+    broken.write_bytes(b"IHNf")
+    with RetrievalWorkers(1) as workers, pytest.raises(UserError, match=r"--index_path .*broken\.faiss"):
+        workers.connect(rag_config(**knowledge | {"index_path": str(broken)}))
+    with pytest.raises(UserError, match=r"--ray_address 127.0.0.1:9: .*ray start --head"):
+        RayConnection("127.0.0.1:9")._connect("127.0.0.1:9")
+    assert ray.is_initialized()  # a connection that was there before stays
+
+
+def two_ranks(rank: int, config) -> tuple:
+    with RetrievalWorkers(2) as workers:
+        retriever = RagRayDistributedRetriever(config, None, None, workers)
+        retriever.init_retrieval()
+        found = [retriever.retrieve(queries_of(rank, rows), 3) for rows in (1 + rank, 4)]
+        return [process_of(actor) for actor in actors_of(retriever)], found, workers.namespace
+
+
+def test_every_rank_reaches_the_same_actors(config, alone, tmp_path):
+    before = ray_processes()
+    results = run_ranks(two_ranks, 2, tmp_path, config, seconds=120)
+    (actors, found, namespace), (other_actors, other_found, other_namespace) = results
+    assert namespace != other_namespace
+    assert actors == other_actors[::-1]  # each prefers another one
+    for rank, retrieved in enumerate((found, other_found)):
+        for rows, results in zip((1 + rank, 4), retrieved, strict=True):
+            same(results, alone.retrieve(queries_of(rank, rows), 3))
+    assert gone(ray_processes() - before)
+
+
+INTERRUPTED = """
+import sys, time
+from transformers import RagConfig
+from distributed_ray_retriever import RetrievalWorkers
+with RetrievalWorkers(1) as workers:
+    workers.connect(RagConfig.from_pretrained(sys.argv[1]))
+    print(workers.connection.folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_nothing_is_left_after_ctrl_c(config, tmp_path):
+    before = ray_processes()
+    config.save_pretrained(tmp_path)
+    job = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = job.stdout.readline().strip()
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert folder and not os.path.exists(folder)
+    assert gone(ray_processes() - before)

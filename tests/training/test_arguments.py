@@ -1,0 +1,203 @@
+"""The flags of finetune_rag.py: the public suite's names and defaults, the Trainer's own, mistakes in one line each."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rag.command_line.trainer_flags import NOT_FLAGS
+from rag.errors import UserError
+from rag.training.arguments import parse_args, trainer_settings
+from tests.conftest import ROOT
+
+NEEDED = ["--model_name_or_path", "m", "--data_dir", "d"]
+PUBLIC_DEFAULTS = {
+    "model": {"config_name": None, "tokenizer_name": None, "cache_dir": None, "dropout": None, "label_smoothing": 0.0},
+    "retrieval": {"distributed_retriever": "pytorch", "ray_address": "auto", "num_retrieval_workers": 1,
+                  "index_name": None, "passages_path": None, "index_path": None, "use_dummy_dataset": False,
+                  "distributed_port": -1},
+    "data": {"max_source_length": 128, "max_target_length": 25, "val_max_target_length": 25,
+             "test_max_target_length": 25, "n_train": -1, "n_val": -1, "n_test": -1, "train_batch_size": 32,
+             "eval_batch_size": 32, "num_workers": 4},
+    "training": {"learning_rate": 5e-5, "lr_scheduler": "linear", "weight_decay": 0.0, "adam_epsilon": 1e-8,
+                 "warmup_steps": 0, "num_train_epochs": 3, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1,
+                 "seed": 42, "early_stopping_patience": -1, "adafactor": False, "fp16": False},
+    "run": {"logger_name": "default", "gpus": None, "n_tpu_cores": None, "profile": False, "do_predict": False},
+}  # fmt: skip
+
+
+def parse(folder, *flags):
+    return parse_args([*NEEDED, "--output_dir", str(folder / "out"), *flags])
+
+
+def mistakes(folder, *flags) -> list[str]:
+    with pytest.raises(UserError) as error:
+        parse(folder, *flags)
+    return str(error.value).splitlines()
+
+
+def test_defaults_are_the_public_suites(tmp_path):
+    args = parse(tmp_path).to_dict()
+    for group, defaults in PUBLIC_DEFAULTS.items():
+        assert {name: args[group][name] for name in defaults} == defaults
+    assert args == json.loads(json.dumps(args))
+
+
+def test_it_trains_unless_only_prediction_is_asked_for(tmp_path):
+    done = [(args.run.do_train, args.run.do_predict) for args in (
+        parse(tmp_path), parse(tmp_path, "--do_train"), parse(tmp_path, "--do_predict"),
+        parse(tmp_path, "--do-train", "--do-predict"),
+    )]  # fmt: skip
+    assert done == [(True, False), (True, False), (False, True), (True, True)]
+
+
+def test_trainer_flags_are_the_trainers_parameters(tmp_path):
+    import pytorch_lightning as pl
+
+    parameters = inspect.signature(inspect.unwrap(pl.Trainer.__init__)).parameters
+    given = parse(tmp_path).trainer
+    assert given == {name: parameters[name].default for name in given}
+    assert set(given) | NOT_FLAGS | {"self"} == set(parameters)
+    for (
+        name
+    ) in """val_check_interval check_val_every_n_epoch fast_dev_run max_steps limit_train_batches limit_val_batches
+        limit_test_batches num_nodes accelerator devices strategy precision num_sanity_val_steps log_every_n_steps
+        overfit_batches deterministic max_time""".split():  # noqa: SIM905
+        assert name in given
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--limit_val_batches", "0.5"], 0.5),
+        (["--limit-val-batches", "2"], 2),
+        (["--max_steps", "-1"], -1),
+        (["--fast_dev_run"], True),
+        (["--fast_dev_run", "3"], 3),
+        (["--deterministic", "warn"], "warn"),
+        (["--inference_mode", "false"], False),
+        (["--check_val_every_n_epoch", "null"], None),
+        (["--devices", "0,1"], "0,1"),
+        (["--devices", "2"], 2),
+        (["--precision", "16"], 16),
+        (["--precision", "bf16-mixed"], "bf16-mixed"),
+        (["--max_time", "00:12:00:00"], "00:12:00:00"),
+    ],
+)
+def test_trainer_values_are_read_as_yaml_would(flags, value, tmp_path):
+    given = parse(tmp_path, *flags).trainer[flags[0].removeprefix("--").replace("-", "_")]
+    assert given == value and type(given) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        (["--precision", "15"], "16-mixed"),
+        (["--max_steps", "1.5"], "int"),
+        (["--deterministic", "maybe"], "warn"),
+        (["--detect_anomaly", "2"], "bool"),
+        (["--lr_scheduler", "stairs"], "polynomial"),
+        (["--model_type", "gpt"], "rag_token"),
+    ],
+)
+def test_values_outside_what_is_allowed_are_refused_with_what_is(flags, allowed, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(tmp_path, *flags)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert flags[0] in message and allowed in message
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    told = mistakes(
+        tmp_path, "--train_batch_size", "0", "--learning_rate", "-1", "--dropout", "1.5", "--fp16", "--bf16",
+        "--n_train", "0", "--gpus", "two", "--early_stopping_patience", "-2", "--resume_from_checkpoint", "gone.ckpt",
+    )  # fmt: skip
+    for part in ("--train_batch_size 0 must be 1", "--learning_rate -1.0 must be 0", "--dropout 1.5 must be a prob",
+                 "--fp16 and --bf16 contradict", "--n_train 0", "--gpus two is neither", "--early_stopping_patience -2",
+                 "--resume_from_checkpoint gone.ckpt does not exist"):  # fmt: skip
+        assert sum(part in line for line in told) == 1
+    assert len(told) == 8
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gpus", "2", "--devices", "2"],
+        ["--gpus", "2", "--accelerator", "cpu"],
+        ["--fp16", "--precision", "32"],
+        ["--logger_name", "wandb"],
+    ],
+)
+def test_contradictions_and_missing_packages_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    assert flags[0] in mistakes(tmp_path, *flags)[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ([], {"accelerator": "auto", "devices": "auto", "precision": None, "strategy": "auto"}),
+        (["--gpus", "8"], {"accelerator": "gpu", "devices": 8}),
+        (["--gpus", "-1"], {"accelerator": "gpu", "devices": -1}),
+        (["--gpus", "0,1"], {"accelerator": "gpu", "devices": "0,1"}),
+        (["--gpus", "0"], {"accelerator": "cpu", "devices": 1}),
+        (["--fp16"], {"precision": "16-mixed"}),
+        (["--bf16"], {"precision": "bf16-mixed"}),
+        (["--decoder_layerdrop", "0.1"], {"strategy": "ddp_find_unused_parameters_true"}),
+        (["--num_train_epochs", "5", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.1"],
+         {"max_epochs": 5, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    ],
+)  # fmt: skip
+def test_the_suites_names_reach_the_trainer(flags, settings, tmp_path):
+    made = trainer_settings(parse(tmp_path, *flags))
+    assert {name: made[name] for name in settings} == settings
+
+
+def test_flags_without_effect_say_so(tmp_path, caplog):
+    parse(tmp_path, "--fp16_opt_level", "O1", "--n_tpu_cores", "8", "--distributed-port", "9")
+    assert [record.getMessage().split()[0] for record in caplog.records] == [
+        "--fp16_opt_level", "--n_tpu_cores", "--distributed_port",
+    ]  # fmt: skip
+    caplog.clear()
+    parse(tmp_path)
+    assert not caplog.records
+
+
+def test_a_folder_with_a_run_is_gone_on_with(tmp_path):
+    assert parse(tmp_path).run.resume_from_checkpoint is None
+    (tmp_path / "out").mkdir()
+    last = tmp_path / "out" / "last.ckpt"
+    last.touch()
+    assert parse(tmp_path).run.resume_from_checkpoint == str(last)
+    assert parse(tmp_path, "--overwrite_output_dir").run.resume_from_checkpoint is None
+    assert parse(tmp_path, "--do_predict").run.resume_from_checkpoint is None
+    assert "--overwrite_output_dir" in mistakes(
+        tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint", str(last)
+    )[0]  # fmt: skip
+
+
+def test_settings_come_from_a_file_too(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train_batch_size: 3\nmax_steps: 7\ndeterministic: true\nval_check_interval: 0.5\nfp16: false\n")
+    args = parse(tmp_path, "--config_file", str(file), "--max_steps", "8")
+    assert args.data.train_batch_size == 3 and args.training.fp16 is False
+    assert (args.trainer["max_steps"], args.trainer["deterministic"], args.trainer["val_check_interval"]) == (
+        8,
+        True,
+        0.5,
+    )
+
+
+def test_help_needs_neither_torch_nor_lightning():
+    code = (
+        "import sys; from finetune_arguments_rag import parse_args\n"
+        "try: parse_args(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("[]\n")
+    for flag in ("--learning_rate", "--ray-address", "--val_check_interval", "--limit_train_batches", "--bf16"):
+        assert flag in shown

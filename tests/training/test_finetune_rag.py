@@ -1,0 +1,172 @@
+"""The whole script in-process on CPU: what it writes, how it resumes, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from transformers import RagSequenceForGeneration
+
+import finetune_rag
+from rag.errors import UserError
+from rag.files import load_json, read_lines
+from rag.models.checkpoints import load_model
+from tests.conftest import QUESTIONS
+
+SMALL = """--train_batch_size 4 --eval_batch_size 3 --num_workers 0 --accelerator cpu --num_train_epochs 2
+--learning_rate 0.01 --max_source_length 32 --num_sanity_val_steps 1 --log_every_n_steps 1 --n_docs 2""".split()  # noqa: SIM905
+
+
+def run(model, data_dir, output_dir, *flags):
+    words = ["--model_name_or_path", model, "--data_dir", data_dir, "--output_dir", output_dir, *SMALL, *flags]
+    return finetune_rag.main(finetune_rag.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture(scope="module")
+def model_folder(checkpoint):
+    return checkpoint("rag_sequence", "bart")
+
+
+def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path):
+    out = tmp_path / "out"
+    metrics = run(model_folder, data_dir, out, "--do_train", "--do_predict", "--num_train_epochs", 4)
+    names = {path.name for path in out.iterdir()}
+    assert {"metrics.json", "hparams.json", "git_log.json", "test_results.txt", "test_generations.txt"} <= names
+    exported = sorted(path for path in out.glob("checkpoint*") if path.is_dir())
+    assert len(exported) == 3 and len(list(out.glob("*.ckpt"))) == 4  # the best three and last.ckpt
+    assert not any(name.startswith(".") for name in names)
+
+    assert load_json(out / "hparams.json")["training"]["learning_rate"] == 0.01
+    validations = load_json(out / "metrics.json")["val"]
+    assert len(validations) == 4  # one an epoch; the sanity check is none
+    expected = {"val_avg_loss", "val_avg_em", "val_avg_f1", "val_avg_gen_time", "val_avg_gen_len", "val_doc_entropy"}
+    assert expected <= set(validations[-1])
+    assert validations[-1]["val_avg_loss"] < validations[0]["val_avg_loss"]
+    assert len(read_lines(out / "test_generations.txt")) == len(QUESTIONS)
+    assert f"test_avg_em = {metrics['test_avg_em']:.6g}" in read_lines(out / "test_results.txt")
+
+    # What was exported is what was trained, and it opens with transformers alone.
+    trained = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
+    loaded = RagSequenceForGeneration.from_pretrained(exported[-1]).state_dict()
+    assert all(torch.equal(trained[f"model.{name}"], weight) for name, weight in loaded.items())
+    before = load_model(str(model_folder)).state_dict()
+    assert any(not torch.equal(before[name], weight) for name, weight in loaded.items() if "question_encoder" in name)
+
+
+@pytest.mark.parametrize("frozen", [[], ["--freeze_question_encoder"]])
+def test_the_same_command_goes_on_where_it_was_killed(frozen, model_folder, data_dir, tmp_path, monkeypatch, request):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--num_train_epochs", 3, "--save_interval", 1e-6, *frozen]  # last.ckpt after every step
+    run(model_folder, data_dir, whole, *flags)
+    if frozen:
+        request.getfixturevalue("ahead")
+
+    from rag.training.qa_module import GenerativeQAModule
+
+    step = GenerativeQAModule.training_step
+    for deadly in (
+        1,
+        4,
+    ):  # in the middle of the first epoch, and at the start of the third, each epoch having two steps
+
+        def die(module, batch, batch_idx, deadly=deadly):
+            if module.global_step == deadly:
+                raise MemoryError("killed")
+            return step(module, batch, batch_idx)
+
+        monkeypatch.setattr(GenerativeQAModule, "training_step", die)
+        with pytest.raises(MemoryError):
+            run(model_folder, data_dir, killed, *flags)
+    monkeypatch.setattr(GenerativeQAModule, "training_step", step)
+    run(model_folder, data_dir, killed, *flags)
+
+    validations = {folder: load_json(folder / "metrics.json")["val"] for folder in (whole, killed)}
+    assert [v["step"] for v in validations[killed]] == [2, 4, 6]
+    for once, resumed in zip(validations[whole], validations[killed], strict=True):
+        assert {**once, "val_avg_gen_time": 0} == {**resumed, "val_avg_gen_time": 0}
+    weights = {folder: torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, killed)}
+    assert all(torch.equal(weight, weights[killed][name]) for name, weight in weights[whole].items())
+    # Once more, and there is nothing left to do.
+    run(model_folder, data_dir, killed, *flags)
+    assert load_json(killed / "metrics.json")["val"] == validations[killed]
+
+
+def test_a_run_that_was_stopped_early_is_finished(model_folder, data_dir, tmp_path):
+    flags = ["--num_train_epochs", 9, "--early_stopping_patience", 1, "--learning_rate", 1e-9]
+    for _ in range(2):
+        run(model_folder, data_dir, tmp_path / "out", *flags)
+        assert [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["val"]] == [2, 4]
+
+
+def test_another_run_in_the_same_folder_is_refused(model_folder, data_dir, tmp_path):
+    out = tmp_path / "out"
+    run(model_folder, data_dir, out, "--max_steps", 1)
+    kept = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=r"--learning_rate was 0\.01 and is 0\.5.*--overwrite_output_dir"):
+        run(model_folder, data_dir, out, "--max_steps", 1, "--learning_rate", 0.5)
+    assert kept == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    run(model_folder, data_dir, out, "--max_steps", 1, "--learning_rate", 0.5, "--overwrite_output_dir")
+    assert json.loads((out / "hparams.json").read_text())["training"]["learning_rate"] == 0.5
+    assert len(load_json(out / "metrics.json")["val"]) == 1
+
+
+@pytest.mark.parametrize(("model_type", "generator"), [("rag_token", "bart"), ("rag_sequence", "t5")])
+def test_other_kinds_of_rag(model_type, generator, checkpoint, data_dir, tmp_path):
+    flags = ["--max_steps", 1, "--label_smoothing", 0.1, "--freeze_question_encoder"]
+    metrics = run(checkpoint(model_type, generator), data_dir, tmp_path / "out", *flags)
+    assert 0 <= metrics["val_em"] <= 1 and metrics["val_avg_loss"] > 0
+
+
+@pytest.mark.parametrize("generator", ["bart", "t5"])
+def test_bare_generators_need_no_retriever(generator, request, data_dir, tmp_path):
+    folder = request.getfixturevalue(f"{generator}_folder")
+    words = ["--model_name_or_path", folder, "--data_dir", data_dir, "--output_dir", tmp_path / "out", *SMALL]
+    words = words[: words.index("--n_docs")]
+    metrics = finetune_rag.main(finetune_rag.parse_args([str(word) for word in words]))
+    assert "val_em" in metrics and "val_doc_entropy" not in metrics
+
+
+def test_a_test_leaves_what_the_training_wrote(model_folder, data_dir, tmp_path):
+    out = tmp_path / "out"
+    run(model_folder, data_dir, out, "--max_steps", 1)
+    described, logged = (out / "hparams.json").read_text(), (out / "training_log.jsonl").read_text()
+    run(out / "checkpoint1", data_dir, out, "--do_predict")
+    assert (out / "hparams.json").read_text() == described
+    assert (out / "training_log.jsonl").read_text().startswith(logged)
+
+
+def test_predict_alone(model_folder, data_dir, tmp_path):
+    metrics = run(model_folder, data_dir, tmp_path / "out", "--do_predict")
+    assert "test_avg_em" in metrics and "val_em" not in metrics
+    assert not list((tmp_path / "out").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--index_name", "custom"], "--index_name custom needs --passages_path and --index_path"),
+        (["--n_docs", 9], "--n_docs 9"),
+        (["--do_predict", "--n_test", 0], "--n_test 0"),
+        (["--gpus", 1], "--gpus 1"),
+        (["--index_name", "custom", "--passages_path", "no", "--index_path", "no"], "--passages_path no"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(flags, message, model_folder, data_dir, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(model_folder, data_dir, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpaired_data_are_named(model_folder, data_dir, tmp_path):
+    (data_dir / "val.target").write_text("paris\n\n")
+    with pytest.raises(UserError) as error:
+        run(model_folder, data_dir, tmp_path / "out")
+    assert "val.target: blank lines, 1 in all, the first is line 2" in str(error.value)
+    assert "val.source has 8 lines but val.target has 2 lines" in str(error.value)
+
+
+def test_predict_alone_measures_the_checkpoint_that_is_named(model_folder, data_dir, tmp_path):
+    run(model_folder, data_dir, tmp_path / "out", "--max_steps", 2)
+    flags = ["--do_predict", "--resume_from_checkpoint"]
+    trained = run(model_folder, data_dir, tmp_path / "test", *flags, tmp_path / "out" / "last.ckpt")
+    untrained = run(model_folder, data_dir, tmp_path / "base", "--do_predict")
+    assert trained["test_avg_loss"] < untrained["test_avg_loss"]
