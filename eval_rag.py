@@ -27,11 +27,12 @@ from typing import Any
 
 from rag.command_line.script import run_script
 from rag.errors import UserError
-from rag.evaluation.arguments import SEARCH_FLAGS, WIKI_FLAGS, EvalArguments
+from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
 from rag.evaluation.gold import EvalData, checkpoint_folders, read_data, strip_title
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
 from rag.files import save_json
+from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
 from rag.metrics import exact_match_score, f1_score, metric_max_over_ground_truths, precision_at_k, reciprocal_rank
 from rag.progress import progress
 

@@ -41,24 +41,13 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
 
 def main(args: FinetuneArguments) -> dict[str, float]:
     """Train, test or both; returns the last validation's and the test's metrics."""
-    raise_problems(_data_problems(args) + _index_problems(args) + _continuation_problems(args))
+    raise_problems(_data_problems(args) + args.retrieval.path_problems() + _continuation_problems(args))
     return finetune(args)
 
 
 def _data_problems(args: FinetuneArguments) -> list[str]:
     splits = ["train", "val"] if args.run.do_train else []
     return check_data_files(args.data.data_dir, splits + (["test"] if args.run.do_predict else []))
-
-
-def _index_problems(args: FinetuneArguments) -> list[str]:
-    retrieval = args.retrieval
-    if retrieval.index_name == "custom" and not (retrieval.passages_path and retrieval.index_path):
-        return ["--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"]
-    if retrieval.index_name == "bm25" and not retrieval.passages_path:
-        return ["--index_name bm25 needs --passages_path, a folder of passages; use_own_knowledge_dataset.py makes one"]
-    if retrieval.index_name not in (None, "custom", "bm25") and retrieval.passages_path:
-        return [f"--passages_path is read with --index_name custom and bm25 only, not with {retrieval.index_name}"]
-    return []
 
 
 def _continuation_problems(args: FinetuneArguments) -> list[str]:
@@ -126,15 +115,20 @@ def _describe(args: FinetuneArguments) -> None:
 
 def _load(args: FinetuneArguments):
     """Model and tokenizer of the checkpoint, the settings that flags override put into its config."""
-    from rag.models.checkpoints import INDEX_SETTINGS, load_model, load_tokenizer
+    from rag.models.checkpoints import load_model, load_tokenizer
 
     path, model_args = args.model.model_name_or_path, args.model
     names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
-    settings = {name: getattr(model_args, name) for name in names}
-    names = ("n_docs", "max_combined_length", "index_name", "passages_path", "index_path", "dataset", *INDEX_SETTINGS)
-    settings |= {name: getattr(args.retrieval, name) for name in names}
-    settings["use_dummy_dataset"] = args.retrieval.use_dummy_dataset or None
-    model = load_model(path, model_args.model_type, settings, model_args.cache_dir, config_name=model_args.config_name)
+    overrides = {name: getattr(model_args, name) for name in names}
+    overrides |= {name: getattr(args.retrieval, name) for name in ("n_docs", "max_combined_length")}
+    model = load_model(
+        path,
+        model_args.model_type,
+        overrides,
+        model_args.cache_dir,
+        config_name=model_args.config_name,
+        prepare_config=args.retrieval.apply_to,
+    )
     tokenizer = load_tokenizer(model_args.tokenizer_name or path, model_args.model_type, model_args.cache_dir)
     return model, tokenizer
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
-from rag.errors import UserError, check_file, raise_problems
+from rag.errors import UserError, file_problems, raise_problems
 from rag.files import atomic_write
 from rag.progress import progress
 
@@ -68,7 +68,7 @@ def main(args: ParseArguments) -> dict[str, int]:
 
 
 def check_arguments(args: ParseArguments) -> None:
-    problems = check_file("--src_path", args.src_path, "download and unzip DPR's biencoder-nq-dev.json.gz")
+    problems = file_problems("--src_path", args.src_path, "download and unzip DPR's biencoder-nq-dev.json.gz")
     for flag, path in (("--evaluation_set", args.evaluation_set), ("--gold_data_path", args.gold_data_path)):
         if Path(path).is_dir():
             problems.append(f"{flag} {path} is a folder; name a file in it")

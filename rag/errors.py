@@ -6,7 +6,6 @@
 """
 
 import os
-import re
 from pathlib import Path
 
 
@@ -24,18 +23,11 @@ def raise_problems(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def check_file(flag: str, path: str | os.PathLike | None, remedy: str) -> list[str]:
-    """The problem with an input file as a list of none or one line, ready for `problems += check_file(...)`."""
+def file_problems(flag: str, path: str | os.PathLike | None, remedy: str) -> list[str]:
+    """The problem with an input file as a list of none or one line, ready for `problems += file_problems(...)`."""
     if path is None:
         return [f"{flag} is missing; {remedy}"]
     if not Path(path).is_file():
         what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
         return [f"{flag} {path} {what}; {remedy}"]
     return []
-
-
-def check_device(flag: str, name: str | None) -> list[str]:
-    """The problem with the name of a device, if any; whether there is such a one takes torch to tell."""
-    if name is None or re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        return []
-    return [f"{flag} {name} is no device; give cuda, cuda:1 or cpu, or leave it out"]

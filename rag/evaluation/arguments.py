@@ -10,19 +10,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rag.command_line.parser import parse_into
-from rag.errors import check_device, raise_problems
+from rag.errors import raise_problems
+from rag.index.arguments import SearchArguments
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST_ONE = ("n_docs", "ef_search", "nprobe", "eval_batch_size", "max_source_length", "num_beams", "max_length")
-# Which index is searched, and how.
-SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
-WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
-INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
+AT_LEAST_ONE = ("n_docs", "eval_batch_size", "max_source_length", "num_beams", "max_length")
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(SearchArguments):
     """What is measured, on which questions, with which passages."""
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint to measure: a folder or a name on the hub."})
@@ -47,40 +44,6 @@ class EvalArguments:
     recalculate: bool = field(default=False, metadata={"help": "Overwrite the predictions that are there."})
     eval_all_checkpoints: bool = field(
         default=False, metadata={"help": "Measure every folder checkpoint* in --model_name_or_path, and print a table."}
-    )
-    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = field(
-        default=None,
-        metadata={"help": "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."},
-    )
-    index_path: str | None = field(
-        default=None,
-        metadata={"help": "FAISS file (custom) or folder (legacy; bm25, beside the passages if left out)."},
-    )
-    passages_path: str | None = field(
-        default=None, metadata={"help": "Folder of passages that use_own_knowledge_dataset.py wrote (custom, bm25)."}
-    )
-    ef_search: int | None = field(
-        default=None, metadata={"help": "Candidates an HNSW search keeps: more find more, slower; the index's own."}
-    )
-    nprobe: int | None = field(
-        default=None, metadata={"help": "Lists an IVF search visits: more find more, slower; the index's own."}
-    )
-    index_device: str | None = field(
-        default=None,
-        metadata={"help": "cuda, cuda:1 or cpu: compare with all embeddings, held there; left out, FAISS searches."},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout."}
-    )
-    use_dummy_dataset: bool = field(
-        default=False, metadata={"help": "Its first 10,000 passages only, also where the checkpoint has all."}
-    )
-    dataset_encoding: Literal["nq", "multiset"] | None = field(
-        default=None, metadata={"help": "Its encoder pair; left out, that in the question encoder's name, else nq."}
-    )
-    doc_vectors: Literal["passages", "index"] | None = field(
-        default=None,
-        metadata={"help": "Whence the scores' vectors; left out, index for exact, passages for compressed."},
     )
     n_docs: int = field(default=5, metadata={"help": "e2e: passages a question, as in the public suite."})
     k: list[int] = field(
@@ -120,7 +83,7 @@ def _range_problems(args: EvalArguments) -> list[str]:
     ]
     if min(args.k, default=0) < 1:
         problems.append(f"--k {' '.join(map(str, args.k))}: give one or more numbers, each 1 or more")
-    problems += check_device("--index_device", args.index_device)
+    problems += args.search_problems()
     if args.min_length > args.max_length:
         problems.append(f"--min_length {args.min_length} is more than --max_length {args.max_length}; lower it")
     if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "auto"):

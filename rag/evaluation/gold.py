@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag.errors import UserError, check_file, raise_problems
+from rag.errors import UserError, file_problems, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.files import read_lines
 
@@ -29,7 +29,7 @@ class EvalData:
 
 def read_data(args: EvalArguments) -> EvalData:
     """Questions and gold; one `UserError` for all the files that are missing or do not fit each other."""
-    raise_problems(_file_problems(args))
+    raise_problems(_input_problems(args))
     questions = read_lines(args.evaluation_set)
     blank = [number for number, line in enumerate(questions, start=1) if not line.strip()]
     if blank or not questions:
@@ -50,11 +50,11 @@ def checkpoint_folders(path: str) -> list[Path]:
     return sorted(folders, key=lambda folder: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", folder.name)])
 
 
-def _file_problems(args: EvalArguments) -> list[str]:
-    problems = check_file("--evaluation_set", args.evaluation_set, "give a file of questions, one a line")
-    problems += check_file("--gold_data_path", args.gold_data_path, "give the file of right answers or titles")
+def _input_problems(args: EvalArguments) -> list[str]:
+    problems = file_problems("--evaluation_set", args.evaluation_set, "give a file of questions, one a line")
+    problems += file_problems("--gold_data_path", args.gold_data_path, "give the file of right answers or titles")
     if args.answers_path is not None:
-        problems += check_file("--answers_path", args.answers_path, "give a file `question TAB ['answer', ...]`")
+        problems += file_problems("--answers_path", args.answers_path, "give a file `question TAB ['answer', ...]`")
     if Path(args.predictions_path).is_dir():
         problems.append(f"--predictions_path {args.predictions_path} is a folder; name a file in it")
     for name in ("evaluation_set", "gold_data_path", "answers_path"):

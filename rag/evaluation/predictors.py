@@ -15,7 +15,7 @@ import torch
 from transformers import RagConfig
 
 from rag.errors import UserError
-from rag.evaluation.arguments import INDEX_FLAGS, EvalArguments
+from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.gold import strip_title
 from rag.generation.decoding import generate_answers
 from rag.index.device_search import DeviceUnavailableError, usable_device
@@ -46,11 +46,7 @@ def rag_config(args: EvalArguments) -> RagConfig:
     """The checkpoint's config with the index and the number of passages that the flags ask for."""
     config = load_config(args.model_name_or_path)
     config.n_docs = args.n_docs if args.eval_mode == "e2e" else max(args.k)
-    for name in INDEX_FLAGS:
-        if getattr(args, name) not in (None, False):
-            setattr(config, name, getattr(args, name))
-    if args.passages_path is not None and args.index_name is None:
-        config.index_name = "custom"
+    args.apply_to(config)
     return config
 
 

@@ -34,8 +34,9 @@ import pyarrow as pa
 
 from rag.errors import UserError
 from rag.files import atomic_folder, load_json
+from rag.index.arguments import index_effort
 from rag.index.index_files import DESCRIPTION_FILE, write_description
-from rag.index.knowledge_index import KnowledgeIndex, check_columns, search_settings
+from rag.index.knowledge_index import KnowledgeIndex, check_columns
 from rag.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def open_bm25(config) -> Bm25Index:
             f"--passages_path {path} is not a folder of passages, which --index_name bm25 needs; build it with "
             "use_own_knowledge_dataset.py, or save a dataset of title and text by save_to_disk"
         )
-    for name, value in search_settings(config).items():
+    for name, value in index_effort(config).items():
         if value is not None:
             logger.warning(f"{name} {value} has no effect on BM25")
     passages = datasets.load_from_disk(str(path))

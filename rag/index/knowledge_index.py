@@ -284,9 +284,3 @@ def check_columns(passages, needed: tuple[str, ...]) -> None:
             f"--passages_path: the passages lack the column(s) {', '.join(missing)} (found: "
             f"{', '.join(passages.column_names)}); build them with use_own_knowledge_dataset.py"
         )
-
-
-def search_settings(config) -> dict:
-    """ef_search, nprobe and device of a `RagConfig`, which has them only where they were set."""
-    effort = {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
-    return effort | {"device": getattr(config, "index_device", None)}

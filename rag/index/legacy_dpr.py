@@ -23,9 +23,10 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from rag.errors import UserError, check_file, raise_problems
+from rag.errors import UserError, file_problems, raise_problems
+from rag.index.arguments import index_effort
 from rag.index.dpr_tsv import DprRowError, dpr_rows
-from rag.index.knowledge_index import KnowledgeIndex, search_settings
+from rag.index.knowledge_index import KnowledgeIndex
 
 INDEX_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index.dpr"
 IDS_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index_meta.dpr"
@@ -103,7 +104,7 @@ def open_legacy(config) -> LegacyIndex:
     problems = [
         problem
         for name in (INDEX_FILE, IDS_FILE)
-        for problem in check_file("--index_path", folder / name, "fetch it from where the index came from")
+        for problem in file_problems("--index_path", folder / name, "fetch it from where the index came from")
     ]
     if passages_file is None:
         problems.append(f"--index_path {folder} holds neither {PASSAGES_TSV} nor {PASSAGES_PICKLE}; put one there")
@@ -111,7 +112,7 @@ def open_legacy(config) -> LegacyIndex:
     raise_problems(_trust_problems(folder / IDS_FILE))
     ids = _read_ids(folder / IDS_FILE)
     passages = _passages(passages_file)
-    return LegacyIndex(passages, ids, config.retrieval_vector_size, str(folder / INDEX_FILE), **search_settings(config))
+    return LegacyIndex(passages, ids, config.retrieval_vector_size, str(folder / INDEX_FILE), **index_effort(config))
 
 
 # --- Passages ---------------------------------------------------------------------------------------------------------

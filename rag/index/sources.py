@@ -9,9 +9,10 @@ Neither torch nor transformers is imported: an actor that only searches is back 
 import logging
 
 from rag.errors import UserError
+from rag.index.arguments import index_effort
 from rag.index.bm25 import open_bm25
 from rag.index.index_files import encoder_mismatches, read_description
-from rag.index.knowledge_index import KnowledgeIndex, search_settings
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.legacy_dpr import open_legacy
 from rag.index.wiki_dpr import open_wiki_dpr
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 def open_custom(config) -> KnowledgeIndex:
     """The two parts that `use_own_knowledge_dataset.py` leaves, at passages_path and index_path."""
     index = KnowledgeIndex.load_from_disk(
-        config.retrieval_vector_size, config.passages_path, config.index_path, **search_settings(config)
+        config.retrieval_vector_size, config.passages_path, config.index_path, **index_effort(config)
     )
     for warning in encoder_mismatches(read_description(config.index_path), config.question_encoder):
         logger.warning(f"--index_path {config.index_path}: {warning}")

@@ -27,10 +27,11 @@ from pathlib import Path
 import datasets
 import faiss
 
-from rag.errors import UserError, check_file, raise_problems
+from rag.errors import UserError, file_problems, raise_problems
 from rag.hub import fetch_dataset, require_space
+from rag.index.arguments import index_effort
 from rag.index.columns import EmbeddingColumn
-from rag.index.knowledge_index import KnowledgeIndex, search_settings
+from rag.index.knowledge_index import KnowledgeIndex
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,14 @@ def open_wiki_dpr(config) -> KnowledgeIndex:
     folder = _folder(config, [shards] if dummy else [shards, index_file], vectors_from)
     files = _complete_shards(folder, shards)
     if not dummy:
-        raise_problems(check_file("--dataset", folder / index_file, "fetch it from the hub into the same folder"))
+        raise_problems(file_problems("--dataset", folder / index_file, "fetch it from the hub into the same folder"))
         _warn_of_memory(folder / index_file)
     passages = _passages(files, config.dataset_split, vectors_from)
     if dummy:
         index = {"faiss_index": _flat_index(passages, config.retrieval_vector_size)}
     else:
         index = {"index_path": str(folder / index_file)}
-    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **search_settings(config)}
+    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **index_effort(config)}
     return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **settings)
 
 

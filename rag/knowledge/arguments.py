@@ -8,18 +8,19 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rag.errors import check_file
+from rag.errors import file_problems
+from rag.index.arguments import EffortArguments
 
 ENCODER_FLAG = "--dpr_ctx_encoder_model_name"
 AT_LEAST_ONE = (
     "num_proc", "batch_size", "num_encoding_processes", "num_shards", "d", "m", "train_sample", "num_index_shards",
-    "n_docs", "ef_search", "nprobe",
+    "n_docs",
 )  # fmt: skip
 PASSAGES_FOLDER = "my_knowledge_dataset"  # in --output_dir
 
 
 @dataclass
-class KnowledgeArguments:
+class KnowledgeArguments(EffortArguments):
     csv_path: str = field(
         default=str(Path(__file__).resolve().parents[2] / "test_data" / "my_knowledge_dataset.csv"),
         metadata={
@@ -115,19 +116,18 @@ class KnowledgeArguments:
         default="auto",
         metadata={"help": "As --ctx_encoder_pooling.", "choices": ["auto", "cls", "mean", "max"]},
     )
-    ef_search: int | None = field(default=None, metadata={"help": "HNSW candidates of --search; left out, 16."})
-    nprobe: int | None = field(default=None, metadata={"help": "IVF lists that --search visits; left out, 1."})
 
 
 def settings_problems(args: KnowledgeArguments) -> list[str]:
     """What can be said against the settings without reading anything but names."""
     problems = []
     if not args.search and not Path(args.csv_path).is_dir():
-        problems += check_file("--csv_path", args.csv_path, "give your documents")
+        problems += file_problems("--csv_path", args.csv_path, "give your documents")
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value} must be at least 1")
+    problems += args.effort_problems()
     if args.recall_queries < 0:
         problems.append(f"--recall_queries {args.recall_queries} must be at least 0")
     if args.m == 1:

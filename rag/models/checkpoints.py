@@ -13,6 +13,7 @@ refused and made to work.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,8 +57,6 @@ DPR_CLASSES = {"question": DPRQuestionEncoder, "context": DPRContextEncoder}
 MODEL_FLAG = "--model_name_or_path"
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
-# Settings of the search that RagConfig lacks; a checkpoint has them where they were set (see rag/index/sources.py).
-INDEX_SETTINGS = ("dataset_encoding", "doc_vectors", "ef_search", "nprobe", "index_device")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -72,6 +71,7 @@ def load_model(
     cache_dir: str | None = None,
     *,
     config_name: str | None = None,
+    prepare_config: Callable[[PreTrainedConfig], None] = lambda config: None,
     flag: str = MODEL_FLAG,
 ) -> PreTrainedModel:
     """The checkpoint at `path`, in evaluation mode and float32, its generation settings restored.
@@ -84,6 +84,7 @@ def load_model(
         config_overrides: settings by their flag's name; those that RagConfig does not have go to the generator's
             config. None leaves a setting as it is.
         config_name: folder or hub name of another config to build the model with.
+        prepare_config: changes the config further (`SearchArguments.apply_to`).
         flag: the flag that gave `path`, for the messages.
 
     Raises:
@@ -97,6 +98,7 @@ def load_model(
             f"--model_type {model_type} does not fit {flag} {path}, which is {kind}; leave --model_type out"
         )
     _override(config, config_overrides or {})
+    prepare_config(config)
     _complete(config)
     model = _load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
     return restore_generation_settings(model, path, cache_dir)
@@ -135,7 +137,7 @@ def _override(config: PreTrainedConfig, settings: dict) -> None:
         if value is None:
             continue
         for target, key in ((config, name), (generator, name), (generator, SETTING_ALIASES.get(name, name))):
-            if hasattr(target, key) or (name in INDEX_SETTINGS and isinstance(target, RagConfig)):
+            if hasattr(target, key):
                 setattr(target, key, value)
                 break
         else:

@@ -16,9 +16,9 @@ from transformers.models.rag.retrieval_rag import Index
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from rag.errors import UserError
+from rag.index.arguments import INDEX_FLAGS
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
-from rag.models.checkpoints import INDEX_SETTINGS
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -55,7 +55,7 @@ class RagKnowledgeRetriever(RagRetriever):
     def _config(retriever_name_or_path, config: RagConfig | None = None, **kwargs) -> RagConfig:
         if config is None:
             config, unknown = RagConfig.from_pretrained(retriever_name_or_path, return_unused_kwargs=True, **kwargs)
-            for name in unknown.keys() & set(INDEX_SETTINGS):
+            for name in unknown.keys() & set(INDEX_FLAGS):
                 setattr(config, name, unknown[name])
         return config
 

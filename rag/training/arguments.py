@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from rag.command_line.parser import RagArgumentParser
 from rag.command_line.trainer_flags import add_trainer_flags
-from rag.errors import check_device, raise_problems
+from rag.errors import raise_problems
+from rag.index.arguments import SearchArguments
 
 logger = logging.getLogger(__name__)
 
@@ -51,35 +52,12 @@ class ModelArguments:
 
 
 @dataclass
-class RetrievalArguments:
+class RetrievalArguments(SearchArguments):
     """Where passages come from."""
 
     _argument_group_name = "retrieval"
     n_docs: int | None = _flag(None, "Passages retrieved a question; left out, the checkpoint's.")
     max_combined_length: int | None = _flag(None, "Tokens of passage and question together; the checkpoint's.")
-    index_name: str | None = _flag(
-        None, "exact, compressed, legacy, custom or bm25; left out, the checkpoint's, custom with --passages_path."
-    )
-    passages_path: str | None = _flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
-    index_path: str | None = _flag(None, "FAISS index file of these passages (custom), or a folder (legacy, bm25).")
-    ef_search: int | None = _flag(None, "Candidates an HNSW search keeps: more find more, slower; the index's own.")
-    nprobe: int | None = _flag(None, "Lists an IVF search visits: more find more, slower; the index's own.")
-    index_device: str | None = _flag(
-        None,
-        "cuda, cuda:1 or cpu: compare with all embeddings, held there in half precision; left out, FAISS searches.",
-    )
-    dataset: str | None = _flag(
-        None, "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; the checkpoint's."
-    )
-    use_dummy_dataset: bool = _flag(
-        False, "Use the small trial version of wiki_dpr, also where the checkpoint does not."
-    )
-    dataset_encoding: Literal["nq", "multiset"] | None = _flag(
-        None, "Encoder pair of wiki_dpr; left out, that in the question encoder's name, else nq."
-    )
-    doc_vectors: Literal["passages", "index"] | None = _flag(
-        None, "Whence the vectors for document scores; left out, index for exact, passages for compressed."
-    )
     distributed_retriever: Literal["pytorch", "ray", "local"] = _flag(
         "pytorch", "pytorch: process 0 searches for all; ray: Ray's processes do; local: each process for itself."
     )
@@ -87,10 +65,6 @@ class RetrievalArguments:
     num_retrieval_workers: int = _flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
     retrieval_worker_gpus: float = _flag(0.0, "Share of a GPU for each of them, which then searches on it.")
     distributed_port: int = _flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
-
-    def __post_init__(self):
-        if self.passages_path is not None and self.index_name is None:
-            self.index_name = "custom"  # nothing else reads them
 
 
 @dataclass
@@ -206,8 +180,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
-train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length
-ef_search nprobe"""
+train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length"""
 AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
 weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus seed"""
 PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
@@ -256,7 +229,7 @@ def _contradictions(args: FinetuneArguments) -> list[str]:
 
 
 def _retrieval_contradictions(retrieval: RetrievalArguments) -> list[str]:
-    if problems := check_device("--index_device", retrieval.index_device):
+    if problems := retrieval.search_problems():
         return problems
     uses_ray = retrieval.distributed_retriever == "ray"
     if retrieval.retrieval_worker_gpus and not uses_ray:

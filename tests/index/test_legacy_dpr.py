@@ -125,7 +125,7 @@ def test_passages_are_unpacked_once_and_again_when_they_changed(with_tsv, tmp_pa
     shutil.copytree(with_tsv, folder)
     opened(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("documents_rag.csv.reader", None)
+        patch.setattr("rag.index.dpr_tsv.csv.reader", None)
         opened(folder)
     text = (folder / PASSAGES_TSV).read_text()
     (folder / PASSAGES_TSV).write_text(text.replace("of many", "of them"))

@@ -21,6 +21,7 @@ from transformers.models.rag.retrieval_rag import CustomHFIndex
 import eval_rag
 from rag import hub as rag_hub
 from rag.errors import UserError
+from rag.index.arguments import SearchArguments
 from rag.index.sources import open_index
 from rag.models.checkpoints import load_model, load_tokenizer, save_model
 from rag.retrieval.retriever import RagKnowledgeRetriever
@@ -362,7 +363,7 @@ def test_without_network_and_cache_one_line_says_so(monkeypatch):
 
 def test_a_retriever_and_a_checkpoint_take_the_settings(wiki, checkpoint, tmp_path):
     chosen = {"index_name": "exact", "dataset": str(wiki), "dataset_encoding": "multiset", "ef_search": 50}
-    model = load_model(str(checkpoint()), config_overrides=chosen)
+    model = load_model(str(checkpoint()), prepare_config=SearchArguments(**chosen).apply_to)
     save_model(model, tmp_path / "saved", load_tokenizer(str(checkpoint())))
     for path, settings in ((checkpoint(), chosen), (tmp_path / "saved", {})):
         index = RagKnowledgeRetriever.from_pretrained(path, **settings).index

@@ -1,0 +1,142 @@
+"""The flags that say which index is searched and how: declared once, parsed by every script that searches.
+
+@dataclass
+class EvalArguments(SearchArguments): ...
+args.apply_to(config)                 # a RagConfig, which carries them to `open_index`
+index_effort(config)                  # what an index is opened with
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rag.errors import raise_problems
+
+# What bears on a search of any index, and what belongs to wiki_dpr alone.
+SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
+WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
+INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
+
+
+@dataclass(kw_only=True)
+class EffortArguments:
+    """How hard a search tries."""
+
+    ef_search: int | None = field(
+        default=None,
+        metadata={"help": "Candidates an HNSW search keeps: more find more, slower; left out, the index's own (16)."},
+    )
+    nprobe: int | None = field(
+        default=None,
+        metadata={"help": "Lists an IVF search visits: more find more, slower; left out, the index's own (1)."},
+    )
+
+    def effort_problems(self) -> list[str]:
+        """What is out of range."""
+        values = {"ef_search": self.ef_search, "nprobe": self.nprobe}
+        return [f"--{name} {value} must be 1 or more" for name, value in values.items() if (value or 1) < 1]
+
+
+@dataclass(kw_only=True)
+class SearchArguments(EffortArguments):
+    """Which index is searched, and how. What is left out is the checkpoint's."""
+
+    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = field(
+        default=None,
+        metadata={"help": "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."},
+    )
+    passages_path: str | None = field(
+        default=None, metadata={"help": "Folder of passages from use_own_knowledge_dataset.py (custom, bm25)."}
+    )
+    index_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "FAISS file or folder of shards (custom), or a folder (legacy; bm25, where it defaults to a folder "
+            "beside the passages)."
+        },
+    )
+    index_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "cuda, cuda:1 or cpu: compare each question with all embeddings, held there in half precision; "
+            "left out, FAISS searches."
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; left out, the "
+            "checkpoint's."
+        },
+    )
+    use_dummy_dataset: bool = field(
+        default=False,
+        metadata={"help": "Use the first 10,000 passages of wiki_dpr only, also where the checkpoint uses all."},
+    )
+    dataset_encoding: Literal["nq", "multiset"] | None = field(
+        default=None,
+        metadata={"help": "Encoder pair of wiki_dpr; left out, the pair in the question encoder's name, else nq."},
+    )
+    doc_vectors: Literal["passages", "index"] | None = field(
+        default=None,
+        metadata={
+            "help": "Take the vectors for document scores from the passages or from the index; left out, index for "
+            "exact, passages for compressed."
+        },
+    )
+
+    def __post_init__(self):
+        if self.passages_path is not None and self.index_name is None:
+            self.index_name = "custom"  # nothing else reads them
+
+    def given(self) -> dict[str, Any]:
+        """The flags that were given, by name."""
+        values = {name: getattr(self, name) for name in INDEX_FLAGS}
+        return {name: value for name, value in values.items() if value not in (None, False)}
+
+    def search_problems(self) -> list[str]:
+        """What is out of range, or no device's name."""
+        return self.effort_problems() + device_problems("--index_device", self.index_device)
+
+    def path_problems(self) -> list[str]:
+        """Paths that this kind of index needs and that are missing, or that it does not read."""
+        if self.index_name == "custom" and not (self.passages_path and self.index_path):
+            return [
+                "--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"
+            ]
+        if self.index_name == "bm25" and not self.passages_path:
+            return [
+                "--index_name bm25 needs --passages_path, a folder of passages; use_own_knowledge_dataset.py makes one"
+            ]
+        if self.index_name not in (None, "custom", "bm25") and self.passages_path:
+            return [f"--passages_path is read with --index_name custom and bm25 only, not with {self.index_name}"]
+        return []
+
+    def apply_to(self, config) -> None:
+        """Put the flags that were given into a `RagConfig`, which has no fields for some of them.
+
+        Raises:
+            UserError: flags were given and it is the config of a model that retrieves nothing.
+        """
+        if not hasattr(config, "index_name"):
+            raise_problems(
+                [
+                    f"--{name} {value}: a {config.model_type} model has no such setting; leave it out"
+                    for name, value in self.given().items()
+                ]
+            )
+        for name, value in self.given().items():
+            setattr(config, name, value)
+
+
+def device_problems(flag: str, name: str | None) -> list[str]:
+    """The problem with the name of a device, if any; whether there is such a device takes torch to tell."""
+    if name is None or re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        return []
+    return [f"{flag} {name} is no device; give cuda, cuda:1 or cpu, or leave it out"]
+
+
+def index_effort(config) -> dict[str, Any]:
+    """ef_search, nprobe and device of a `RagConfig`, which has them only where they were set."""
+    effort = {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
+    return effort | {"device": getattr(config, "index_device", None)}
