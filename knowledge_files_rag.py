@@ -6,7 +6,6 @@ index.json is written last and says what made the rest: `digest` names the passa
 bear on the embeddings, and is the dataset's fingerprint; `parts` are the documents that were added one after the other.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from encoding_workers_rag import encoding_workers
 from index_rag import KnowledgeIndex, read_description, shard_files, shard_path, write_description
 from knowledge_arguments_rag import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments
 from mapped_index_rag import map_index
+from utils_rag import new_digest
 
 HNSW_FILE = "my_knowledge_dataset_hnsw_index.faiss"
 INDEX_FILE = "my_knowledge_dataset_index.faiss"
@@ -316,7 +316,7 @@ def _part(description: dict) -> dict:
 
 
 def _digest(values) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return new_digest(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _tell_what_was_cut(embedder) -> None:

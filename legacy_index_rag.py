@@ -13,7 +13,6 @@ A pickle can run any program when it is read. These are read only where TRUST_RE
 and even then by a reader that knows containers, strings and numbers and refuses all else before it is run.
 """
 
-import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from cli_rag import UserError, check_file, raise_problems
 from documents_rag import DprRowError, dpr_rows
 from index_rag import KnowledgeIndex, search_settings
+from utils_rag import new_digest
 
 INDEX_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index.dpr"
 IDS_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index_meta.dpr"
@@ -122,7 +122,7 @@ def _passages(path: Path) -> Dataset:
     state = path.stat()
     # A changed file is another one: its size and time are part of the copy's name.
     origin = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    fingerprint = hashlib.blake2b(origin.encode(), digest_size=16).hexdigest()
+    fingerprint = new_digest(origin.encode()).hexdigest()
     read = read_dpr_tsv if path.suffix == ".tsv" else _read_pickled_passages
     try:
         return Dataset.from_generator(read, FEATURES, gen_kwargs={"path": str(path)}, fingerprint=fingerprint)

@@ -10,7 +10,6 @@ random with a warning, and cannot generate with a T5 whose decoder is not as dee
 refused and made to work.
 """
 
-import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from transformers.utils import cached_file, logging
 from cli_rag import UserError, raise_problems
 from hub_rag import hub_is_reachable
 from pooled_encoder import POOLINGS, PooledEncoder, PooledEncoderConfig
-from utils_rag import atomic_folder
+from utils_rag import atomic_folder, new_digest
 
 MODEL_CLASSES = {
     "rag_sequence": RagSequenceForGeneration,
@@ -230,7 +229,7 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
 
 def weights_digest(model: PreTrainedModel) -> str:
     """One digest of every tensor that a model saves, by its name and its bits."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.contiguous().numpy())

@@ -6,7 +6,6 @@
 documents_rag.py says which files and folders are read.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 
 from cli_rag import UserError
 from documents_rag import Document, Fault, read_documents
+from utils_rag import new_digest
 
 WORDS_PER_PASSAGE = 100
 PROBLEMS_SHOWN = 10
@@ -41,7 +41,7 @@ class DocumentsSurvey:
 def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
     """Read all documents once and tell what is in them, the first ten faults among it."""
     survey = DocumentsSurvey()
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     faults = 0
     for item in read_documents(path):
         if isinstance(item, Fault):

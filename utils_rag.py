@@ -7,6 +7,7 @@ Nothing heavy is imported here, so that a script can check its arguments and its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -279,6 +280,24 @@ def save_json(obj: Any, path: str | os.PathLike) -> None:
 
 def load_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def new_digest(data: bytes = b""):
+    """A hash object, fed with `data`, whose 16 bytes tell one content from another: no two ever meet by accident."""
+    return hashlib.blake2b(data, digest_size=16)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file, or a folder in one go: under its name it is whole until it is gone. Nothing there is no error."""
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith("."):
+        gone = path.with_name(f".{path.name}.{os.getpid()}.old")
+        shutil.rmtree(gone, ignore_errors=True)  # a killed run's: in a container every run has the same process id
+        path = path.rename(gone)
+    shutil.rmtree(path)
 
 
 # --- Where a result came from, and how far it has got -----------------------------------------------------------------
