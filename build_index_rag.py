@@ -26,7 +26,7 @@ import pyarrow as pa
 from columns_rag import EmbeddingColumn
 from index_rag import shard_files, shard_path, write_faiss_index
 from mapped_index_rag import map_index
-from utils_rag import progress
+from utils_rag import free_bytes, progress, remove
 
 EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_256,IVF1024,PQ64"
 FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantiser's 256 centroids, as many as FAISS ever uses
@@ -192,7 +192,7 @@ def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: st
     work = _add_to(trained, vectors, plan.spans(len(vectors)), lambda span: shard_path(partial, *span))
     for _ in progress(work, total=len(vectors), desc="Indexing", unit="passages", size=int):
         pass
-    _remove(path)
+    remove(path)
     if plan.shards == 1:
         os.replace(shard_path(partial, 0, len(vectors)), path)
         shutil.rmtree(partial)
@@ -265,7 +265,7 @@ def _read_unfinished(saved: Path, first: int):
 
 def _has_room(folder: Path, index, whole: int) -> bool:
     """Whether the disk can take what there is of an index beside all `whole` vectors of it, which come after."""
-    return shutil.disk_usage(folder).free > _bytes_a_vector(index) * (index.ntotal + whole)
+    return free_bytes(folder) > _bytes_a_vector(index) * (index.ntotal + whole)
 
 
 def _train(plan: IndexPlan, vectors: EmbeddingFiles):
@@ -278,13 +278,6 @@ def _train(plan: IndexPlan, vectors: EmbeddingFiles):
         index.train(vectors.gather(np.sort(rows)))
         print(f"Trained on {size:,} passages in {time.monotonic() - start:.1f} s")
     return index
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # --- What it finds ----------------------------------------------------------------------------------------------------

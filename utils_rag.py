@@ -18,7 +18,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from pathlib import Path
@@ -295,9 +295,38 @@ def remove(path: str | os.PathLike) -> None:
         return
     if not path.name.startswith("."):
         gone = path.with_name(f".{path.name}.{os.getpid()}.old")
-        shutil.rmtree(gone, ignore_errors=True)  # a killed run's: in a container every run has the same process id
+        if gone.exists():  # a killed run's: in a container every run has the same process id
+            shutil.rmtree(gone)
         path = path.rename(gone)
     shutil.rmtree(path)
+
+
+def free_bytes(path: str | os.PathLike) -> int:
+    """Free space on the disk of a file or folder, which may have to be made yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def space_problems(what: str, needs: Mapping[str | os.PathLike, int], remedy: str) -> list[str]:
+    """One line for each disk that has no room for the bytes that are to be written.
+
+    Args:
+        what: the flag that asks for them, and its value.
+        needs: bytes by the file or folder that they are for; what lies on one disk is added up.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, size in needs.items():
+        existing = _existing(path)
+        disk = os.stat(existing).st_dev
+        disks[disk] = (existing, disks.get(disk, (existing, 0))[1] + size)
+    return [
+        f"{what}: {size:,} bytes are needed and {free:,} are free at {folder}; {remedy}"
+        for folder, size in disks.values()
+        if (free := free_bytes(folder)) < size
+    ]
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
 
 
 # --- Where a result came from, and how far it has got -----------------------------------------------------------------
@@ -340,21 +369,51 @@ def progress(
                 yield item
                 bar.update(size(item))
         return
-    done, start = 0, time.monotonic()
-    last_line = start
+    done, pace = 0, Pace(unit)
     for item in iterable:
         yield item
         done += size(item)
-        now = time.monotonic()
-        if now - last_line >= 10:
-            last_line = now
-            print(_progress_line(done, total, now - start, desc, unit), file=sys.stderr, flush=True)
-    print(_progress_line(done, total, time.monotonic() - start, desc, unit), file=sys.stderr, flush=True)
+        if pace.line_is_due():
+            print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)
+    pace.line_is_due()
+    print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)
 
 
-def _progress_line(done: int, total: int | None, seconds: float, desc: str, unit: str) -> str:
-    rate = done / max(seconds, 1e-6)
+def _progress_line(done: int, total: int | None, pace: Pace, desc: str) -> str:
     if total is None or done >= total:
-        return f"{desc}: {done:,} {unit} in {tqdm.format_interval(seconds)}, {rate:,.1f} {unit}/s"
-    left = tqdm.format_interval((total - done) / rate) if done else "?"
-    return f"{desc}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {left} left"
+        return f"{desc}: {done:,} {pace.unit} in {tqdm.format_interval(pace.seconds)}, {pace.rate(done)}"
+    return f"{desc}: {done:,} of {total:,} {pace.unit}, {pace.rate(done, total)}"
+
+
+class Pace:
+    """When the next line about some work is due in a log file, and how fast the work has gone so far.
+
+    Args:
+        unit: what is counted, in the plural.
+        every: seconds between two lines.
+        digits: behind the point, of the rate.
+
+    Attributes:
+        seconds: from the beginning to the last call of `line_is_due`.
+    """
+
+    def __init__(self, unit: str, every: float = 10, digits: int = 1):
+        self.unit, self.every, self.digits, self.seconds = unit, every, digits, 0.0
+        self._start = self._last_line = time.monotonic()
+
+    def line_is_due(self) -> bool:
+        """Whether a line is to be printed now; the next one is due `every` seconds later."""
+        now = time.monotonic()
+        self.seconds = now - self._start
+        if now - self._last_line < self.every:
+            return False
+        self._last_line = now
+        return True
+
+    def rate(self, done: int, total: int | None = None) -> str:
+        """Units a second, and the time left where more than is done is to be done in `total`."""
+        rate = done / max(self.seconds, 1e-6)
+        text = f"{rate:,.{self.digits}f} {self.unit}/s"
+        if total is None:
+            return text
+        return f"{text}, {tqdm.format_interval((total - done) / rate) if done else '?'} left"

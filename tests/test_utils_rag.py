@@ -1,9 +1,11 @@
 """Line reading, SQuAD v1.1 metrics, the dataset's batches, whole-or-nothing files, progress."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from utils_rag import (
     check_data_files,
     exact_match_score,
     f1_score,
+    free_bytes,
     git_info,
     load_json,
     metric_max_over_ground_truths,
@@ -26,8 +29,10 @@ from utils_rag import (
     progress,
     read_lines,
     reciprocal_rank,
+    remove,
     save_git_info,
     save_json,
+    space_problems,
     trim_batch,
     write_lines,
 )
@@ -243,6 +248,30 @@ def test_a_folder_takes_its_place_whole(tmp_path):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_files_and_folders_are_removed_whole(tmp_path):
+    for name in ("folder", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    left = tmp_path / f".folder.{os.getpid()}.old"  # by a run that was killed, of the same process id
+    left.mkdir()
+    (left / "file").touch()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "file").touch()
+    for name in ("folder", ".hidden", "link", "file", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_space_is_added_up_by_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_rag.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 if path.exists() else -1))
+    assert free_bytes(tmp_path / "to" / "be" / "made") == 100
+    assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 40}, "free some") == []
+    assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 1041}, "free some") == [
+        f"--x y: 1,101 bytes are needed and 100 are free at {tmp_path}; free some"
+    ]
 
 
 def test_git_log_is_written_in_and_outside_a_checkout(tmp_path, monkeypatch):
