@@ -1,6 +1,9 @@
 """The floors of the house: a file imports only from floors below its own; scripts import nothing heavy at the top."""
 
 import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -110,3 +113,16 @@ def test_every_file_says_its_job(name):
 
 def test_evaluation_needs_no_lightning():
     assert "pytorch_lightning" not in imported(body("eval_rag") + body("predictors_rag"))
+
+
+def test_every_package_that_is_imported_is_pinned():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {
+        match[1].lower().replace("_", "-") for line in lines if (match := re.fullmatch(r"([\w-]+)==[\w.]+", line))
+    }
+    paths = [path for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    packages = set().union(*(imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in paths))
+    packages -= {path.stem for path in paths} | {"tests", "benchmarks"} | sys.stdlib_module_names
+    owners = packages_distributions()
+    names = {name: {owner.lower().replace("_", "-") for owner in owners.get(name, [name])} for name in packages}
+    assert [name for name in sorted(names) if not names[name] & pinned] == []
