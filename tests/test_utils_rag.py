@@ -7,10 +7,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import git
 import pytest
 
 import utils_rag
 from cli_rag import UserError
+from tests.conftest import ROOT
 from utils_rag import (
     Seq2SeqDataset,
     answer_recall_at_k,
@@ -21,7 +23,7 @@ from utils_rag import (
     exact_match_score,
     f1_score,
     free_bytes,
-    git_info,
+    get_git_info,
     load_json,
     metric_max_over_ground_truths,
     normalize_answer,
@@ -278,9 +280,32 @@ def test_git_log_is_written_in_and_outside_a_checkout(tmp_path, monkeypatch):
     save_git_info(tmp_path)
     assert set(load_json(tmp_path / "git_log.json")) == {"repo_id", "repo_sha", "repo_branch", "hostname"}
     monkeypatch.setattr(utils_rag, "__file__", str(tmp_path / "utils_rag.py"))
-    assert git_info()["repo_sha"] is None
+    assert get_git_info()["repo_sha"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_info()["repo_sha"] is None and git_info()["hostname"]
+    assert get_git_info()["repo_sha"] is None and get_git_info()["hostname"]
+
+
+def test_git_info_of_a_repository_a_detached_head_and_one_without_commits(tmp_path, monkeypatch):
+    repo = git.Repo.init(tmp_path, initial_branch="trunk")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr(utils_rag, "__file__", str(tmp_path / "a" / "b" / "utils_rag.py"))
+    found = {"repo_id": str(tmp_path), "repo_branch": "trunk", "repo_sha": None}
+    assert found.items() <= get_git_info().items()
+    author = git.Actor("A", "a@example.org")
+    found["repo_sha"] = repo.index.commit("first", author=author, committer=author).hexsha
+    assert found.items() <= get_git_info().items()
+    repo.head.reference = repo.head.commit
+    assert (found | {"repo_branch": "HEAD"}).items() <= get_git_info().items()
+
+
+def test_git_info_without_the_git_program(tmp_path):
+    code = "import json, utils_rag; print(json.dumps(utils_rag.get_git_info()))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert answer.stderr == ""
+    found = json.loads(answer.stdout)
+    assert found.pop("hostname") and set(found.values()) == {None}
 
 
 # --- Progress and import ----------------------------------------------------------------------------------------------
