@@ -20,10 +20,10 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from tqdm import tqdm
 
 from rag.errors import UserError
-from rag.files import atomic_folder, load_json, save_json
+from rag.files import atomic_folder, load_json, remove, save_json
+from rag.progress import Pace
 from rag.training.arguments import FinetuneArguments, trainer_settings
 
 SECONDS_TO_APPEAR = 60  # a network disk shows a new file that long after it was looked for in vain
@@ -187,9 +187,9 @@ class BestCheckpoints(Checkpoint):
             numbered = re.fullmatch(r"checkpoint(\d+)(\.ckpt)?", path.name)
             half_written = re.fullmatch(r"\.(checkpoint\d+|last)(\.ckpt)?\.\d+\.(tmp|old)", path.name)
             if half_written or (numbered and int(numbered[1]) not in numbers):
-                _remove(path)
+                remove(path)
         if also_last:
-            (self.output_dir / "last.ckpt").unlink(missing_ok=True)
+            remove(self.output_dir / "last.ckpt")
 
 
 def _link(path: Path, name: Path) -> None:
@@ -201,15 +201,6 @@ def _link(path: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, beside)
     os.replace(beside, name)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder in one go: under its name it is whole until it is gone."""
-    if path.is_dir():
-        gone = path.with_name(f".{path.name.lstrip('.').split('.')[0]}.{os.getpid()}.old")
-        shutil.rmtree(path.rename(gone))
-    else:
-        path.unlink()
 
 
 class StopTogether(Callback):
@@ -323,23 +314,20 @@ class ProgressLines(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total = int(trainer.estimated_stepping_batches)
-        self._start = self._last_line = time.monotonic()
+        self._pace = Pace("steps", self.seconds, digits=2)
         self._start_step = trainer.global_step
         if trainer.ckpt_path:
             self._print(trainer, f"going on at step {self._start_step:,} of {self._total:,}, from {trainer.ckpt_path}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *batch: Any) -> None:
-        now, step = time.monotonic(), trainer.global_step
-        if now - self._last_line < self.seconds or step == self._start_step:
+        step = trainer.global_step
+        if step == self._start_step or not self._pace.line_is_due():
             return
-        self._last_line = now
-        rate = (step - self._start_step) / (now - self._start)
-        left = tqdm.format_interval((self._total - step) / rate)
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         self._print(
             trainer,
             f"epoch {trainer.current_epoch + 1}, step {step:,} of {self._total:,}: loss {loss:.3f}, "
-            f"{rate:.2f} steps/s, {left} left",
+            f"{self._pace.rate(step - self._start_step, self._total - self._start_step)}",
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

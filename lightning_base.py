@@ -173,7 +173,8 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     if started != ranks:
         raise UserError(
             f"--devices {settings['devices']} on --num_nodes {settings['num_nodes']} makes {ranks} ranks, "
-            f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus) out to take torchrun's"
+            f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus, --num_processes) out to take "
+            "torchrun's"
         )
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         environment = trainer.strategy.cluster_environment

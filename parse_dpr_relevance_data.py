@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, file_problems, raise_problems
@@ -25,6 +27,9 @@ from rag.files import atomic_write
 from rag.progress import progress
 
 CHUNK_BYTES = 1 << 20
+LONGEST_PIECE = 1 << 20  # bytes without a `}` that are kept together: DPR's passages are a thousand times shorter
+WHITE_SPACE = b" \t\r\n"
+STRING_OR_CONSTANT = re.compile(rb'("(?:[^"\\]|\\.)*(?:"|\Z))|-?Infinity|NaN', re.DOTALL)
 
 
 @dataclass
@@ -45,13 +50,12 @@ def main(args: ParseArguments) -> dict[str, int]:
     check_arguments(args)
     written = skipped = 0
     chunks = progress(read_chunks(args.src_path), os.path.getsize(args.src_path), "Parsing", "bytes", size=len)
-    reader = JsonArrayReader(args.src_path, chunks)
     with atomic_write(args.evaluation_set) as questions, atomic_write(args.gold_data_path) as pages:
-        for record in reader:
+        for record, end in read_records(args.src_path, chunks):
             try:
                 question, titles = question_and_titles(record)
             except (KeyError, TypeError) as error:
-                where = f"record {written + skipped + 1}, which ends at byte {reader.byte()}"
+                where = f"record {written + skipped + 1}, which ends at byte {end}"
                 raise UserError(
                     f"--src_path {args.src_path}, {where}: needs a `question` and `positive_ctxs`, each with a `title`"
                 ) from error
@@ -89,86 +93,110 @@ def on_one_line(text: str) -> str:
 
 
 def read_chunks(path: str) -> Iterator[bytes]:
+    """The bytes of a file; blanks stand in for a byte order mark, so that places in the file stay what they are."""
     with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            yield b" " * len(codecs.BOM_UTF8)
+        else:
+            file.seek(0)
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 
 
-class JsonArrayReader:
-    """The elements of a JSON array in a UTF-8 byte stream, one after the other.
+# --- A JSON array, record by record -----------------------------------------------------------------------------------
 
-    Holds one chunk and one element at a time, whatever the length of the array.
+
+def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
+    """The elements of a JSON array in a stream of UTF-8 bytes, each with the number of bytes up to its end.
+
+    Holds one chunk and one record at a time, whatever the length of the array. ijson reads the stream. It does not say
+    where an error is, so the json module, which does, reads the record that ijson refuses once more.
+
+    Raises:
+        UserError: what is wrong with the file, and at which byte.
     """
+    records = ijson.sendable_list()
+    parser = ijson.items_coro(records, "item")
+    rest, start = bytearray(), 0  # what follows the last record, and the byte where that starts
+    try:
+        for piece in _pieces(chunks):
+            rest += piece
+            if start == 0 and not rest.lstrip(WHITE_SPACE).startswith(b"["):
+                raise _syntax_error(name, rest, start)
+            has_constants = b"NaN" in piece or b"Infinity" in piece
+            parser.send(_without_constants(rest)[-len(piece) :] if has_constants else piece)
+            if records:
+                start += len(rest)
+                rest.clear()
+                yield from ((record, start) for record in records)
+                records.clear()
+        parser.close()
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise _syntax_error(name, rest, start, error) from error
 
-    def __init__(self, name: str, chunks: Iterable[bytes]):
-        self.name = name
-        self.chunks = iter(chunks)
-        self.decode_utf8 = codecs.getincrementaldecoder("utf-8")().decode
-        self.decode_json = json.JSONDecoder().raw_decode
-        self.text = ""
-        self.at = 0  # the next character of `text`
-        self.bytes_before_text = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        self._take("[")
-        closed = self._next_character() == "]" and self._take("]")
-        while not closed:
-            self._next_character()
-            yield self._element()
-            closed = self._take(",]") == "]"
-        if self._next_character():
-            raise self._fault("more text behind the end of the array")
+def _pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, cut behind each `}`: every record ends where a piece ends, and no number is cut in two."""
+    held = b""
+    for chunk in chunks:
+        *whole, held = (held + chunk).split(b"}")
+        for piece in whole:
+            yield piece + b"}"
+        if len(held) > LONGEST_PIECE:
+            yield held
+            held = b""
+    if held:
+        yield held
 
-    def byte(self, at: int | None = None) -> int:
-        """Where the reader, or the character `at`, stands in the file."""
-        return self.bytes_before_text + len(self.text[: self.at if at is None else at].encode())
 
-    def _element(self) -> Any:
-        while True:
-            try:
-                element, self.at = self.decode_json(self.text, self.at)
-                return element
-            except json.JSONDecodeError as error:
-                # A fault far from the end of the text is one; a fault at its end may only be the end of a chunk.
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
-                if not (cut_off and self._read_on()):
-                    raise self._fault(error.msg, self.byte(error.pos)) from error
+def _without_constants(text: bytes) -> bytes:
+    """JSON without the NaN, Infinity and -Infinity that Python writes and ijson refuses: 0 and blanks, as many bytes.
 
-    def _take(self, expected: str) -> str:
-        character = self._next_character()
-        if not character or character not in expected:
-            found = f"{character!r} stands" if character else "the file ends"
-            raise self._fault(f"{found} where {' or '.join(expected)} is expected")
-        self.at += 1
-        return character
+    Args:
+        text: begins outside a string.
+    """
+    return STRING_OR_CONSTANT.sub(lambda match: match[1] or b"0".ljust(len(match[0])), text)
 
-    def _next_character(self) -> str:
-        """Go to the next character that is not white space; the empty string at the end of the stream."""
-        while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in " \t\r\n":
-                    return self.text[self.at]
-                self.at += 1
-            if not self._read_on():
-                return ""
 
-    def _read_on(self) -> bool:
-        """Drop what has been read and append a chunk; False at the end of the stream."""
-        chunk = next(self.chunks, None)
-        if chunk is None:
-            return False
-        self.bytes_before_text = self.byte()
-        self.text, self.at = self.text[self.at :], 0
+def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = None) -> UserError:
+    """What is wrong in `rest`, which follows a record of the array, from byte `start` on, or is the array's beginning.
+
+    Args:
+        error: ijson's.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(rest)  # `rest` may end inside a character
+    except UnicodeDecodeError as not_utf8:
+        problem, byte = "not UTF-8 text (a .gz file has to be unzipped first)", start + not_utf8.start
+    else:
+        problem, at = _first_problem(text, ",]" if start else "[")
+        if isinstance(error, UnicodeDecodeError):  # \udc00 to \udfff without the escape before it that makes a pair
+            problem, at = "half of a surrogate pair in the record", _skip_white_space(text, 1)
+        byte = start + len(text[:at].encode())
+    return UserError(f"--src_path {name} is no JSON array of records: {problem}, at byte {byte}")
+
+
+def _first_problem(text: str, expected: str) -> tuple[str, int]:
+    """What is wrong, and the character where it is; the first character of `text` must be one of `expected`."""
+    at = _skip_white_space(text, 0)
+    while at < len(text):
+        if text[at] not in expected:
+            return f"{text[at]!r} stands where {' or '.join(expected)} is expected", at
+        value = _skip_white_space(text, at + 1)
+        if text[at] == "]":
+            return "more text behind the end of the array", value
+        if text[at] == "[" and text.startswith("]", value):
+            return "more text behind the end of the array", _skip_white_space(text, value + 1)
         try:
-            self.text += self.decode_utf8(chunk)
-        except UnicodeDecodeError as error:
-            position = self.byte(len(self.text)) + error.start
-            raise self._fault("not UTF-8 text (a .gz file has to be unzipped first)", position) from error
-        return True
+            _, at = json.JSONDecoder().raw_decode(text, value)
+        except json.JSONDecodeError as error:
+            return error.msg, error.pos
+        at, expected = _skip_white_space(text, at), ",]"
+    return f"the file ends where {' or '.join(expected)} is expected", at
 
-    def _fault(self, what: str, byte: int | None = None) -> UserError:
-        byte = self.byte() if byte is None else byte
-        return UserError(f"--src_path {self.name} is no JSON array of records: {what}, at byte {byte}")
+
+def _skip_white_space(text: str, at: int) -> int:
+    return re.compile(r"[ \t\r\n]*").match(text, at).end()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 Nothing heavy is imported here, so that a script can check its arguments and its data before it waits for torch.
 
-    python -c "from utils_rag import f1_score; print(f1_score('the old Eiffel Tower', 'Eiffel Tower'))"
+    python -c "from rag.metrics import f1_score; print(f1_score('the old Eiffel Tower', 'Eiffel Tower'))"
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ __all__ = [
     "check_data_files",
     "exact_match_score",
     "f1_score",
-    "git_info",
+    "get_git_info",
     "load_json",
     "normalize_answer",
     "save_git_info",
@@ -150,24 +149,26 @@ def trim_batch(
 # --- Where a result came from, and how far it has got -----------------------------------------------------------------
 
 
-def git_info() -> dict[str, str | None]:
-    """The suite's repository, commit and branch (None outside a checkout) and this machine's name."""
+def get_git_info() -> dict[str, str | None]:
+    """The suite's repository, commit and branch ("HEAD" where none is checked out), and this machine's name.
 
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # git is not installed, or there is no checkout or no commit
-            return None
-
-    return {
-        "repo_id": git("rev-parse", "--show-toplevel"),
-        "repo_sha": git("rev-parse", "HEAD"),
-        "repo_branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-        "hostname": os.uname().nodename,
-    }
+    The first three are None outside a checkout and where the git program, which gitpython runs, is missing.
+    """
+    info = dict.fromkeys(("repo_id", "repo_sha", "repo_branch")) | {"hostname": os.uname().nodename}
+    try:
+        import git
+    except ImportError:  # gitpython's, where there is no git program
+        return info
+    try:
+        with git.Repo(Path(__file__).resolve().parent, search_parent_directories=True) as repo:
+            info["repo_id"] = str(repo.working_tree_dir)
+            info["repo_branch"] = "HEAD" if repo.head.is_detached else repo.active_branch.name
+            info["repo_sha"] = repo.head.commit.hexsha
+    except (git.GitError, ValueError, OSError) as error:  # ValueError: there is no commit yet
+        logger.debug(f"no git information: {error}")
+    return info
 
 
 def save_git_info(folder: str | os.PathLike) -> None:
     """Write `git_log.json` into a folder."""
-    save_json(git_info(), Path(folder) / "git_log.json")
+    save_json(get_git_info(), Path(folder) / "git_log.json")

@@ -4,10 +4,11 @@ with atomic_write("metrics.json") as file:
     file.write(text)
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -82,3 +83,50 @@ def save_json(obj: Any, path: str | os.PathLike) -> None:
 
 def load_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def new_digest(data: bytes = b""):
+    """A hash object, fed with `data`, whose 16 bytes tell one content from another: no two ever meet by accident."""
+    return hashlib.blake2b(data, digest_size=16)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file, or a folder in one go: under its name it is whole until it is gone. Nothing there is no error."""
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith("."):
+        gone = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if gone.exists():  # a killed run's: in a container every run has the same process id
+            shutil.rmtree(gone)
+        path = path.rename(gone)
+    shutil.rmtree(path)
+
+
+def free_bytes(path: str | os.PathLike) -> int:
+    """Free space on the disk of a file or folder, which may have to be made yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def space_problems(what: str, needs: Mapping[str | os.PathLike, int], remedy: str) -> list[str]:
+    """One line for each disk that has no room for the bytes that are to be written.
+
+    Args:
+        what: the flag that asks for them, and its value.
+        needs: bytes by the file or folder that they are for; what lies on one disk is added up.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, size in needs.items():
+        existing = _existing(path)
+        disk = os.stat(existing).st_dev
+        disks[disk] = (existing, disks.get(disk, (existing, 0))[1] + size)
+    return [
+        f"{what}: {size:,} bytes are needed and {free:,} are free at {folder}; {remedy}"
+        for folder, size in disks.values()
+        if (free := free_bytes(folder)) < size
+    ]
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())

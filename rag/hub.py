@@ -7,8 +7,6 @@ Nothing heavy is imported at the top.
 
 import functools
 import logging
-import os
-import shutil
 import socket
 import urllib.parse
 import urllib.request
@@ -17,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rag.errors import UserError, raise_problems
+from rag.files import space_problems
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +86,4 @@ def fetch_dataset(
 
 def require_space(what: str, needs: dict[str, int], remedy: str) -> None:
     """Raise `UserError` unless the disks have room for the bytes that are to be written in each of some folders."""
-    disks: dict[int, tuple[Path, int]] = {}
-    for folder, size in needs.items():
-        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-        disk = os.stat(existing).st_dev
-        disks[disk] = (existing, disks.get(disk, (existing, 0))[1] + size)
-    raise_problems(
-        [
-            f"{what}: {size:,} bytes are needed and {free:,} are free at {folder}; free some or set HF_HOME to a "
-            f"folder on a larger disk{remedy}"
-            for folder, size in disks.values()
-            if (free := shutil.disk_usage(folder).free) < size
-        ]
-    )
+    raise_problems(space_problems(what, needs, f"free some or set HF_HOME to a folder on a larger disk{remedy}"))

@@ -11,6 +11,40 @@ from typing import Any
 from tqdm import tqdm
 
 
+class Pace:
+    """When the next line about some work is due in a log file, and how fast the work has gone so far.
+
+    Args:
+        unit: what is counted, in the plural.
+        every: seconds between two lines.
+        digits: behind the point, of the rate.
+
+    Attributes:
+        seconds: from the beginning to the last call of `line_is_due`.
+    """
+
+    def __init__(self, unit: str, every: float = 10, digits: int = 1):
+        self.unit, self.every, self.digits, self.seconds = unit, every, digits, 0.0
+        self._start = self._last_line = time.monotonic()
+
+    def line_is_due(self) -> bool:
+        """Whether a line is to be printed now; the next one is due `every` seconds later."""
+        now = time.monotonic()
+        self.seconds = now - self._start
+        if now - self._last_line < self.every:
+            return False
+        self._last_line = now
+        return True
+
+    def rate(self, done: int, total: int | None = None) -> str:
+        """Units a second, and the time left where more than is done is to be done in `total`."""
+        rate = done / max(self.seconds, 1e-6)
+        text = f"{rate:,.{self.digits}f} {self.unit}/s"
+        if total is None:
+            return text
+        return f"{text}, {tqdm.format_interval((total - done) / rate) if done else '?'} left"
+
+
 def progress(
     iterable: Iterable, total: int | None, desc: str, unit: str, size: Callable[[Any], int] = lambda item: 1
 ) -> Iterator:
@@ -25,21 +59,17 @@ def progress(
                 yield item
                 bar.update(size(item))
         return
-    done, start = 0, time.monotonic()
-    last_line = start
+    done, pace = 0, Pace(unit)
     for item in iterable:
         yield item
         done += size(item)
-        now = time.monotonic()
-        if now - last_line >= 10:
-            last_line = now
-            print(_progress_line(done, total, now - start, desc, unit), file=sys.stderr, flush=True)
-    print(_progress_line(done, total, time.monotonic() - start, desc, unit), file=sys.stderr, flush=True)
+        if pace.line_is_due():
+            print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)
+    pace.line_is_due()
+    print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)
 
 
-def _progress_line(done: int, total: int | None, seconds: float, desc: str, unit: str) -> str:
-    rate = done / max(seconds, 1e-6)
+def _progress_line(done: int, total: int | None, pace: Pace, desc: str) -> str:
     if total is None or done >= total:
-        return f"{desc}: {done:,} {unit} in {tqdm.format_interval(seconds)}, {rate:,.1f} {unit}/s"
-    left = tqdm.format_interval((total - done) / rate) if done else "?"
-    return f"{desc}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {left} left"
+        return f"{desc}: {done:,} {pace.unit} in {tqdm.format_interval(pace.seconds)}, {pace.rate(done)}"
+    return f"{desc}: {done:,} of {total:,} {pace.unit}, {pace.rate(done, total)}"

@@ -4,8 +4,10 @@ import-linter reads packages; what the ten files of the top level import of each
 """
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,16 @@ def test_every_file_says_its_job(path):
     assert isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
     if path.name == "__init__.py":
         assert not rest, "a package is imported for the sake of one module: its __init__ imports nothing"
+
+
+def test_every_package_that_is_imported_is_pinned():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {
+        match[1].lower().replace("_", "-") for line in lines if (match := re.fullmatch(r"([\w-]+)==[\w.]+", line))
+    }
+    paths = [path for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    packages = set().union(*(imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in paths))
+    packages -= {path.stem for path in paths} | {"tests", "benchmarks"} | sys.stdlib_module_names
+    owners = packages_distributions()
+    names = {name: {owner.lower().replace("_", "-") for owner in owners.get(name, [name])} for name in packages}
+    assert [name for name in sorted(names) if not names[name] & pinned] == []

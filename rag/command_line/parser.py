@@ -10,6 +10,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -69,8 +70,10 @@ class RagArgumentParser(HfArgumentParser):
         """Parse `argv` into the dataclasses, in their order, then a namespace of the other flags if there are any."""
         argv = sys.argv[1:] if argv is None else list(argv)
         config_file = _value_of("--config_file", argv)
-        if config_file is not None:
-            argv = self._settings_as_argv(config_file) + argv
+        settings = [] if config_file is None else self._settings_as_argv(config_file)
+        for words in (settings, argv):
+            self._refuse_two_values_of_one_setting(words)
+        argv = settings + argv
         *parsed, rest, unknown = self.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
@@ -78,6 +81,19 @@ class RagArgumentParser(HfArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         del rest.config_file
         return (*parsed, rest) if vars(rest) else tuple(parsed)
+
+    def _refuse_two_values_of_one_setting(self, argv: list[str]) -> None:
+        """Of a setting that has several names argparse would take the last value given, whatever the others."""
+        for action in self._actions:
+            long_options = [option for option in action.option_strings if option.startswith("--")]
+            names = dict.fromkeys(f"--{option[2:].replace('-', '_')}" for option in long_options)
+            if len(names) == 1:
+                continue
+            given = {name: text for name in names if (text := _value_of(name, argv)) is not None}
+            with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):  # reported by the parsing
+                if len({action.type(text) for text in given.values()}) > 1:
+                    pairs = " and ".join(f"{name} {text}" for name, text in given.items())
+                    self.error(f"{pairs} are one setting under two names; give one of them")
 
     def _settings_as_argv(self, config_file: str) -> list[str]:
         """The settings of a YAML or JSON file as command-line words, so that both are checked by the same code."""

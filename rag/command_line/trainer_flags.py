@@ -1,84 +1,144 @@
-"""The Lightning Trainer's own settings as command-line flags, read off the Trainer's source without importing it.
+"""The Lightning Trainer's settings that a command line can hold, under the Trainer's names and with its defaults.
 
-`Trainer.__init__`'s signature gives names, types and defaults, its docstring the help; a new Lightning brings its new
-settings along. Importing Lightning instead would take seconds of every `--help`.
+    add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
+    trainer = TrainerArguments(**vars(parser.parse_args()))
+
+Lightning is not imported, which would take seconds of every `--help`; a test compares names, types and defaults with
+the Trainer's signature.
 """
 
 import argparse
-import ast
-import importlib.util
-import re
+import dataclasses
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# Objects that a command line cannot hold, and settings that the suite makes itself, under the public suite's names.
-NOT_FLAGS = set(
-    """logger callbacks plugins profiler model_registry enable_autolog_hparams enable_checkpointing barebones
-    max_epochs accumulate_grad_batches gradient_clip_val default_root_dir use_distributed_sampler
-    reload_dataloaders_every_n_epochs limit_predict_batches""".split()  # noqa: SIM905
-)
-TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
+# The Trainer's other settings: objects, settings that the suite makes itself or under the public suite's names, and
+# what it has no use for.
+SET_BY_THE_SUITE = {
+    "accumulate_grad_batches",  # --gradient_accumulation_steps
+    "barebones",
+    "callbacks",
+    "default_root_dir",  # --output_dir
+    "enable_autolog_hparams",
+    "enable_checkpointing",
+    "gradient_clip_val",  # --max_grad_norm
+    "limit_predict_batches",
+    "logger",  # --logger_name
+    "max_epochs",  # --num_train_epochs
+    "model_registry",
+    "plugins",
+    "profiler",  # --profile
+    "reload_dataloaders_every_n_epochs",
+    "use_distributed_sampler",
+}
 WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class TrainerArguments:
+    """Where training runs, how long, and how often it is measured."""
+
+    accelerator: str = _flag("auto", "What to train on: cpu, gpu, tpu, mps; auto takes the best this machine has.")
+    strategy: str = _flag("auto", "How processes train together; auto is ddp for several.")
+    devices: int | str = _flag("auto", "Devices on each node: a number, their indices (0,1) or -1 for all.")
+    num_nodes: int = _flag(1, "Machines that train together.")
+    precision: Literal[
+        64, 32, 16, "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true",
+        "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16",
+    ] | None = _flag(None, "Number format: 32-true, bf16-mixed, 16-mixed (GPU only); left out, 32-true.")  # fmt: skip
+    fast_dev_run: int | bool = _flag(
+        False, "Try the code: run this many batches (1 without a number) of each split and write no checkpoint."
+    )
+    min_epochs: int | None = _flag(None, "Epochs before early stopping may end the training.")
+    max_steps: int = _flag(-1, "Optimizer steps after which training ends; -1 sets no limit.")
+    min_steps: int | None = _flag(None, "Optimizer steps before early stopping may end the training.")
+    max_time: str | None = _flag(None, "Time after which training ends, as DD:HH:MM:SS; left out, no limit.")
+    limit_train_batches: int | float | None = _flag(
+        None, "Training batches an epoch: a number for each device, or a share of them (0.5); left out, all."
+    )
+    limit_val_batches: int | float | None = _flag(
+        None, "Validation batches: a number for each device, or a share of them; 0 skips validation; left out, all."
+    )
+    limit_test_batches: int | float | None = _flag(
+        None, "Test batches: a number for each device, or a share of them; left out, all."
+    )
+    overfit_batches: int | float = _flag(
+        0.0, "Train on the same few batches in every epoch to try the code: a number or a share; 0 is off."
+    )
+    val_check_interval: int | float | str | None = _flag(
+        None,
+        "When to validate inside an epoch: after a share of its batches (0.25), a number of batches (500) or a time "
+        "(DD:HH:MM:SS); left out, at its end. With --check_val_every_n_epoch null batches are counted across epochs.",
+    )
+    check_val_every_n_epoch: int | None = _flag(
+        1, "Validate in every n-th epoch; null goes by --val_check_interval alone."
+    )
+    num_sanity_val_steps: int | None = _flag(
+        None, "Validation batches run before training to find mistakes early; -1 is all; left out, 2."
+    )
+    log_every_n_steps: int | None = _flag(None, "Optimizer steps between two logged steps; left out, 50.")
+    enable_progress_bar: bool | None = _flag(
+        None, "Show a progress bar; left out, on a terminal only, and lines in a log file instead."
+    )
+    enable_model_summary: bool | None = _flag(
+        None, "Print the model's parts and their parameters first; left out, true."
+    )
+    gradient_clip_algorithm: str | None = _flag(
+        None, "How --max_grad_norm limits gradients: norm (of all together) or value (each); left out, norm."
+    )
+    deterministic: bool | Literal["warn"] | None = _flag(
+        None, "Use algorithms that give the same result every time, slower; warn: where there are any; left out, false."
+    )
+    benchmark: bool | None = _flag(
+        None, "Let cuDNN try which algorithms are fastest, which helps inputs of one size; left out, torch's setting."
+    )
+    inference_mode: bool = _flag(True, "Validate and test in torch.inference_mode; false uses torch.no_grad.")
+    detect_anomaly: bool = _flag(False, "Find the operation that made a NaN gradient; slow, for debugging only.")
+    sync_batchnorm: bool = _flag(
+        False, "Share batch norm's statistics between processes; BART, T5 and DPR have no batch norm."
+    )
+
+
 def add_trainer_flags(parser: argparse._ActionsContainer) -> None:
-    """Add one flag for each setting of the Trainer that is plain data; values are read as YAML would (0.5, 2, true)."""
-    init = _trainer_init()
-    helps = _argument_helps(ast.get_docstring(init))
-    for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
-        name = argument.arg
-        if name in NOT_FLAGS:
-            continue
-        may_stand_alone = "bool" in _names(argument.annotation)
+    """Add a flag for each setting of the Trainer; values are read as YAML would (0.5, 2, true, null)."""
+    types = get_type_hints(TrainerArguments)
+    for field in dataclasses.fields(TrainerArguments):
+        may_stand_alone = bool in _plain_types(types[field.name])
         parser.add_argument(
-            *dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]),
-            type=_value_reader(argument.annotation),
-            default=ast.literal_eval(default),
-            help=helps.get(name, "").replace("%", "%%") or None,
+            *dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]),
+            type=_value_reader(types[field.name]),
+            default=field.default,
+            help=field.metadata["help"],
             **({"nargs": "?", "const": True} if may_stand_alone else {}),
         )
 
 
-def _trainer_init() -> ast.FunctionDef:
-    tree = _parse_module("pytorch_lightning.trainer.trainer")
-    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
-    return next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+def _plain_types(annotation: Any) -> list[Any]:
+    """The types of a union and the values of its literals, in their order."""
+    if get_origin(annotation) is None:
+        return [annotation]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [plain for part in get_args(annotation) for plain in _plain_types(part)]
 
 
-@cache
-def _parse_module(module: str) -> ast.Module:
-    package, *parts = module.split(".")
-    path = Path(importlib.util.find_spec(package).submodule_search_locations[0], *parts)  # finding does not import
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _argument_helps(docstring: str) -> dict[str, str]:
-    """Each argument's paragraph of a Google-style docstring, without its markup."""
-    section = docstring.partition("Args:\n")[2].partition("\nRaises:")[0]
-    paragraphs = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, flags=re.MULTILINE | re.DOTALL)
-    return {name: re.sub(r":\w+:(?=`)|[`~]", "", " ".join(text.split())) for name, text in paragraphs}
-
-
-def _value_reader(annotation: ast.expr) -> Callable[[str], Any]:
+def _value_reader(annotation: Any) -> Callable[[str], Any]:
     """A reader of one value that refuses what the annotation does not allow."""
-    literals = _literals(annotation, "pytorch_lightning.trainer.trainer")
-    names = _names(annotation)
-    types = tuple(TYPES[name] for name in TYPES if name in names)
-    expected = list(map(str, literals)) + [name for name in TYPES if name in names]
+    allowed = _plain_types(annotation)
 
     def read(text: str) -> Any:
         value = _plain_value(text)
-        if value is None and "Optional" in names:
-            return None
-        allowed = "bool" in names if isinstance(value, bool) else isinstance(value, types) or value in literals
-        if not allowed and ("str" in names or text in literals):
-            value, allowed = text, True
-        if not allowed:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(dict.fromkeys(expected))}")
-        return value
+        if type(value) in allowed or value in allowed:
+            return value
+        if str in allowed or text in allowed:
+            return text
+        names = [plain.__name__ if isinstance(plain, type) else str(plain) for plain in allowed]
+        names = ["null" if name == "NoneType" else name for name in names]
+        raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(dict.fromkeys(names))}")
 
     return read
 
@@ -93,25 +153,3 @@ def _plain_value(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _names(annotation: ast.expr) -> set[str]:
-    return {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
-
-
-def _literals(expression: ast.expr, module: str) -> list[Any]:
-    """The values of every `Literal` in a type, also where it stands behind names imported from other modules."""
-    if isinstance(expression, ast.Subscript) and _names(expression.value) == {"Literal"}:
-        return [ast.literal_eval(node) for node in getattr(expression.slice, "elts", [expression.slice])]
-    if isinstance(expression, ast.Name):
-        return _literals_behind(expression.id, module) if expression.id.startswith("_") else []
-    return [value for child in ast.iter_child_nodes(expression) for value in _literals(child, module)]
-
-
-def _literals_behind(name: str, module: str) -> list[Any]:
-    for node in _parse_module(module).body:
-        if isinstance(node, ast.Assign) and name in _names(node.targets[0]):
-            return _literals(node.value, module)
-        if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
-            return _literals_behind(name, node.module)
-    return []

@@ -10,7 +10,6 @@ Beside `predictions.txt` stand `predictions.txt.settings.json`, the settings tha
 `predictions.txt.jsonl`, a JSON record a question. The same settings continue an incomplete file; others are refused.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rag.errors import UserError
-from rag.files import load_json, save_json, write_lines
+from rag.files import load_json, new_digest, save_json, write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def file_identity(path: str | os.PathLike, names: Iterable[str] = ("*",)) -> dic
     files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name) if file.is_file())
     if not files:
         return {"path": str(path), "digest": None}
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())

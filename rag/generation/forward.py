@@ -5,7 +5,7 @@
     nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id)  # (B,)
 
 Contexts are encoded in groups of similar length, which changes no result; logits are left to `rag.training.loss`,
-which never holds them in whole. `context_lengths`, `scaled` and `output_layer` serve decoding (`token_trees`), too.
+which never holds them in whole. The groups, `context_lengths`, `scaled` and `output_layer` serve decoding, too.
 """
 
 import numpy as np
@@ -15,13 +15,18 @@ from torch.nn.functional import pad
 # What one group more costs, as tokens that could be encoded in its time: on a CPU another turn at the weights'
 # gradients, on a GPU the launch of some thousand kernels.
 GROUP_COST = {"cpu": 64, "cuda": 4096}
+# Rows of the output matrix in one pass over the vocabulary: their logits stay in a processor's cache.
+CHUNK_VOCABULARY = 8192
 
 
-def groups_of_similar_length(lengths: np.ndarray, group_cost: int) -> list[tuple[np.ndarray, int]]:
+def groups_of_similar_length(
+    lengths: np.ndarray, group_cost: int, group_tokens: int | None = None
+) -> list[tuple[np.ndarray, int]]:
     """The cheapest way to encode sequences in groups: tokens, padding included, and `group_cost` for each group.
 
     Args:
         lengths: (N) int64, at least 1 each.
+        group_tokens: the most tokens, padding included, of a group of more than one sequence; None for no limit.
 
     Returns:
         The rows of each group and the length of its longest; each row is in one group.
@@ -30,9 +35,10 @@ def groups_of_similar_length(lengths: np.ndarray, group_cost: int) -> list[tuple
     sizes = lengths[order]
     costs, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)  # of the best first i groups
     for stop in range(1, len(order) + 1):
-        begin = np.arange(stop)
-        ways = costs[:stop] + (stop - begin) * sizes[stop - 1] + group_cost
-        starts[stop], costs[stop] = ways.argmin(), ways.min()
+        longest = sizes[stop - 1]
+        first = 0 if group_tokens is None else max(0, stop - max(1, group_tokens // longest))
+        ways = costs[first:stop] + (stop - np.arange(first, stop)) * longest + group_cost
+        starts[stop], costs[stop] = first + ways.argmin(), ways.min()
     groups, stop = [], len(order)
     while stop:
         groups.append((order[starts[stop] : stop], int(sizes[stop - 1])))

@@ -8,18 +8,22 @@ A token attends to its ancestors in the tree and to its document. A beam search 
 `Past` keeps its keys and values and never moves them. Candidate answers are one tree, whose beginnings they share.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
 
-from rag.generation.forward import context_lengths, output_layer, scaled
+from rag.generation.forward import (
+    CHUNK_VOCABULARY,
+    GROUP_COST,
+    context_lengths,
+    groups_of_similar_length,
+    output_layer,
+    scaled,
+)
 
 # Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
 CHUNK_TOKENS = 2048
-# Rows of the output matrix in one pass of the scoring: the logits stay in the processor's cache.
-CHUNK_VOCABULARY = 8192
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -71,16 +75,6 @@ class Past:
             self.layers[i] = kept
 
 
-def _chunks_of_similar_length(lengths: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """Rows of about CHUNK_TOKENS tokens together, and the length of the longest, so that little padding is encoded."""
-    order = lengths.argsort()
-    lengths, start = lengths[order].tolist(), 0
-    for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > CHUNK_TOKENS:
-            yield order[start:stop], lengths[stop - 1]
-            start = stop
-
-
 class TreeDecoder:
     """A generator's encoder and decoder, the decoder over trees of tokens; the subclasses know their layers."""
 
@@ -92,9 +86,12 @@ class TreeDecoder:
 
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
         """Encode contexts (D, S) and project what cross-attention reads of them."""
-        lengths = context_lengths(attention_mask)
+        device = input_ids.device
+        lengths = context_lengths(attention_mask).cpu().numpy()
         longest, layers = int(lengths.max()), []
-        for rows, length in _chunks_of_similar_length(lengths):
+        group_cost = GROUP_COST.get(device.type, GROUP_COST["cuda"])
+        for group, length in groups_of_similar_length(lengths, group_cost, CHUNK_TOKENS):
+            rows = torch.from_numpy(group).to(device)
             encoded = self.encoder(input_ids[rows, :length], attention_mask=attention_mask[rows, :length])[0]
             for i, projections in enumerate(self.cross_projections()):
                 for j, projection in enumerate(projections):

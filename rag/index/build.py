@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from rag.files import free_bytes, remove
 from rag.index.columns import EmbeddingColumn
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import shard_files, shard_path, write_faiss_index
@@ -192,7 +193,7 @@ def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: st
     work = _add_to(trained, vectors, plan.spans(len(vectors)), lambda span: shard_path(partial, *span))
     for _ in progress(work, total=len(vectors), desc="Indexing", unit="passages", size=int):
         pass
-    _remove(path)
+    remove(path)
     if plan.shards == 1:
         os.replace(shard_path(partial, 0, len(vectors)), path)
         shutil.rmtree(partial)
@@ -265,7 +266,7 @@ def _read_unfinished(saved: Path, first: int):
 
 def _has_room(folder: Path, index, whole: int) -> bool:
     """Whether the disk can take what there is of an index beside all `whole` vectors of it, which come after."""
-    return shutil.disk_usage(folder).free > _bytes_a_vector(index) * (index.ntotal + whole)
+    return free_bytes(folder) > _bytes_a_vector(index) * (index.ntotal + whole)
 
 
 def _train(plan: IndexPlan, vectors: EmbeddingFiles):
@@ -278,13 +279,6 @@ def _train(plan: IndexPlan, vectors: EmbeddingFiles):
         index.train(vectors.gather(np.sort(rows)))
         print(f"Trained on {size:,} passages in {time.monotonic() - start:.1f} s")
     return index
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # --- What it finds ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ A pickle can run any program when it is read. These are read only where TRUST_RE
 and even then by a reader that knows containers, strings and numbers and refuses all else before it is run.
 """
 
-import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from rag.errors import UserError, file_problems, raise_problems
+from rag.files import new_digest
 from rag.index.arguments import index_effort
 from rag.index.dpr_tsv import DprRowError, dpr_rows
 from rag.index.knowledge_index import KnowledgeIndex
@@ -123,7 +123,7 @@ def _passages(path: Path) -> Dataset:
     state = path.stat()
     # A changed file is another one: its size and time are part of the copy's name.
     origin = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    fingerprint = hashlib.blake2b(origin.encode(), digest_size=16).hexdigest()
+    fingerprint = new_digest(origin.encode()).hexdigest()
     read = read_dpr_tsv if path.suffix == ".tsv" else _read_pickled_passages
     try:
         return Dataset.from_generator(read, FEATURES, gen_kwargs={"path": str(path)}, fingerprint=fingerprint)

@@ -4,10 +4,11 @@ keep = first_of_equals(read_passages("my_documents.tsv"))                  # (N,
 passages = itertools.compress(read_passages("my_documents.tsv"), keep)
 """
 
-import hashlib
 from collections.abc import Iterable
 
 import numpy as np
+
+from rag.files import new_digest
 
 
 def first_of_equals(passages: Iterable[tuple[str, str]], known: Iterable[tuple[str, str]] = ()) -> np.ndarray:
@@ -32,4 +33,4 @@ def first_of_equals(passages: Iterable[tuple[str, str]], known: Iterable[tuple[s
 
 def _digest(passage: tuple[str, str]) -> bytes:
     title, text = (part.encode() for part in passage)
-    return hashlib.blake2b(b"%d " % len(title) + title + text, digest_size=16).digest()
+    return new_digest(b"%d " % len(title) + title + text).digest()

@@ -6,10 +6,8 @@ index.json is written last and says what made the rest: `digest` names the passa
 bear on the embeddings, and is the dataset's fingerprint; `parts` are the documents that were added one after the other.
 """
 
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import psutil
 from datasets import load_from_disk
 
 from rag.errors import UserError, raise_problems
+from rag.files import new_digest, remove, space_problems
 from rag.index.build import EmbeddingFiles, IndexPlan, build_index, exact_scores, extend_index, measure
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import read_description, shard_files, shard_path, write_description
@@ -131,9 +130,9 @@ def build(args: KnowledgeArguments, source, embedder, description: dict, made_by
     build_index(vectors, plan, Path(knowledge.index_path), _digest([description["digest"], index]))
     _finish(args, description | index | {"index_seconds": round(time.monotonic() - start, 1)}, embedder, vectors)
     for name in {HNSW_FILE, INDEX_FILE} - {index["index"]}:
-        (output / name).unlink(missing_ok=True)
+        remove(output / name)
     if plan.shards == 1:
-        shutil.rmtree(output / SHARDS_FOLDER, ignore_errors=True)
+        remove(output / SHARDS_FOLDER)
     return knowledge
 
 
@@ -144,14 +143,9 @@ def check_space(args: KnowledgeArguments, description: dict, text_bytes: int, pl
     in_memory = max(index // plan.shards, 4 * d * plan.sample_size(count) if plan.learns() else 0)
     dataset = count * d * np.dtype(description["embeddings"]).itemsize + text_bytes
     written = sum(file.stat().st_size for file in partial.glob("data-*.arrow"))
-    existing = next(folder for folder in (partial, *partial.parents) if folder.exists())
-    free, memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available
-    problems = []
-    if dataset + index - written > free:
-        problems.append(
-            f"--output_dir {args.output_dir}: {dataset + index - written:,} bytes are needed and {free:,} are free; "
-            "give a folder on a larger disk"
-        )
+    needs = {partial: dataset + index - written}
+    problems = space_problems(f"--output_dir {args.output_dir}", needs, "give a folder on a larger disk")
+    memory = psutil.virtual_memory().available
     if in_memory > memory:
         problems.append(
             f"--index_factory {plan.factory}: the index takes {in_memory:,} bytes of memory while it is built and "
@@ -225,11 +219,7 @@ def _check_append(args: KnowledgeArguments, description: dict, made_by: dict) ->
 def _check_room_to_append(args: KnowledgeArguments, description: dict, source, index_path: Path) -> None:
     vectors = source.count * description["dimension"] * 4
     needed = source.survey.text_bytes + 2 * vectors + (0 if index_path.is_dir() else index_path.stat().st_size)
-    free = shutil.disk_usage(index_path).free
-    if needed > free:
-        raise UserError(
-            f"--output_dir {args.output_dir}: about {needed:,} bytes are needed to add to it and {free:,} are free"
-        )
+    raise_problems(space_problems(f"--output_dir {args.output_dir}", {index_path: needed}, "free some to add to it"))
 
 
 def _rows_of(index_path: Path) -> int:
@@ -246,7 +236,7 @@ def _finish(args: KnowledgeArguments, description: dict, embedder, vectors: Embe
     output = Path(args.output_dir)
     knowledge = _knowledge(output, description)
     for left in output.glob(f".{PASSAGES_FOLDER}*index.*"):  # of a run that was killed and never taken up again
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        remove(left)
     versions = {name: version(name) for name in ("torch", "transformers", "datasets", "faiss-cpu")}
     write_description(output, description | {"versions": versions})
     if args.recall_queries:
@@ -317,7 +307,7 @@ def _part(description: dict) -> dict:
 
 
 def _digest(values) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return new_digest(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _tell_what_was_cut(embedder) -> None:

@@ -6,7 +6,6 @@
 documents.py says which files and folders are read.
 """
 
-import hashlib
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rag.errors import UserError
+from rag.files import new_digest
 from rag.knowledge.documents import Document, Fault, read_documents
 
 WORDS_PER_PASSAGE = 100
@@ -44,7 +44,7 @@ class DocumentsSurvey:
 def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
     """Read all documents once and tell what is in them, the first ten faults among it."""
     survey = DocumentsSurvey()
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     faults = 0
     for item in read_documents(path):
         if isinstance(item, Fault):

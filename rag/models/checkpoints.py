@@ -10,7 +10,6 @@ random with a warning, and cannot generate with a T5 whose decoder is not as dee
 refused and made to work.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -40,7 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from transformers.utils import cached_file, logging
 
 from rag.errors import UserError, raise_problems
-from rag.files import atomic_folder
+from rag.files import atomic_folder, new_digest
 from rag.hub import hub_is_reachable
 from rag.models.pooled_encoder import POOLINGS, PooledEncoder, PooledEncoderConfig
 
@@ -232,7 +231,7 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
 
 def weights_digest(model: PreTrainedModel) -> str:
     """One digest of every tensor that a model saves, by its name and its bits."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.contiguous().numpy())

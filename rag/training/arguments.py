@@ -1,7 +1,7 @@
-"""The settings of `finetune_rag.py`: the suite's own, and the Lightning Trainer's read off its source.
+"""The settings of `finetune_rag.py`: the suite's, and those of the Lightning Trainer that are plain data.
 
     args = parse_args(["--model_name_or_path", "rag", "--data_dir", "data", "--output_dir", "out", "--seed", "7"])
-    args.data.train_batch_size, args.trainer["precision"], args.to_dict()
+    args.data.train_batch_size, args.trainer.precision, args.to_dict()
 
 Neither torch nor Lightning is imported, so that `--help` and a mistyped flag answer at once.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rag.command_line.parser import RagArgumentParser
-from rag.command_line.trainer_flags import add_trainer_flags
+from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 
@@ -105,9 +105,21 @@ class TrainingArguments:
     weight_decay: float = _flag(0.0, "Decay a step, times the learning rate; never of biases and norms.")
     adam_epsilon: float = _flag(1e-8, "Term that keeps AdamW from dividing by zero.")
     adafactor: bool = _flag(False, "Adafactor instead of AdamW: less memory.")
-    max_grad_norm: float = _flag(1.0, "Gradients of a larger norm are scaled down to it; 0 leaves them.")
-    num_train_epochs: int = _flag(3, "Times every training example is seen; --max_steps may end it earlier.")
-    gradient_accumulation_steps: int = _flag(1, "Batches whose gradients make one optimizer step.")
+    max_grad_norm: float = _flag(
+        1.0,
+        "Gradients of a larger norm are scaled down to it; 0 leaves them. --gradient_clip_val is another name for it.",
+        aliases=["--gradient_clip_val", "--gradient-clip-val"],
+    )
+    num_train_epochs: int = _flag(
+        3,
+        "Times every training example is seen; --max_steps may end it earlier. --max_epochs is another name for it.",
+        aliases=["--max_epochs", "--max-epochs"],
+    )
+    gradient_accumulation_steps: int = _flag(
+        1,
+        "Batches whose gradients make one optimizer step. --accumulate_grad_batches is another name for it.",
+        aliases=["--accumulate_grad_batches", "--accumulate-grad-batches"],
+    )
     seed: int = _flag(42, "Seed of the order of examples, of dropout and of new weights.")
     early_stopping_patience: int = _flag(-1, "Validations without a better EM before training stops; -1 never stops.")
     fp16: bool = _flag(False, "Mixed precision with float16 (--precision 16-mixed); needs a GPU.")
@@ -139,6 +151,13 @@ class RunArguments:
     gpus: str | None = _flag(
         None, "Number of GPUs (0 is the CPU, -1 all of them) or their numbers (0,1); left out, --accelerator decides."
     )
+    num_processes: int | None = _flag(
+        None, "Processes that train on the CPU: another name for --accelerator cpu --devices N (Lightning 1)."
+    )
+    distributed_backend: Literal["ddp", "ddp_cpu", "ddp_spawn"] | None = _flag(
+        None,
+        "Another name for --strategy ddp (ddp, ddp_spawn) and for --accelerator cpu (ddp_cpu), as of Lightning 1.",
+    )
     n_tpu_cores: int | None = _flag(None, "Without effect: use --accelerator tpu --devices N.")
 
     def __post_init__(self):
@@ -157,7 +176,7 @@ class FinetuneArguments:
     data: DataArguments
     training: TrainingArguments
     run: RunArguments
-    trainer: dict[str, Any]  # the Lightning Trainer's own settings, as given or by its defaults
+    trainer: TrainerArguments
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its group, as JSON can hold it."""
@@ -172,7 +191,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     parser = RagArgumentParser(*GROUPS, description=description)
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
     *groups, rest = parser.parse(argv)
-    args = FinetuneArguments(*groups, trainer=vars(rest))
+    args = FinetuneArguments(*groups, trainer=TrainerArguments(**vars(rest)))
     raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
     for flag, given in _settings_without_effect(args).items():
         logger.warning(f"--{flag} {given} has no effect; see --help")
@@ -180,7 +199,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
-train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length"""
+num_processes train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs
+max_combined_length"""
 AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
 weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus seed"""
 PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
@@ -211,20 +231,49 @@ def _group_of(args: FinetuneArguments, group: type) -> Any:
 
 def _contradictions(args: FinetuneArguments) -> list[str]:
     problems = _retrieval_contradictions(args.retrieval)
-    if args.trainer["log_every_n_steps"] == 0:
+    if args.trainer.log_every_n_steps == 0:
         problems.append("--log_every_n_steps 0 must be 1 or more; a large number logs once an epoch")
     precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]
-    precisions += [f"--precision {args.trainer['precision']}"] if args.trainer["precision"] is not None else []
+    precisions += [f"--precision {args.trainer.precision}"] if args.trainer.precision is not None else []
     if len(precisions) > 1:
         problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
-    if args.run.gpus is not None and args.trainer["devices"] != "auto":
-        problems.append(f"--gpus {args.run.gpus} and --devices {args.trainer['devices']} both count devices; give one")
-    if args.run.gpus is not None and args.trainer["accelerator"] not in ("auto", "gpu", "cuda"):
+    return problems + _gpu_contradictions(args.run, args.trainer) + _lightning_1_contradictions(args.run, args.trainer)
+
+
+def _gpu_contradictions(run: RunArguments, trainer: TrainerArguments) -> list[str]:
+    if run.gpus is None:
+        return []
+    problems = []
+    if trainer.devices != "auto":
+        problems.append(f"--gpus {run.gpus} and --devices {trainer.devices} both count devices; give one")
+    if trainer.accelerator not in ("auto", "gpu", "cuda"):
+        problems.append(f"--gpus {run.gpus} contradicts --accelerator {trainer.accelerator}; leave one out")
+    if not all(part.strip().lstrip("-").isdigit() for part in run.gpus.split(",")):
+        problems.append(f"--gpus {run.gpus} is neither a number of GPUs nor a list of theirs such as 0,1")
+    return problems
+
+
+def _lightning_1_contradictions(run: RunArguments, trainer: TrainerArguments) -> list[str]:
+    """What --num_processes and --distributed_backend cannot be given with."""
+    problems = []
+    if run.num_processes is not None and trainer.devices not in ("auto", run.num_processes):
         problems.append(
-            f"--gpus {args.run.gpus} contradicts --accelerator {args.trainer['accelerator']}; leave one out"
+            f"--num_processes {run.num_processes} and --devices {trainer.devices} both count processes; give one"
         )
-    if args.run.gpus is not None and not all(part.strip().lstrip("-").isdigit() for part in args.run.gpus.split(",")):
-        problems.append(f"--gpus {args.run.gpus} is neither a number of GPUs nor a list of theirs such as 0,1")
+    off_the_cpu = f"--accelerator {trainer.accelerator}" if trainer.accelerator not in ("auto", "cpu") else None
+    if run.gpus is not None and run.gpus.strip() != "0":
+        off_the_cpu = f"--gpus {run.gpus}"
+    if off_the_cpu and run.num_processes is not None and run.gpus != str(run.num_processes):
+        problems.append(
+            f"--num_processes {run.num_processes} counts processes on the CPU, {off_the_cpu} asks for another device; "
+            "leave one out"
+        )
+    if off_the_cpu and run.distributed_backend == "ddp_cpu":
+        problems.append(f"--distributed_backend ddp_cpu contradicts {off_the_cpu}; leave one out")
+    if run.distributed_backend in ("ddp", "ddp_spawn") and trainer.strategy not in ("auto", "ddp"):
+        problems.append(
+            f"--distributed_backend {run.distributed_backend} contradicts --strategy {trainer.strategy}; leave one out"
+        )
     return problems
 
 
@@ -268,16 +317,14 @@ def _settings_without_effect(args: FinetuneArguments) -> dict[str, Any]:
 
 def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
     """The keyword arguments of `pl.Trainer` that are plain data: its own flags and the suite's names for some."""
-    settings = dict(args.trainer)
-    if args.run.gpus is not None:
-        on_cpu = args.run.gpus.strip() == "0"
-        devices = int(args.run.gpus) if "," not in args.run.gpus else args.run.gpus
-        settings |= {"accelerator": "cpu", "devices": 1} if on_cpu else {"accelerator": "gpu", "devices": devices}
+    settings = asdict(args.trainer) | _device_settings(args.run)
     if args.training.fp16 or args.training.bf16:
         settings["precision"] = "16-mixed" if args.training.fp16 else "bf16-mixed"
     if settings["strategy"] == "auto" and (args.model.encoder_layerdrop or args.model.decoder_layerdrop):
         # A dropped layer gets no gradient, which DistributedDataParallel would otherwise wait for.
         settings["strategy"] = "ddp_find_unused_parameters_true"
+    elif args.run.distributed_backend in ("ddp", "ddp_spawn"):
+        settings["strategy"] = "ddp"
     if (ranks_on_node := os.environ.get("LOCAL_WORLD_SIZE")) is not None:  # torchrun has started the ranks
         if settings["devices"] == "auto":
             settings["devices"] = int(ranks_on_node)
@@ -292,3 +339,14 @@ def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
         "default_root_dir": args.run.output_dir,
         "use_distributed_sampler": False,  # the data module splits by rank itself, each example exactly once
     }
+
+
+def _device_settings(run: RunArguments) -> dict[str, Any]:
+    """What --gpus, --num_processes and --distributed_backend say of the Trainer's accelerator and devices."""
+    if run.gpus is not None and run.gpus.strip() != "0":
+        return {"accelerator": "gpu", "devices": int(run.gpus) if "," not in run.gpus else run.gpus}
+    if run.num_processes is not None:
+        return {"accelerator": "cpu", "devices": run.num_processes}
+    if run.gpus is not None:
+        return {"accelerator": "cpu", "devices": 1}
+    return {"accelerator": "cpu"} if run.distributed_backend == "ddp_cpu" else {}

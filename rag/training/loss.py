@@ -15,8 +15,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-# Words whose logits exist at a time.
-CHUNK_VOCABULARY = 8192
+from rag.generation.forward import CHUNK_VOCABULARY
 
 
 def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[torch.Tensor, torch.Tensor]:

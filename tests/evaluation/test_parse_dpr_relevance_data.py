@@ -64,6 +64,25 @@ def test_an_empty_array_gives_empty_files(parse):
     assert parse(" [ ]\n") == ({"written": 0, "skipped": 0}, [], [])
 
 
+def test_a_byte_order_mark_counts_as_white_space(parse):
+    source = json.dumps([record("q", "A"), record("r", "B")]).encode()
+    assert parse(b"\xef\xbb\xbf" + source) == ({"written": 2, "skipped": 0}, ["q", "r"], ["A", "B"])
+    with pytest.raises(UserError, match=rf"the file ends .* at byte {len(source) + 2}$"):
+        parse(b"\xef\xbb\xbf" + source[:-1])
+
+
+def test_what_only_python_writes_is_read_and_words_in_texts_stay(parse):
+    records = [record("NaN } -Infinity, NaN", 'Infinity \\" NaN'), record("Infinity", "NaN")]
+    records[0].update(score=[float("nan"), float("-inf"), 10**30, 1e300], text='"NaN"')
+    _, questions, pages = parse(json.dumps(records))
+    assert questions == ["NaN } -Infinity, NaN", "Infinity"] and pages == ['Infinity \\" NaN', "NaN"]
+
+
+def test_an_object_is_no_array_even_with_ijsons_name_for_elements(parse):
+    with pytest.raises(UserError, match=r"'{' stands where \[ is expected, at byte 1"):
+        parse(" " + json.dumps({"item": record("q", "A")}))
+
+
 GOOD = json.dumps(record("é?", "A"), ensure_ascii=False)
 
 
@@ -80,6 +99,7 @@ GOOD = json.dumps(record("é?", "A"), ensure_ascii=False)
         (f"[{GOOD}]\n{GOOD}", rf"behind the end of the array, at byte {len(GOOD.encode()) + 3}$"),
         (b"\x8b\x08", r"not UTF-8 text \(a .gz file has to be unzipped first\), at byte 0$"),
         (f"[{GOOD}, ".encode() + b'{"\xff', rf"not UTF-8 text .* at byte {len(GOOD.encode()) + 5}$"),
+        (f'[{GOOD}, {{"question": "\\udc00"}}]', rf"half of a surrogate pair .* at byte {len(GOOD.encode()) + 3}$"),
         (f'[{GOOD}, {{"question": "no positives"}}]', "record 2, which ends at byte .*needs a `question`"),
         (f"[{GOOD}, 7]", "record 2, which ends at byte .*needs a `question`"),
         ('[{"question": null, "positive_ctxs": []}]', "record 1, .*needs a `question`"),

@@ -30,6 +30,15 @@ def test_groups_are_the_cheapest_there_are():
     assert len(groups_of_similar_length(np.full(9, 30), 1)) == 1
 
 
+def test_a_group_holds_no_more_tokens_than_it_may():
+    lengths = np.random.default_rng(1).integers(1, 50, size=40)
+    groups = groups_of_similar_length(lengths, 1000, group_tokens=100)
+    cost(lengths, groups, 1000)
+    assert all(len(rows) * longest <= 100 for rows, longest in groups)
+    assert len(groups_of_similar_length(np.full(9, 30), 1, group_tokens=90)) == 3
+    assert len(groups_of_similar_length(np.array([200, 1, 300]), 1000, group_tokens=100)) == 3
+
+
 @pytest.fixture
 def contexts():
     """Seven contexts of 1 to 23 tokens, ids (7, 24) and mask."""

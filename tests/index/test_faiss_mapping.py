@@ -1,4 +1,4 @@
-"""mapped_index_rag.py: the same index that FAISS reads, without reading it."""
+"""rag/index/faiss_mapping.py: the same index that FAISS reads, without reading it."""
 
 import re
 from pathlib import Path

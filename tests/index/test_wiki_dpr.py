@@ -166,7 +166,7 @@ def test_the_dummy_dataset_needs_no_index(wiki, tmp_path, index_name):
 
 def test_a_second_opening_copies_nothing(wiki, monkeypatch):
     opened(wiki)
-    monkeypatch.setattr(rag_hub.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
     assert len(opened(wiki)) == ROWS
 
 
@@ -249,7 +249,7 @@ def test_settings_that_are_not_read_are_named(wiki, caplog):
 
 
 def test_a_copy_that_the_disk_cannot_hold_is_not_begun(wiki, tmp_path, monkeypatch):
-    monkeypatch.setattr(rag_hub.shutil, "disk_usage", lambda path: Usage(0, 0, 10_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10_000))
     size = sum(path.stat().st_size for path in (wiki / "data/psgs_w100/nq").iterdir())
     with pytest.raises(UserError, match=rf"{size:,} bytes are needed and 10,000 are free .* --doc_vectors index"):
         open_index(config(wiki, "compressed"))
@@ -336,7 +336,7 @@ def test_only_what_is_needed_is_fetched_and_once(hub, wiki, monkeypatch):
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_fetched(hub, wiki, monkeypatch):
-    monkeypatch.setattr(rag_hub.shutil, "disk_usage", lambda path: Usage(0, 0, 20_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 20_000))
     texts = sum(path.stat().st_size for path in (wiki / "data/psgs_w100/no_embeddings").iterdir())
     index = (wiki / "index/psgs_w100.nq.HNSW128_SQ8-IP-train.faiss").stat().st_size
     needed = f"{index + texts + 2 * texts:,}"  # fetched, and unpacked

@@ -215,7 +215,7 @@ def test_a_file_that_changed_since_it_was_looked_at(tmp_path):
 MEMORY = """
 import re, sys
 from pathlib import Path
-from passages_rag import read_passages, survey_documents
+from rag.knowledge.passages import read_passages, survey_documents
 
 def read(path):
     survey_documents(path), sum(1 for _ in read_passages(path))

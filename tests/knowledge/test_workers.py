@@ -160,7 +160,7 @@ def test_who_embeds(embedder, plan, flags):
 ORPHANING = """
 import multiprocessing, os, signal, sys
 from concurrent.futures import ProcessPoolExecutor
-from encoding_workers_rag import _start_worker
+from rag.knowledge.workers import _start_worker
 if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
     gpus = spawn.Queue()

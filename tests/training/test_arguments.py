@@ -4,10 +4,12 @@ import inspect
 import json
 import subprocess
 import sys
+import types
+import typing
 
 import pytest
 
-from rag.command_line.trainer_flags import NOT_FLAGS
+from rag.command_line.trainer_flags import SET_BY_THE_SUITE, TrainerArguments
 from rag.errors import UserError
 from rag.training.arguments import parse_args, trainer_settings
 from tests.conftest import ROOT
@@ -57,15 +59,32 @@ def test_trainer_flags_are_the_trainers_parameters(tmp_path):
     import pytorch_lightning as pl
 
     parameters = inspect.signature(inspect.unwrap(pl.Trainer.__init__)).parameters
-    given = parse(tmp_path).trainer
+    given = vars(parse(tmp_path).trainer)
     assert given == {name: parameters[name].default for name in given}
-    assert set(given) | NOT_FLAGS | {"self"} == set(parameters)
+    assert set(given) | SET_BY_THE_SUITE | {"self"} == set(parameters)
     for (
         name
     ) in """val_check_interval check_val_every_n_epoch fast_dev_run max_steps limit_train_batches limit_val_batches
         limit_test_batches num_nodes accelerator devices strategy precision num_sanity_val_steps log_every_n_steps
         overfit_batches deterministic max_time""".split():  # noqa: SIM905
         assert name in given
+
+
+def plain_types(annotation) -> set:
+    """The types that a command line can hold, and the literals, of an annotation."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return set(typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return {plain for part in typing.get_args(annotation) for plain in plain_types(part)}
+    return {annotation} & {int, float, str, bool, type(None)}
+
+
+def test_trainer_flags_have_the_types_of_the_trainers_parameters():
+    import pytorch_lightning as pl
+
+    theirs = typing.get_type_hints(inspect.unwrap(pl.Trainer.__init__))
+    for name, annotation in typing.get_type_hints(TrainerArguments).items():
+        assert plain_types(annotation) == plain_types(theirs[name]), name
 
 
 @pytest.mark.parametrize(
@@ -87,7 +106,7 @@ def test_trainer_flags_are_the_trainers_parameters(tmp_path):
     ],
 )
 def test_trainer_values_are_read_as_yaml_would(flags, value, tmp_path):
-    given = parse(tmp_path, *flags).trainer[flags[0].removeprefix("--").replace("-", "_")]
+    given = getattr(parse(tmp_path, *flags).trainer, flags[0].removeprefix("--").replace("-", "_"))
     assert given == value and type(given) is type(value)
 
 
@@ -129,6 +148,12 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ["--gpus", "2", "--accelerator", "cpu"],
         ["--fp16", "--precision", "32"],
         ["--logger_name", "wandb"],
+        ["--num_processes", "2", "--devices", "4"],
+        ["--num_processes", "2", "--gpus", "4"],
+        ["--num_processes", "2", "--accelerator", "gpu"],
+        ["--distributed_backend", "ddp_cpu", "--gpus", "1"],
+        ["--distributed_backend", "ddp_cpu", "--accelerator", "cuda"],
+        ["--distributed_backend", "ddp", "--strategy", "fsdp"],
     ],
 )
 def test_contradictions_and_missing_packages_are_refused(flags, tmp_path, monkeypatch):
@@ -149,11 +174,52 @@ def test_contradictions_and_missing_packages_are_refused(flags, tmp_path, monkey
         (["--decoder_layerdrop", "0.1"], {"strategy": "ddp_find_unused_parameters_true"}),
         (["--num_train_epochs", "5", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.1"],
          {"max_epochs": 5, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        (["--max_epochs", "5", "--accumulate-grad-batches", "2", "--gradient_clip_val", "0.1"],
+         {"max_epochs": 5, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        (["--gpus=0", "--distributed_backend=ddp_cpu", "--num_processes=2"],
+         {"accelerator": "cpu", "devices": 2, "strategy": "auto"}),
+        (["--num-processes", "3"], {"accelerator": "cpu", "devices": 3}),
+        (["--num_processes", "2", "--devices", "2"], {"accelerator": "cpu", "devices": 2}),
+        (["--num_processes", "2", "--gpus", "2"], {"accelerator": "gpu", "devices": 2}),
+        (["--distributed_backend", "ddp_cpu"], {"accelerator": "cpu", "devices": "auto"}),
+        (["--distributed_backend", "ddp_cpu", "--devices", "2"], {"accelerator": "cpu", "devices": 2}),
+        (["--distributed-backend", "ddp", "--gpus", "4"], {"accelerator": "gpu", "devices": 4, "strategy": "ddp"}),
+        (["--distributed_backend", "ddp_spawn"], {"accelerator": "auto", "strategy": "ddp"}),
+        (["--distributed_backend", "ddp", "--decoder_layerdrop", "0.1"],
+         {"strategy": "ddp_find_unused_parameters_true"}),
     ],
 )  # fmt: skip
 def test_the_suites_names_reach_the_trainer(flags, settings, tmp_path):
     made = trainer_settings(parse(tmp_path, *flags))
     assert {name: made[name] for name in settings} == settings
+
+
+ALIASES = [
+    ("--num_train_epochs", "--max_epochs"),
+    ("--max_grad_norm", "--gradient_clip_val"),
+    ("--gradient_accumulation_steps", "--accumulate_grad_batches"),
+]
+
+
+@pytest.mark.parametrize(("name", "alias"), ALIASES)
+def test_a_setting_under_two_names_has_one_value(name, alias, tmp_path, capsys):
+    assert parse(tmp_path, name, "2", alias, "2").to_dict() == parse(tmp_path, name, "2").to_dict()
+    for flags in ([name, "2", alias, "3"], [alias, "3", name.replace("_", "-"), "2"]):
+        with pytest.raises(SystemExit) as stopped:
+            parse(tmp_path, *flags)
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and message.count("\n") == 1
+        assert f"{name} 2 and {alias} 3 are one setting" in message
+
+
+def test_a_file_may_name_a_setting_otherwise_than_the_command_line(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("num_train_epochs: 2\n")
+    assert parse(tmp_path, "--config_file", str(file), "--max_epochs", "4").training.num_train_epochs == 4
+    file.write_text("num_train_epochs: 2\nmax_epochs: 3\n")
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--config_file", str(file))
+    assert "--num_train_epochs 2 and --max_epochs 3 are one setting" in capsys.readouterr().err
 
 
 def test_flags_without_effect_say_so(tmp_path, caplog):
@@ -184,7 +250,7 @@ def test_settings_come_from_a_file_too(tmp_path):
     file.write_text("train_batch_size: 3\nmax_steps: 7\ndeterministic: true\nval_check_interval: 0.5\nfp16: false\n")
     args = parse(tmp_path, "--config_file", str(file), "--max_steps", "8")
     assert args.data.train_batch_size == 3 and args.training.fp16 is False
-    assert (args.trainer["max_steps"], args.trainer["deterministic"], args.trainer["val_check_interval"]) == (
+    assert (args.trainer.max_steps, args.trainer.deterministic, args.trainer.val_check_interval) == (
         8,
         True,
         0.5,
@@ -193,7 +259,7 @@ def test_settings_come_from_a_file_too(tmp_path):
 
 def test_help_needs_neither_torch_nor_lightning():
     code = (
-        "import sys; from finetune_arguments_rag import parse_args\n"
+        "import sys; from rag.training.arguments import parse_args\n"
         "try: parse_args(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)))"
     )
@@ -201,3 +267,5 @@ def test_help_needs_neither_torch_nor_lightning():
     assert shown.endswith("[]\n")
     for flag in ("--learning_rate", "--ray-address", "--val_check_interval", "--limit_train_batches", "--bf16"):
         assert flag in shown
+    for _, alias in ALIASES:
+        assert f"{alias} is another name for it" in " ".join(shown.split())

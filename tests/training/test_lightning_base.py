@@ -238,10 +238,11 @@ def test_a_resumed_log_goes_on_and_a_new_one_starts_afresh(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_and_measure_as_one(tmp_path):
     """Without dropout, 11 examples in batches of 4: the last holds 3, one rank 1 of them and the other 2."""
+    two = "--accelerator auto --devices auto --gpus=0 --distributed_backend=ddp_cpu --num_processes=2"  # public suite's
     write_data(tmp_path / "data", val=1)  # the second rank has nothing of its own to validate
     _, one = fit(toy_args(tmp_path, "--train_batch_size", "4", "--dropout", "0"))
     alone = outcome(tmp_path, one)
-    command = [sys.executable, "-m", "tests.training.lightning_toy", str(tmp_path), "--dropout", "0", "--devices", "2"]
+    command = [sys.executable, "-m", "tests.training.lightning_toy", str(tmp_path), "--dropout", "0", *two.split()]
     subprocess.run(
         [*command, "--overwrite_output_dir"],
         cwd=ROOT,
@@ -251,9 +252,9 @@ def test_two_processes_train_and_measure_as_one(tmp_path):
     )
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(state["linear.weight"], torch.tensor(alone[0]), rtol=1e-4, atol=1e-6)
-    two = json.loads((tmp_path / "out" / "metrics.json").read_text())["val"]
-    assert [row["val_examples"] for row in two] == [1, 1]
-    assert [row["val_em"] for row in two] == pytest.approx([row["val_em"] for row in alone[1]], rel=1e-4)
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["val"]
+    assert [row["val_examples"] for row in rows] == [1, 1]
+    assert [row["val_em"] for row in rows] == pytest.approx([row["val_em"] for row in alone[1]], rel=1e-4)
 
 
 def test_rows_of_one_process_are_each_index_once_in_order(tmp_path):

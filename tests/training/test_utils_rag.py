@@ -1,15 +1,28 @@
 """Line reading, SQuAD v1.1 metrics, the dataset's batches, whole-or-nothing files, progress."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import git
 import pytest
 
 import utils_rag
 from rag.errors import UserError
-from rag.files import atomic_folder, atomic_write, load_json, read_lines, save_json, write_lines
+from rag.files import (
+    atomic_folder,
+    atomic_write,
+    free_bytes,
+    load_json,
+    read_lines,
+    remove,
+    save_json,
+    space_problems,
+    write_lines,
+)
 from rag.metrics import (
     answer_recall_at_k,
     calculate_exact_match,
@@ -21,7 +34,8 @@ from rag.metrics import (
     reciprocal_rank,
 )
 from rag.progress import progress
-from utils_rag import Seq2SeqDataset, check_data_files, git_info, save_git_info, trim_batch
+from tests.conftest import ROOT
+from utils_rag import Seq2SeqDataset, check_data_files, get_git_info, save_git_info, trim_batch
 
 # --- Text files -------------------------------------------------------------------------------------------------------
 
@@ -236,13 +250,60 @@ def test_a_folder_takes_its_place_whole(tmp_path):
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
 
 
+def test_files_and_folders_are_removed_whole(tmp_path):
+    for name in ("folder", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    left = tmp_path / f".folder.{os.getpid()}.old"  # by a run that was killed, of the same process id
+    left.mkdir()
+    (left / "file").touch()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "file").touch()
+    for name in ("folder", ".hidden", "link", "file", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_space_is_added_up_by_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_rag.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 if path.exists() else -1))
+    assert free_bytes(tmp_path / "to" / "be" / "made") == 100
+    assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 40}, "free some") == []
+    assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 1041}, "free some") == [
+        f"--x y: 1,101 bytes are needed and 100 are free at {tmp_path}; free some"
+    ]
+
+
 def test_git_log_is_written_in_and_outside_a_checkout(tmp_path, monkeypatch):
     save_git_info(tmp_path)
     assert set(load_json(tmp_path / "git_log.json")) == {"repo_id", "repo_sha", "repo_branch", "hostname"}
     monkeypatch.setattr(utils_rag, "__file__", str(tmp_path / "utils_rag.py"))
-    assert git_info()["repo_sha"] is None
+    assert get_git_info()["repo_sha"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_info()["repo_sha"] is None and git_info()["hostname"]
+    assert get_git_info()["repo_sha"] is None and get_git_info()["hostname"]
+
+
+def test_git_info_of_a_repository_a_detached_head_and_one_without_commits(tmp_path, monkeypatch):
+    repo = git.Repo.init(tmp_path, initial_branch="trunk")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr(utils_rag, "__file__", str(tmp_path / "a" / "b" / "utils_rag.py"))
+    found = {"repo_id": str(tmp_path), "repo_branch": "trunk", "repo_sha": None}
+    assert found.items() <= get_git_info().items()
+    author = git.Actor("A", "a@example.org")
+    found["repo_sha"] = repo.index.commit("first", author=author, committer=author).hexsha
+    assert found.items() <= get_git_info().items()
+    repo.head.reference = repo.head.commit
+    assert (found | {"repo_branch": "HEAD"}).items() <= get_git_info().items()
+
+
+def test_git_info_without_the_git_program(tmp_path):
+    code = "import json, utils_rag; print(json.dumps(utils_rag.get_git_info()))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert answer.stderr == ""
+    found = json.loads(answer.stdout)
+    assert found.pop("hostname") and set(found.values()) == {None}
 
 
 # --- Progress and import ----------------------------------------------------------------------------------------------
