@@ -88,9 +88,9 @@ def test_every_package_that_is_imported_is_pinned():
     pinned = {
         match[1].lower().replace("_", "-") for line in lines if (match := re.fullmatch(r"([\w-]+)==[\w.]+", line))
     }
-    paths = [path for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    paths = [*FILES, *(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]
     packages = set().union(*(imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in paths))
-    packages -= {path.stem for path in paths} | {"tests", "benchmarks"} | sys.stdlib_module_names
+    packages -= {path.stem for path in paths} | {"rag", "quickstart", "tests", "benchmarks"} | sys.stdlib_module_names
     owners = packages_distributions()
     names = {name: {owner.lower().replace("_", "-") for owner in owners.get(name, [name])} for name in packages}
     assert [name for name in sorted(names) if not names[name] & pinned] == []

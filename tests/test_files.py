@@ -1,0 +1,98 @@
+"""rag/files.py: lines, JSON, files and folders that appear whole or not at all, room on the disk."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from rag import files as files_module
+from rag.errors import UserError
+from rag.files import (
+    atomic_folder,
+    atomic_write,
+    free_bytes,
+    load_json,
+    read_lines,
+    remove,
+    save_json,
+    space_problems,
+    write_lines,
+)
+
+
+def test_lines_end_at_newlines_and_nowhere_else(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes("\ufeffone\u2028still one\r\ntwo\x0b\x85\x0c\rthree\n\n".encode())
+    assert read_lines(path) == ["one\u2028still one", "two\x0b\x85\x0c", "three", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"), [("", []), ("\n", [""]), ("a", ["a"]), ("a\n", ["a"]), ("a\n\n", ["a", ""])]
+)
+def test_no_phantom_line_at_the_end(tmp_path, text, lines):
+    (tmp_path / "f").write_text(text)
+    assert read_lines(tmp_path / "f") == lines
+
+
+def test_written_lines_come_back(tmp_path):
+    lines = ["a", "", "Łódź\u2028b", " c ", ""]
+    write_lines(lines, tmp_path / "new" / "f")
+    assert read_lines(tmp_path / "new" / "f") == lines
+    with pytest.raises(AssertionError):
+        write_lines(["two\nlines"], tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_other_encodings_are_named(tmp_path):
+    (tmp_path / "latin").write_bytes("caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin is not UTF-8 \(byte 3"):
+        read_lines(tmp_path / "latin")
+
+
+def test_a_broken_write_leaves_the_old_file_and_no_rest(tmp_path):
+    save_json({"title": "Łódź"}, tmp_path / "f.json")
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "f.json") as file:
+        file.write("half")
+        raise RuntimeError
+    assert load_json(tmp_path / "f.json") == {"title": "Łódź"}
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+    with atomic_write(tmp_path / "b", "wb") as file:
+        file.write(b"\r\n")
+    assert (tmp_path / "b").read_bytes() == b"\r\n"
+
+
+def test_a_folder_takes_its_place_whole(tmp_path):
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / content).write_text(content)
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as folder:
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_files_and_folders_are_removed_whole(tmp_path):
+    for name in ("folder", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    left = tmp_path / f".folder.{os.getpid()}.old"  # by a run that was killed, of the same process id
+    left.mkdir()
+    (left / "file").touch()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "file").touch()
+    for name in ("folder", ".hidden", "link", "file", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_space_is_added_up_by_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        files_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 if path.exists() else -1)
+    )
+    assert free_bytes(tmp_path / "to" / "be" / "made") == 100
+    assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 40}, "free some") == []
+    assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 1041}, "free some") == [
+        f"--x y: 1,101 bytes are needed and 100 are free at {tmp_path}; free some"
+    ]

@@ -1,0 +1,86 @@
+"""rag/metrics.py: SQuAD v1.1's metrics of answers, and those of retrieved passages."""
+
+import random
+
+import pytest
+
+from rag.metrics import (
+    answer_recall_at_k,
+    calculate_exact_match,
+    exact_match_score,
+    f1_score,
+    metric_max_over_ground_truths,
+    normalize_answer,
+    precision_at_k,
+    reciprocal_rank,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  Eiffel-Tower!", "eiffeltower"),
+        ("an apple a day", "apple day"),
+        ("Theatre of the Anthill", "theatre of anthill"),
+        ("\tA\u00a0B ", "b"),
+        ("“quoted”", "“quoted”"),  # only ASCII punctuation goes
+        ("the", ""),
+    ],
+)
+def test_normalisation_of_the_squad_script(text, normal):
+    assert normalize_answer(text) == normal
+
+
+def test_exact_match_and_f1_by_hand():
+    assert exact_match_score("The U.S.A.", "usa")
+    assert not exact_match_score("usa today", "usa")
+    assert f1_score("The cat sat", "cat sat down") == pytest.approx(0.8)  # precision 2/2, recall 2/3
+    assert f1_score("a b b c", "b b d") == pytest.approx(2 / 3)  # precision 2/3, recall 2/3
+    assert f1_score("", "") == 0.0 and f1_score("x", "y") == 0.0
+    assert metric_max_over_ground_truths(f1_score, "one two", ["three", "two", "one two"]) == 1.0
+    assert calculate_exact_match(["a dog", "cat"], ["dog", "dogs"]) == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        calculate_exact_match(["a", "b"], ["a"])
+
+
+def test_metric_properties_on_random_answers():
+    rng = random.Random(0)
+    words = ["the", "a", "river", "Rhine", "x.", "42", "é", ""]
+    for _ in range(300):
+        first, second = (" ".join(rng.choices(words, k=rng.randint(0, 5))) for _ in range(2))
+        assert f1_score(first, second) == pytest.approx(f1_score(second, first))
+        assert 0.0 <= f1_score(first, second) <= 1.0
+        assert normalize_answer(normalize_answer(first)) == normalize_answer(first)
+        if exact_match_score(first, second):
+            assert f1_score(first, second) == (1.0 if normalize_answer(first) else 0.0)
+
+
+def test_precision_counts_distinct_gold_titles_over_k():
+    retrieved, gold = ["B", "A", "A", "C"], ["A", "C"]
+    assert [precision_at_k(retrieved, gold, k) for k in (1, 2, 3, 4, 5)] == [0, 1 / 2, 1 / 3, 2 / 4, 2 / 5]
+    assert reciprocal_rank(retrieved, gold) == 1 / 2
+    assert reciprocal_rank(retrieved, ["Z"]) == 0.0 and reciprocal_rank([], ["A"]) == 0.0
+
+
+def test_recall_is_monotone_in_k_and_bounded_by_rank():
+    rng = random.Random(1)
+    for _ in range(200):
+        titles = [rng.choice("abcdefgh") for _ in range(6)]
+        gold = rng.sample("abcdefgh", 2)
+        rank = reciprocal_rank(titles, gold)
+        assert (precision_at_k(titles, gold, 6) > 0) == (rank > 0)
+        texts = [f"{title} passage" for title in titles]
+        found = [answer_recall_at_k(texts, gold, k) for k in range(1, 7)]
+        assert found == sorted(found)
+        assert rank == (1 / (found.index(True) + 1) if any(found) else 0.0)
+
+
+def test_answers_are_found_as_whole_words():
+    passages = ["Romeo and Juliet", "It flows through Sa\u0303o Paulo (Brazil).", "In 1,024 steps; U.S. soil"]
+    assert not answer_recall_at_k(passages, ["Rome"], 3)
+    assert answer_recall_at_k(passages, ["rome", "JULIET"], 1)
+    assert answer_recall_at_k(passages, ["s\u00e3o  paulo"], 2)  # composed and decomposed letters are one
+    assert not answer_recall_at_k(passages, ["sao paulo"], 3)
+    assert not answer_recall_at_k(passages, ["são paulo"], 1)
+    assert answer_recall_at_k(passages, ["1,024"], 3) and answer_recall_at_k(passages, ["U.S."], 3)
+    assert not answer_recall_at_k(passages, ["", "  "], 3)

@@ -1,0 +1,14 @@
+"""rag/progress.py: lines with rate and time left where there is no terminal."""
+
+from rag import progress as progress_module
+from rag.progress import progress
+
+
+def test_progress_logs_lines_when_piped(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    assert list(progress([[1, 2], [3, 4], [5, 6], [7]], 7, "Answering", "questions", size=len))[-1] == [7]
+    assert capsys.readouterr().err.splitlines() == [
+        "Answering: 6 of 7 questions, 0.5 questions/s, 00:02 left",
+        "Answering: 7 questions in 00:20, 0.3 questions/s",
+    ]
