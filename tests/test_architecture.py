@@ -16,6 +16,7 @@ FLOORS = [
         "knowledge_arguments_rag",
         "distinct_passages_rag",
         "batches_rag",
+        "beams_rag",
         "eval_arguments_rag",
         "predictions_rag",
         "pooled_encoder",
