@@ -21,7 +21,6 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.data import suggested_max_num_workers
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.profilers import SimpleProfiler
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn.utils import get_total_norm
@@ -31,7 +30,7 @@ from transformers import optimization
 from batches_rag import GlobalBatchSampler, ResumableDataLoader
 from cli_rag import UserError, raise_problems
 from finetune_arguments_rag import DataArguments, FinetuneArguments, TrainingArguments, trainer_settings
-from launch_rag import RankLauncher
+from launch_rag import use_rank_launcher
 from utils_rag import Seq2SeqDataset, atomic_write
 
 SCHEDULES = {
@@ -279,6 +278,7 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
     profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
+    use_rank_launcher()
     try:
         trainer = pl.Trainer(
             **settings, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
@@ -292,9 +292,6 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
             f"--devices {settings['devices']} on --num_nodes {settings['num_nodes']} makes {ranks} ranks, "
             f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus) out to take torchrun's"
         )
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        environment = trainer.strategy.cluster_environment
-        trainer.strategy._launcher = RankLauncher(environment, trainer.num_devices, trainer.num_nodes)
     return trainer
 
 
