@@ -20,12 +20,11 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.data import suggested_max_num_workers
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.profilers import SimpleProfiler
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from rag.distributed.launch import RankLauncher
+from rag.distributed.launch import use_rank_launcher
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_write
 from rag.training.arguments import DataArguments, FinetuneArguments, trainer_settings
@@ -162,6 +161,7 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
     profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
+    use_rank_launcher()
     try:
         trainer = pl.Trainer(
             **settings, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
@@ -176,9 +176,6 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
             f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus, --num_processes) out to take "
             "torchrun's"
         )
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        environment = trainer.strategy.cluster_environment
-        trainer.strategy._launcher = RankLauncher(environment, trainer.num_devices, trainer.num_nodes)
     return trainer
 
 

@@ -84,7 +84,7 @@ class RagArgumentParser(HfArgumentParser):
 
     def _refuse_two_values_of_one_setting(self, argv: list[str]) -> None:
         """Of a setting that has several names argparse would take the last value given, whatever the others."""
-        for action in self._actions:
+        for action in dict.fromkeys(self._option_string_actions.values()):
             long_options = [option for option in action.option_strings if option.startswith("--")]
             names = dict.fromkeys(f"--{option[2:].replace('-', '_')}" for option in long_options)
             if len(names) == 1:

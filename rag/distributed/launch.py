@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import psutil
 import pytorch_lightning as pl
 import torch.distributed as dist
+from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from rag.errors import UserError
@@ -60,6 +61,29 @@ class RankLauncher(_SubprocessScriptLauncher):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+class _StartsRanks:
+    """Before a strategy of Lightning's: what it would start by Lightning's launcher it starts by a `RankLauncher`."""
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+def use_rank_launcher() -> None:
+    """Have the Trainers that are made from now on start their ranks by a `RankLauncher`, whatever their strategy.
+
+    Lightning chooses the strategy by name and number of devices, so each name stands for one that does so.
+    """
+    for name in StrategyRegistry.available_strategies():
+        known = StrategyRegistry[name]
+        strategy, init_params = known["strategy"], known["init_params"]
+        # Those that fork or spawn have another launcher, and may have to be pickled.
+        if init_params.get("start_method", "popen") == "popen" and not issubclass(strategy, _StartsRanks):
+            ours = type(strategy.__name__, (_StartsRanks, strategy), {})
+            StrategyRegistry.register(name, ours, known["description"], override=True, **init_params)
 
 
 @contextmanager

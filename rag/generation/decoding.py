@@ -9,14 +9,23 @@ Beam search grows the trees of all documents by `num_beams` tokens a step. RAG-S
 a question out as one tree, in which common beginnings stand once, and decodes it in a single pass a document.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch.nn.functional import log_softmax
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
-from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMode,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
 
+from rag.generation.beams import BeamSearch
 from rag.generation.token_trees import CHUNK_TOKENS, Past, tree_decoder
 
 
@@ -180,24 +189,6 @@ class _Found:
     log_probs: torch.Tensor
 
 
-@dataclass
-class _Beams:
-    """The state of transformers' beam search over I items, row by row; see GenerationMixin._beam_search."""
-
-    item: torch.Tensor  # (I) where the item stood at the beginning
-    running: torch.Tensor  # (I, num_beams, max_length) unfinished sequences
-    running_scores: torch.Tensor  # (I, num_beams)
-    parents: torch.Tensor  # (I, num_beams) the running beam of the step before that each one continues
-    sequences: torch.Tensor  # (I, num_beams, max_length) the best finished sequences
-    scores: torch.Tensor  # (I, num_beams) theirs, with the length penalty
-    lengths: torch.Tensor  # (I, num_beams, 1) tokens decoded
-    finished: torch.Tensor  # (I, num_beams) bool
-    improvable: torch.Tensor  # (I, 1) bool
-
-    def select(self, rows: torch.Tensor) -> "_Beams":
-        return _Beams(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-
 class _Search:
     """Greedy or beam search exactly as `owner.generate` runs it, over items whose finished ones are dropped.
 
@@ -213,14 +204,10 @@ class _Search:
         self.device = context_input_ids.device
         settings = dict(settings)
         self.custom_processors = settings.pop("logits_processor", LogitsProcessorList())
-        self.config, unknown = owner._prepare_generation_config(settings.pop("generation_config", None), **settings)
-        if unknown:
-            raise ValueError(f"generate_answers does not know {', '.join(unknown)}")
-        if self.config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
-            raise ValueError("generate_answers runs greedy or beam search only; set do_sample=False")
-        owner._prepare_special_tokens(self.config, True, device=self.device)
-        owner._prepare_generated_length(self.config, False, False, "input_ids", 1, context_input_ids)
-        self.stops = owner._get_stopping_criteria(self.config, StoppingCriteriaList())
+        self.config = _generation_config(owner, settings, self.device)
+        start = self.config.decoder_start_token_id
+        self.start_token_id = self.config.bos_token_id if start is None else start
+        self.stops = _stopping_criteria(self.config, getattr(owner.config, "max_position_embeddings", None))
         self.past = Past(capacity=1 + self.config.num_beams * (self.config.max_length - 1))
         self.ancestors = None  # (I, N, tokens in self.past)
         self._set_processors()
@@ -236,12 +223,6 @@ class _Search:
             logits_processor=self.custom_processors,
             device=self.device,
         )
-
-    def _blank(self, *shape) -> torch.Tensor:
-        """Sequences (*shape, max_length) that hold the decoder's first token."""
-        sequences = torch.full((*shape, self.config.max_length), self.decoder.pad, device=self.device)
-        sequences[..., 0] = self.config._decoder_start_token_tensor
-        return sequences
 
     def _step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Hang tokens (I, N) on the tokens of the step before: scores of what may follow each, (I, N, vocabulary)."""
@@ -283,7 +264,8 @@ class _Search:
         return rows
 
     def _greedy_search(self) -> _Found:
-        sequences = self._blank(self.items)
+        sequences = torch.full((self.items, self.config.max_length), self.decoder.pad, device=self.device)
+        sequences[:, 0] = self.start_token_id
         log_probs = torch.zeros(self.items, dtype=self.decoder.dtype, device=self.device)
         alive = torch.arange(self.items, device=self.device)
         over = torch.zeros_like(alive, dtype=torch.bool)
@@ -303,80 +285,63 @@ class _Search:
         return _Found(sequences[:, None], log_probs[:, None])
 
     def _beam_search(self) -> _Found:
-        config, shape = self.config, (self.items, self.config.num_beams)
-        kind = {"dtype": self.decoder.dtype, "device": self.device}
-        beams = _Beams(
-            item=torch.arange(self.items, device=self.device),
-            running=self._blank(*shape),
-            running_scores=torch.tensor([[0.0] + [-1e9] * (shape[1] - 1)] * shape[0], **kind),
-            parents=torch.zeros(shape, dtype=torch.long, device=self.device),
-            sequences=self._blank(*shape),
-            scores=torch.full(shape, -1e9, **kind),
-            lengths=torch.zeros(*shape, 1, dtype=torch.long, device=self.device),
-            finished=torch.zeros(shape, dtype=torch.bool, device=self.device),
-            improvable=torch.ones(shape[0], 1, dtype=torch.bool, device=self.device),
+        config = self.config
+        search = BeamSearch(
+            num_beams=config.num_beams,
+            max_length=config.max_length,
+            end_tokens=0 if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).numel(),
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
         )
+        beams = search.start(self.items, self.start_token_id, self.decoder.pad, self.decoder.dtype, self.device)
         found = _Found(beams.sequences.clone(), beams.scores.clone())
         for length in range(1, config.max_length):
-            beams = self._advance(beams, length)
-            over = ~beams.improvable.squeeze(1) | (beams.finished.all(1) & (config.early_stopping is True))
-            found.sequences[beams.item] = beams.sequences
-            found.log_probs[beams.item] = beams.scores * beams.lengths.squeeze(-1).float() ** config.length_penalty
+            nodes = 1 if length == 1 else config.num_beams  # all beams start alike
+            prefixes = beams.running[:, :nodes, :length]
+            scores = self._step(prefixes[..., -1], beams.parents[:, :nodes])
+            if self.doc_log_probs is None:
+                scores = log_softmax(scores, -1)
+            scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
+            beams = search.advance(beams, scores, length, self.stops)
+            over = search.is_over(beams)
+            found.sequences[beams.item], found.log_probs[beams.item] = beams.sequences, search.log_probs(beams)
             if over.all():
                 break
             if (rows := self._drop(over)) is not None:
                 beams = beams.select(rows)
         return found
 
-    def _advance(self, beams: _Beams, length: int) -> _Beams:
-        """One step of GenerationMixin._beam_search, by its own functions, from `length` tokens to one more."""
-        config, num_beams = self.config, self.config.num_beams
-        n_eos = 0 if config._eos_token_tensor is None else len(config._eos_token_tensor)
-        kept = max(2, 1 + n_eos) * num_beams
-        nodes = 1 if length == 1 else num_beams  # all beams begin alike
-        prefixes = beams.running[:, :nodes, :length]
-        scores = self._step(prefixes[..., -1], beams.parents[:, :nodes])
-        if self.doc_log_probs is None:
-            scores = log_softmax(scores, -1)
-        scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
-        values, tokens = (t.expand(-1, num_beams, -1) for t in scores.topk(min(kept, scores.shape[-1])))  # (I, N, k)
-        log_probs, best = (values + beams.running_scores[..., None]).flatten(1).topk(kept)  # (I, kept)
-        parents = best // values.shape[-1]
-        grown = beams.running.take_along_dim(parents[..., None], 1)
-        grown[..., length] = tokens.flatten(1).gather(1, best)
-        stopped = self.stops(grown[..., : length + 1].flatten(0, 1), None).view_as(parents)
-        running, running_scores, parents = self.owner._get_running_beams_for_next_iteration(
-            log_probs, grown, parents[..., None], stopped, num_beams
-        )
-        sequences, finished_scores, lengths, finished = self.owner._update_finished_beams(
-            sequences=beams.sequences,
-            topk_running_sequences=grown,
-            beam_scores=beams.scores,
-            topk_log_probs=log_probs,
-            beam_indices=beams.lengths,
-            topk_running_beam_indices=torch.full_like(best, length)[..., None],
-            is_early_stop_heuristic_unsatisfied=beams.improvable,
-            is_sent_finished=beams.finished,
-            next_token_hits_stopping_criteria=stopped,
-            top_num_beam_mask=torch.arange(kept, device=self.device) < num_beams,
-            num_beams=num_beams,
-            cur_len=length,
-            decoder_prompt_len=1,
-            length_penalty=config.length_penalty,
-            early_stopping=config.early_stopping,
-        )
-        improvable = self.owner._check_early_stop_heuristic(
-            is_early_stop_heuristic_unsatisfied=beams.improvable,
-            running_beam_scores=running_scores,
-            beam_scores=finished_scores,
-            is_sent_finished=finished,
-            cur_len=length + 1,
-            max_length=config.max_length,
-            decoder_prompt_len=1,
-            early_stopping=config.early_stopping,
-            length_penalty=config.length_penalty,
-        )
-        return _Beams(
-            beams.item, running, running_scores, parents.squeeze(-1), sequences, finished_scores, lengths, finished,
-            improvable,
-        )  # fmt: skip
+
+def _generation_config(owner, settings: dict, device) -> GenerationConfig:
+    """What `owner.generate(**settings)` would follow: the settings, else the owner's own, else transformers' defaults.
+
+    Raises:
+        ValueError: some settings are unknown, or ask for more than greedy or beam search.
+    """
+    config, unknown = owner._prepare_generation_config(settings.pop("generation_config", None), **settings)
+    if unknown:
+        raise ValueError(f"generate_answers does not know {', '.join(unknown)}")
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+        raise ValueError("generate_answers runs greedy or beam search only; set do_sample=False")
+    owner._prepare_special_tokens(config, True, device=device)  # what `_get_logits_processor` reads
+    if config.max_new_tokens is not None:  # not counting the decoder's first token
+        config.max_length = 1 + config.max_new_tokens
+    if config.min_new_tokens is not None:
+        config.min_length = 1 + config.min_new_tokens
+    return config
+
+
+def _stopping_criteria(config: GenerationConfig, max_position_embeddings: int | None) -> StoppingCriteriaList:
+    """What ends a sequence.
+
+    Raises:
+        ValueError: `stop_strings` are set: there is no tokenizer here.
+    """
+    if config.stop_strings is not None:
+        raise ValueError("generate_answers does not know stop_strings: it has no tokenizer")
+    criteria = StoppingCriteriaList([MaxLengthCriteria(config.max_length, max_position_embeddings)])
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(config.max_time))
+    if config.eos_token_id is not None:
+        criteria.append(EosTokenCriteria(config.eos_token_id))
+    return criteria

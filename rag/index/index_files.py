@@ -59,7 +59,7 @@ def encoder_mismatches(made_by: dict, question_encoder, name: str | None = None)
         name: where it is from; None for what the config says.
     """
     found = []
-    theirs = name or getattr(question_encoder, "_name_or_path", None) or ""
+    theirs = name or getattr(question_encoder, "name_or_path", None) or ""
     passages_pair, questions_pair = (
         re.findall("single-nq|multiset", source) for source in (made_by.get("encoder", ""), theirs)
     )

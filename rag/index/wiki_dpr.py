@@ -81,7 +81,7 @@ def open_wiki_dpr(config) -> KnowledgeIndex:
 
 def choose_encoding(config) -> str:
     """ "nq" or "multiset": chosen, else known from the question encoder's name, else "nq"."""
-    name = config.question_encoder._name_or_path
+    name = config.question_encoder.name_or_path
     in_name = re.search(r"(?<![a-z])(nq|multiset)(?![a-z])", Path(name).name)
     chosen = getattr(config, "dataset_encoding", None) or (in_name[1] if in_name else "nq")
     if chosen not in ENCODINGS:

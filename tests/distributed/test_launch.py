@@ -6,11 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from rag.distributed import launch
-from rag.distributed.launch import RankLauncher, ended_together
+from rag.distributed.launch import RankLauncher, ended_together, use_rank_launcher
 from rag.errors import UserError
 
 
@@ -23,6 +25,25 @@ def test_the_interface_is_the_one_that_leads_to_rank_zero(address, interface, mo
     environment["GLOO_SOCKET_IFNAME"] = "chosen"
     launch._choose_interface(address)
     assert environment["GLOO_SOCKET_IFNAME"] == "chosen"
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn"])
+def test_every_strategy_that_starts_ranks_as_scripts_does_so_by_our_launcher(strategy):
+    for _ in range(2):
+        use_rank_launcher()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    strategy_of = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, **quiet).strategy
+    assert isinstance(strategy_of, DDPStrategy)
+    assert isinstance(strategy_of.launcher, RankLauncher) == (strategy != "ddp_spawn")
+    if strategy != "ddp_spawn":
+        assert (strategy_of.launcher.num_processes, strategy_of.launcher.num_nodes) == (2, 1)
+        assert strategy_of.launcher.cluster_environment is strategy_of.cluster_environment
+
+
+def test_one_device_has_no_launcher():
+    use_rank_launcher()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    assert pl.Trainer(accelerator="cpu", devices=1, **quiet).strategy.launcher is None
 
 
 @pytest.fixture

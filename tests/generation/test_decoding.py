@@ -1,5 +1,6 @@
 """Shared-encoding decoding against transformers' own `generate` on the same random weights: the same token ids."""
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -62,6 +63,14 @@ def _enliven(generator):
 
 
 MAKE = {"bart": make_bart, "t5": make_t5}
+
+
+def make_ending(kind: str):
+    """A generator in float64 whose answers end early or late, as the rules of the search favor."""
+    generator = MAKE[kind](0).double()
+    generator.generation_config.exponential_decay_length_penalty = None
+    generator.generation_config.sequence_bias = [[[generator.config.eos_token_id], 3.0 if kind == "bart" else 2.0]]
+    return generator
 
 
 def make_rag(model_class, generator, **config):
@@ -176,6 +185,41 @@ def test_generation_settings(kind, settings):
         if "encoder_no_repeat_ngram_size" in settings:  # transformers' own cannot do it for RAG-Token
             continue
         assert_same(make_rag(RagTokenForGeneration, model.generator), contexts, **{"num_beams": 4} | settings)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("num_beams", [1, 2, 3, 4])
+def test_one_document_is_answered_as_by_its_generator_alone(kind, num_beams):
+    """All returned sequences of plain `generate`, whatever the rules of the search, in float64, where nothing ties."""
+    generator = make_ending(kind)
+    pad = generator.config.pad_token_id
+    model = make_rag(RagSequenceForGeneration, generator)
+    ids, mask, _ = make_contexts(pad, questions=QUESTIONS, n_docs=1)
+    settings = {"num_beams": num_beams, "num_return_sequences": num_beams}
+    searches = itertools.product([0.5, 1.0, 2.0], [True, False, "never"]) if num_beams > 1 else [(1.0, False)]
+    for length_penalty, early_stopping in searches:
+        for constraints in (
+            {"max_length": MAX_LENGTH},
+            {"max_new_tokens": 8, "min_length": 6, "no_repeat_ngram_size": 2},
+        ):
+            rules = constraints | {"length_penalty": length_penalty, "early_stopping": early_stopping}
+            expected = trim(
+                pad_behind_end(generator.generate(ids, attention_mask=mask, **settings, **rules), generator.config), pad
+            )
+            found = generate_answers(
+                model, ids, mask, torch.zeros(QUESTIONS, 1).double(), n_docs=1, decoding="fast", **settings, **rules
+            )  # best first without the length penalty, which RAG-Sequence does not know
+            for row in range(0, len(expected), num_beams):
+                rows = slice(row, row + num_beams)
+                assert sorted(trim(found, pad)[rows]) == sorted(expected[rows]), rules
+
+
+def test_max_new_tokens_and_min_new_tokens_do_not_count_the_start():
+    model = make_rag(RagSequenceForGeneration, make_bart(0))
+    contexts = make_contexts(1)
+    settings = {"n_docs": N_DOCS, "num_beams": 3}
+    expected = generate_answers(model, *contexts, min_length=7, max_length=9, **settings)
+    assert torch.equal(generate_answers(model, *contexts, min_new_tokens=6, max_new_tokens=8, **settings), expected)
 
 
 def test_settings_of_the_generator_hold():
@@ -362,7 +406,12 @@ def test_answers_without_a_word():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"do_sample": True}, "do_sample"), ({"num_beam": 2}, "num_beam"), ({"top_kk": 2}, "top_kk")],
+    [
+        ({"do_sample": True}, "do_sample"),
+        ({"num_beam": 2}, "num_beam"),
+        ({"top_kk": 2}, "top_kk"),
+        ({"stop_strings": ["."]}, "stop_strings"),
+    ],
 )
 def test_settings_it_cannot_follow_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):

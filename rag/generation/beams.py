@@ -1,0 +1,160 @@
+"""The bookkeeping of beam search, without a model: which sequences run on, which are finished, when no better can come.
+
+    search = BeamSearch(num_beams=4, max_length=50, end_tokens=1)
+    beams = search.start(items=8, start_token_id=2, pad_token_id=1)
+    for length in range(1, search.max_length):
+        log_probs = ...  # (8, 4, vocabulary) of the token behind beams.running[..., :length]
+        beams = search.advance(beams, log_probs, length, stops)
+        if search.is_over(beams).all():
+            break
+    beams.sequences, beams.scores  # best first
+
+The sequences and scores are those of transformers' `generate`, for every length penalty and early stopping. The items
+of a batch do not influence each other, so that the caller may drop those that are over.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+# The score of what must not be chosen: finite, as transformers' is, so that it can still be told from -inf.
+EXCLUDED = -1e9
+
+
+@dataclass
+class Beams:
+    """The state of the search over I items, row by row."""
+
+    item: torch.Tensor  # (I) the item's row at the start
+    running: torch.Tensor  # (I, num_beams, max_length) unfinished sequences, best first
+    running_scores: torch.Tensor  # (I, num_beams) their log-probabilities
+    parents: torch.Tensor  # (I, num_beams) the running beam of the previous step that each one continues
+    sequences: torch.Tensor  # (I, num_beams, max_length) the best finished sequences, best first
+    scores: torch.Tensor  # (I, num_beams) their log-probabilities / length ** length_penalty
+    lengths: torch.Tensor  # (I, num_beams) their tokens behind the first
+    finished: torch.Tensor  # (I, num_beams) bool, False where no sequence has finished yet
+    improvable: torch.Tensor  # (I, 1) bool, whether a running sequence may still beat a finished one
+
+    def select(self, rows: torch.Tensor) -> "Beams":
+        """The beams of some items."""
+        return Beams(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """The rules of a search; the names and meanings of the settings are those of transformers' GenerationConfig."""
+
+    num_beams: int
+    max_length: int  # tokens of a sequence, the first one included
+    end_tokens: int = 1  # how many different tokens end a sequence
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False  # True, False or "never"
+
+    def start(
+        self, items: int, start_token_id: int, pad_token_id: int, dtype: torch.dtype = torch.float32, device=None
+    ) -> Beams:
+        """Beams that hold the first token alone; `dtype` is the scores'."""
+        shape = (items, self.num_beams)
+        blank = torch.full((*shape, self.max_length), pad_token_id, device=device)
+        blank[..., 0] = start_token_id
+        running_scores = torch.full(shape, EXCLUDED, dtype=dtype, device=device)
+        running_scores[:, 0] = 0.0  # all beams are alike: only the first one may be continued
+        return Beams(
+            item=torch.arange(items, device=device),
+            running=blank,
+            running_scores=running_scores,
+            parents=torch.zeros(shape, dtype=torch.long, device=device),
+            sequences=blank.clone(),
+            scores=torch.full(shape, EXCLUDED, dtype=dtype, device=device),
+            lengths=torch.zeros(shape, dtype=torch.long, device=device),
+            finished=torch.zeros(shape, dtype=torch.bool, device=device),
+            improvable=torch.ones(items, 1, dtype=torch.bool, device=device),
+        )
+
+    def advance(
+        self,
+        beams: Beams,
+        log_probs: torch.Tensor,
+        length: int,
+        stops: Callable[[torch.Tensor, None], torch.Tensor],
+    ) -> Beams:
+        """One step, from `length` tokens to one more.
+
+        Args:
+            log_probs: (I, N, vocabulary) of the token that comes next on each running beam; N is num_beams, or 1 for
+                all of them alike, as they are at the first step.
+            stops: transformers' stopping criteria: token ids (rows, length + 1) to (rows) bool, whether they end.
+        """
+        candidates, scores, parents = self._candidates(beams, log_probs, length)
+        ended = stops(candidates[..., : length + 1].flatten(0, 1), None).view_as(scores)  # (I, C)
+        running_scores, chosen = (scores + EXCLUDED * ended).topk(self.num_beams)
+        sequences, finished_scores, lengths, finished = self._finish(beams, candidates, scores, ended, length)
+        return Beams(
+            item=beams.item,
+            running=_take(candidates, chosen),
+            running_scores=running_scores,
+            parents=_take(parents, chosen),
+            sequences=sequences,
+            scores=finished_scores,
+            lengths=lengths,
+            finished=finished,
+            improvable=beams.improvable & self._may_improve(running_scores, finished_scores, finished, length),
+        )
+
+    def is_over(self, beams: Beams) -> torch.Tensor:
+        """Whether each item has its answer, (I) bool."""
+        return ~beams.improvable.squeeze(1) | (beams.finished.all(1) & (self.early_stopping is True))
+
+    def log_probs(self, beams: Beams) -> torch.Tensor:
+        """The finished sequences' log-probabilities without the length penalty, (I, num_beams)."""
+        return beams.scores * beams.lengths.float() ** self.length_penalty
+
+    def _candidates(self, beams: Beams, log_probs: torch.Tensor, length: int):
+        """The C best continuations of each item, best first: tokens (I, C, max_length), scores and parents (I, C).
+
+        C is large enough that num_beams of them run on even if each beam's every end token is among them.
+        """
+        count = max(2, 1 + self.end_tokens) * self.num_beams
+        # The best of an item are among the best of its beams; so few are quickly sorted.
+        best, tokens = log_probs.topk(min(count, log_probs.shape[-1]))  # (I, N, k)
+        scores, places = (best + beams.running_scores[..., None]).flatten(1).topk(count)
+        parents = places // best.shape[-1]
+        candidates = _take(beams.running, parents)
+        candidates[..., length] = tokens.expand(-1, self.num_beams, -1).flatten(1).gather(1, places)
+        return candidates, scores, parents
+
+    def _finish(self, beams: Beams, candidates: torch.Tensor, scores: torch.Tensor, ended: torch.Tensor, length: int):
+        """The best num_beams of the finished sequences and of those that end now: tokens, scores, lengths, finished.
+
+        Only the best num_beams candidates may end; the others are there to run on.
+        """
+        new = slice(self.num_beams)
+        is_open = beams.improvable  # (I, 1)
+        if self.early_stopping is True:
+            is_open = is_open & ~beams.finished.all(1, keepdim=True)
+        new_scores = scores[:, new] / length**self.length_penalty + EXCLUDED * ~(ended[:, new] & is_open)
+        best_scores, best = torch.cat([beams.scores, new_scores], 1).topk(self.num_beams)
+        return (
+            _take(torch.cat([beams.sequences, candidates[:, new]], 1), best),
+            best_scores,
+            _take(torch.cat([beams.lengths, torch.full_like(beams.lengths, length)], 1), best),
+            _take(torch.cat([beams.finished, ended[:, new]], 1), best),
+        )
+
+    def _may_improve(self, running_scores, scores, finished, length: int) -> torch.Tensor:
+        """Whether the best running sequence may still beat the worst finished one, (I, 1) bool.
+
+        Its future length is not known. As in transformers, it is taken to end at once, so that the search may stop too
+        early where long sequences are favored; "never" takes the length that favors it most.
+        """
+        if self.early_stopping == "never" and self.length_penalty > 0:
+            length = self.max_length - 1
+        best_possible = running_scores[:, :1] / length**self.length_penalty
+        worst = scores.amin(1, keepdim=True).where(finished, EXCLUDED)  # (I, num_beams), any score beats an empty place
+        return (best_possible > worst).any(1, keepdim=True)
+
+
+def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x (I, n, ...) at places (I, m) of its second dimension, (I, m, ...)."""
+    return x.take_along_dim(places.reshape(*places.shape, *[1] * (x.dim() - 2)), 1)
