@@ -5,7 +5,8 @@
     nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id)  # (B,)
 
 Contexts are encoded in groups of similar length, which changes no result; logits are left to `loss_rag`, which never
-holds them in whole. `context_lengths`, `scaled` and `output_layer` serve decoding (`token_trees`), too.
+holds them in whole. `context_lengths`, `scaled` and `output_layer` serve decoding (`token_trees`), too, and
+`full_precision` serves both it and the loss.
 """
 
 import numpy as np
@@ -38,6 +39,11 @@ def groups_of_similar_length(lengths: np.ndarray, group_cost: int) -> list[tuple
         groups.append((order[starts[stop] : stop], int(sizes[stop - 1])))
         stop = starts[stop]
     return groups
+
+
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """float32 at least, float64 stays: sums of 50,000 half-precision terms overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def context_lengths(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -14,17 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
 
-from generator_rag import context_lengths, output_layer, scaled
+from generator_rag import context_lengths, full_precision, output_layer, scaled
 
 # Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
 CHUNK_TOKENS = 2048
 # Rows of the output matrix in one pass of the scoring: the logits stay in the processor's cache.
 CHUNK_VOCABULARY = 8192
-
-
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float32 at least: sums of 50,000 half-precision terms overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logsumexp(x: torch.Tensor) -> torch.Tensor:
