@@ -260,7 +260,7 @@ def in_float64(model):
 
 
 def assert_equal_but_for_rounding(found, expected) -> None:
-    """Tensors, or dicts of tensors, differ nowhere by more than 1024 roundings of the largest value in `expected`.
+    """Tensors, arrays, or dicts of these, differ by no more than 1024 roundings of the largest value in `expected`.
 
     Each value is a sum of some hundred to some thousand products, and what cancels in it may be as large as the largest
     value: a bound on a value's relative error would not hold. 1024 roundings are 1e-4 of the largest in float32, 2e-13
@@ -271,6 +271,7 @@ def assert_equal_but_for_rounding(found, expected) -> None:
     if not isinstance(expected, dict):
         found, expected = {"": found}, {"": expected}
     assert found.keys() == expected.keys()
+    found, expected = ({name: torch.as_tensor(one) for name, one in side.items()} for side in (found, expected))
     largest = max(tensor.abs().max().item() for tensor in expected.values())
     for name, tensor in expected.items():
         bound = 1024 * torch.finfo(tensor.dtype).eps * largest
