@@ -3,6 +3,7 @@
 import signal
 import sys
 from pathlib import Path
+from types import MethodType
 
 import pytest
 
@@ -238,6 +239,45 @@ def make_rag(model_class, question_encoder, generator, knowledge, **config):
     return model_class(
         config=rag_config, question_encoder=copy.deepcopy(question_encoder), generator=copy.deepcopy(generator)
     ).eval()
+
+
+def in_float64(model):
+    """The same model with all of its weights and sums in float64, where a wrong term stands out from the rounding.
+
+    What float32 gives depends on the instruction set, the number of threads and the shapes: equality is shown in
+    float64. Also of T5's norms, of which transformers takes the variance in float32 whatever the weights are.
+    """
+    from torch.nn.functional import rms_norm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    def forward(norm, hidden_states):
+        return rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    for module in model.double().modules():
+        if isinstance(module, T5LayerNorm):
+            module.forward = MethodType(forward, module)
+    return model
+
+
+def assert_equal_but_for_rounding(found, expected) -> None:
+    """Tensors, arrays, or dicts of these, differ by no more than 1024 roundings of the largest value in `expected`.
+
+    Each value is a sum of some hundred to some thousand products, and what cancels in it may be as large as the largest
+    value: a bound on a value's relative error would not hold. 1024 roundings are 1e-4 of the largest in float32, 2e-13
+    in float64.
+    """
+    import torch
+
+    if not isinstance(expected, dict):
+        found, expected = {"": found}, {"": expected}
+    assert found.keys() == expected.keys()
+    found, expected = ({name: torch.as_tensor(one) for name, one in side.items()} for side in (found, expected))
+    largest = max(tensor.abs().max().item() for tensor in expected.values())
+    for name, tensor in expected.items():
+        bound = 1024 * torch.finfo(tensor.dtype).eps * largest
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=bound, msg=lambda text, name=name: f"{name} {text}"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@
     nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id)  # (B,)
 
 Contexts are encoded in groups of similar length, which changes no result; logits are left to `rag.training.loss`,
-which never holds them in whole. The groups, `context_lengths`, `scaled` and `output_layer` serve decoding, too.
+which never holds them in whole. The groups, `context_lengths`, `scaled` and `output_layer` serve decoding, too, and
+`full_precision` serves the loss.
 """
 
 import numpy as np
@@ -44,6 +45,11 @@ def groups_of_similar_length(
         groups.append((order[starts[stop] : stop], int(sizes[stop - 1])))
         stop = starts[stop]
     return groups
+
+
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """float32 at least, float64 stays: sums of 50,000 half-precision terms overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def context_lengths(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from rag.generation.forward import (
     CHUNK_VOCABULARY,
     GROUP_COST,
     context_lengths,
+    full_precision,
     groups_of_similar_length,
     output_layer,
     scaled,
@@ -24,11 +25,6 @@ from rag.generation.forward import (
 
 # Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
 CHUNK_TOKENS = 2048
-
-
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float32 at least: sums of 50,000 half-precision terms overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logsumexp(x: torch.Tensor) -> torch.Tensor:

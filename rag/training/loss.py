@@ -6,16 +6,16 @@ RAG-Token     -sum_t log sum_z p(z|x) p(y_t | x, z, y_<t)
     decoder_input_ids, targets = decoder_inputs_and_targets(labels, model.generator.config)
     nll = rag_sequence_nll(hidden, output_layer, doc_scores, targets, pad_token_id, label_smoothing)   # (B,) nats
 
-Logits (B * n_docs, T, V) are never held in whole. All sums over them are taken in float32, whatever the precision of
-the model: sums of 50,000 half-precision log-probabilities overflow. The values are those of transformers'
-`RagSequenceForGeneration` and `RagTokenForGeneration`.
+Logits (B * n_docs, T, V) are never held in whole. All sums over them are taken in float32, also where the model is in
+half precision: sums of 50,000 half-precision log-probabilities overflow. A model in float64 has all in float64. The
+values are those of transformers' `RagSequenceForGeneration` and `RagTokenForGeneration`.
 """
 
 import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from rag.generation.forward import CHUNK_VOCABULARY
+from rag.generation.forward import CHUNK_VOCABULARY, full_precision
 
 
 def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +48,10 @@ def rag_sequence_nll(
         label_smoothing: share of the target's probability that is spread over the vocabulary.
 
     Returns:
-        (B,) float32, nats.
+        (B,) float32 (float64 of a model in float64), nats.
     """
     n_docs, weight = doc_scores.shape[1], output_layer[0]
-    document_logprobs = torch.log_softmax(doc_scores.float(), dim=1)  # (B, n_docs)
+    document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1)  # (B, n_docs)
     targets = targets.repeat_interleave(n_docs, dim=0)
     is_pad = targets == pad_token_id
     logprobs, normaliser = target_logprobs(hidden, *output_layer, targets)  # (B * n_docs, T)
@@ -70,7 +70,7 @@ def rag_token_nll(
 ) -> torch.Tensor:
     """RAG-Token loss of each example; arguments and result as `rag_sequence_nll`."""
     batch, n_docs = doc_scores.shape
-    document_logprobs = torch.log_softmax(doc_scores.float(), dim=1).unsqueeze(-1)  # (B, n_docs, 1)
+    document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1).unsqueeze(-1)  # (B, n_docs, 1)
     is_pad = targets == pad_token_id
     logprobs, normaliser = target_logprobs(hidden, *output_layer, targets.repeat_interleave(n_docs, dim=0))
     marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
@@ -89,13 +89,14 @@ def rag_token_nll(
 
 def _sum_of_marginal_logprobs(hidden, weight, bias, priors) -> torch.Tensor:
     """Over the words of `weight`, of log sum_z exp(logit + prior): (B, n_docs, T, d) to (B, T)."""
-    return (linear(hidden, weight, bias).float() + priors).logsumexp(1).sum(-1)
+    return (full_precision(linear(hidden, weight, bias)) + priors).logsumexp(1).sum(-1)
 
 
 def _logit_sum(hidden, weight, bias) -> torch.Tensor:
     """Sum of the logits over the vocabulary, (N, T, d) to (N, T) float32. Float16, as of autocast, ends at 65,504."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return hidden.float() @ weight.float().sum(0) + bias.float().sum()
+        hidden, weight, bias = map(full_precision, (hidden, weight, bias))
+        return hidden @ weight.sum(0) + bias.sum()
 
 
 def sequence_nll(logits, targets, pad_token_id: int, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -103,7 +104,7 @@ def sequence_nll(logits, targets, pad_token_id: int, label_smoothing: float = 0.
 
     Only the normaliser is computed over the vocabulary: no second copy of the logits is kept for the backward pass.
     """
-    logits = logits.float()
+    logits = full_precision(logits)
     normaliser = logits.logsumexp(-1)  # (B, T)
     is_pad = targets == pad_token_id
     nll = (normaliser - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).masked_fill(is_pad, 0.0).sum(1)
@@ -146,7 +147,7 @@ class _TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
-        target_logits = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        target_logits = full_precision(hidden.new_zeros(len(hidden)))
         normalisers = []
         for logits, place, is_here, _ in _parts_of_logits(hidden, weight, bias, targets):
             target_logits += logits.gather(1, place).squeeze(1).masked_fill(~is_here, 0.0)
@@ -161,7 +162,7 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx, logprob_gradient, normaliser_gradient):
         """d logprob / d logit is 1 at the target less the probability, d normaliser / d logit the probability."""
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
+        hidden_gradient = full_precision(torch.zeros_like(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for logits, place, is_here, words in _parts_of_logits(hidden, weight, bias, targets):
             probabilities = logits.sub_(normaliser.unsqueeze(1)).exp_()
@@ -179,6 +180,6 @@ def _parts_of_logits(hidden, weight, bias, targets):
     words they are."""
     for start in range(0, len(weight), CHUNK_VOCABULARY):
         words = slice(start, min(start + CHUNK_VOCABULARY, len(weight)))
-        logits = torch.addmm(bias[words], hidden, weight[words].T).float()
+        logits = full_precision(torch.addmm(bias[words], hidden, weight[words].T))
         is_here = (targets >= words.start) & (targets < words.stop)
         yield logits, (targets - start).clamp(0, words.stop - start - 1).unsqueeze(1), is_here, words

@@ -1,4 +1,8 @@
-"""Shared-encoding decoding against transformers' own `generate` on the same random weights: the same token ids."""
+"""Shared-encoding decoding against transformers' own `generate` on the same random weights: the same token ids.
+
+In float64: the two sum in another order, and which of two words that nearly tie comes out in float32 depends on the
+machine's instruction set.
+"""
 
 import itertools
 from contextlib import contextmanager
@@ -21,6 +25,7 @@ from transformers import (
 from benchmarks import decoding
 from rag.generation.decoding import generate_answers
 from rag.generation.token_trees import tree_decoder
+from tests.conftest import assert_equal_but_for_rounding, in_float64
 
 VOCABULARY, N_DOCS, QUESTIONS, MAX_LENGTH = 40, 4, 5, 14
 SEEDS = range(4)
@@ -35,7 +40,7 @@ def make_bart(seed: int, **config) -> BartForConditionalGeneration:
     }  # fmt: skip
     torch.manual_seed(seed)
     bart = _enliven(BartForConditionalGeneration(BartConfig(**settings | config)).eval())
-    bart.final_logits_bias += torch.randn(VOCABULARY) / 2
+    bart.final_logits_bias += torch.randn(VOCABULARY).double() / 2
     bart.generation_config.forced_bos_token_id = 0
     return bart
 
@@ -59,7 +64,7 @@ def _enliven(generator):
             nn.init.normal_(weight, std=0.2 if words else 1.0 if places else gain / weight.shape[1] ** 0.5)
     generator.generation_config.suppress_tokens = [generator.config.pad_token_id]
     generator.generation_config.exponential_decay_length_penalty = (3, 1.1)
-    return generator
+    return in_float64(generator)
 
 
 MAKE = {"bart": make_bart, "t5": make_t5}
@@ -87,12 +92,12 @@ def make_rag(model_class, generator, **config):
 
 
 def make_contexts(pad_token_id: int, seed: int = 0, questions: int = QUESTIONS, n_docs: int = N_DOCS):
-    """Contexts (B * n_docs, S) of unequal lengths, their mask, and doc_scores (B, n_docs)."""
+    """Contexts (B * n_docs, S) of unequal lengths, their mask, and doc_scores (B, n_docs) float64."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (questions * n_docs, 11), generator=random)
     lengths = torch.randint(4, 12, (questions * n_docs, 1), generator=random)
     mask = (torch.arange(11) < lengths).long()
-    return ids.where(mask == 1, pad_token_id), mask, 2 * torch.randn(questions, n_docs, generator=random)
+    return ids.where(mask == 1, pad_token_id), mask, 2 * torch.randn(questions, n_docs, generator=random).double()
 
 
 @contextmanager
@@ -266,9 +271,9 @@ def test_sums_are_in_full_precision():
 
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize("model_class", [RagSequenceForGeneration, RagTokenForGeneration])
-def test_a_model_in_float64(model_class, num_beams):
+def test_a_model_in_float32(model_class, num_beams):
     ids, mask, doc_scores = make_contexts(1)
-    assert_same(make_rag(model_class, make_bart(0).double()), (ids, mask, doc_scores.double()), num_beams=num_beams)
+    assert_same(make_rag(model_class, make_bart(0).float()), (ids, mask, doc_scores.float()), num_beams=num_beams)
 
 
 def test_label_smoothing_and_n_docs_of_the_config_do_not_matter():
@@ -331,7 +336,7 @@ def test_a_true_tie_is_one():
     for question, pair in enumerate(zip(expected, answers, strict=True)):
         rows = slice(question * N_DOCS, (question + 1) * N_DOCS)
         scores = [nll(model, ids[rows], mask[rows], doc_scores[question], answer) for answer in pair]
-        torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
+        assert_equal_but_for_rounding(*scores)
 
 
 def nll(model, ids, mask, doc_scores, answer):

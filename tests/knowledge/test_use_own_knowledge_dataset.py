@@ -27,7 +27,7 @@ from rag.knowledge.embedding import PassageEmbedder
 from rag.knowledge.passages import survey_documents
 from rag.models import checkpoints
 from rag.models.checkpoints import compose_rag, load_encoder, load_model, load_tokenizer, save_model
-from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
+from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT, assert_equal_but_for_rounding
 from use_own_knowledge_dataset import ENCODER_FLAG, parse_args
 from use_own_knowledge_dataset import main as build_knowledge
 
@@ -81,12 +81,12 @@ def test_passages_index_and_description(flags, tmp_path, capsys):
 def test_a_passage_is_found_by_its_own_vector(flags, context_encoder_folder, bert_tokenizer):
     knowledge = run(flags)
     index = faiss.read_index(knowledge.index_path)
-    encoder = load_encoder(str(context_encoder_folder), "context")
+    encoder = load_encoder(str(context_encoder_folder), "context").double()
     for row, (title, text) in enumerate(PASSAGES):
         with torch.no_grad():
-            vector = encoder(**bert_tokenizer(title, text, return_tensors="pt"))[0].numpy()
+            vector = encoder(**bert_tokenizer(title, text, return_tensors="pt"))[0].float().numpy()
         scores, _ = index.search(vector, 11)
-        np.testing.assert_allclose(index.reconstruct(row), vector[0], rtol=1e-4, atol=1e-5)
+        assert_equal_but_for_rounding(index.reconstruct(row), vector[0])
         assert scores[0, 0] >= vector[0] @ vector[0] - 1e-3
 
 

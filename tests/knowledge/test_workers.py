@@ -16,7 +16,7 @@ from rag.errors import UserError
 from rag.knowledge import workers as workers_module
 from rag.knowledge.workers import EncoderPlan, NodeWorkers, RayWorkers, encoding_device, encoding_workers
 from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
-from tests.conftest import PASSAGES, ROOT
+from tests.conftest import PASSAGES, ROOT, assert_equal_but_for_rounding
 from tests.knowledge.test_use_own_knowledge_dataset import run
 from use_own_knowledge_dataset import parse_args
 
@@ -46,9 +46,7 @@ def embedded(workers) -> dict:
 
 
 def assert_equal_to(expected: dict, found: dict) -> None:
-    assert found.keys() == expected.keys()
-    for path, vectors in expected.items():
-        np.testing.assert_allclose(found[path], vectors, rtol=1e-5, atol=1e-6)
+    assert_equal_but_for_rounding(found, expected)
 
 
 def test_processes_of_this_node(embedder, plan):
@@ -72,7 +70,7 @@ def test_tasks_of_a_cluster_of_our_own(embedder, plan, flags, tmp_path):
         run(flags, **{"--output_dir": tmp_path / "alone", "--num_shards": 4})
         spread, alone = (load_from_disk(tmp_path / name / "my_knowledge_dataset") for name in ("out", "alone"))
         assert spread["text"] == alone["text"]
-        np.testing.assert_allclose(np.array(spread["embeddings"]), np.array(alone["embeddings"]), rtol=1e-4, atol=1e-5)
+        assert_equal_but_for_rounding(*(np.array(one["embeddings"], dtype=np.float32) for one in (spread, alone)))
         assert ray.is_initialized()
         with pytest.raises(UserError, match="--gpus_per_task 64 is more than"), RayWorkers(embedder, plan, "auto", 64):
             pass

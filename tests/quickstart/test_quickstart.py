@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from quickstart.__main__ import __main__ as quickstart_main
-from quickstart.__main__ import data as quickstart_data
+from quickstart import __main__ as quickstart_main
+from quickstart import data as quickstart_data
 from rag.errors import UserError
 from rag.files import read_lines
 from rag.metrics import normalize_answer
