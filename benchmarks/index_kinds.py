@@ -151,8 +151,9 @@ def open_words(folder: Path):
 
 def search(folder: Path, kind: str, args, writer) -> None:
     """Milliseconds until an index is open, then recall, which BM25 has not, and speed at every effort."""
-    from rag.index.build import EmbeddingFiles, exact_scores, measure
+    from rag.index.build import EmbeddingFiles
     from rag.index.knowledge_index import KnowledgeIndex
+    from rag.index.recall import exact_scores, measure_efforts
     from rag.knowledge.embedding import shards_of
 
     def open_index(**effort) -> KnowledgeIndex:
@@ -173,7 +174,7 @@ def search(folder: Path, kind: str, args, writer) -> None:
         return
     queries = unit_vectors(args.queries, args.dimension, seed=10**6)
     best = exact_scores(EmbeddingFiles(shards_of(folder / "passages"), args.dimension), queries, args.n_docs)
-    writer.send((open_ms, measure(open_index, queries, best)))
+    writer.send((open_ms, measure_efforts(open_index, queries, best)))
 
 
 def main(args: BenchmarkArguments) -> list[dict]:

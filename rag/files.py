@@ -90,6 +90,11 @@ def new_digest(data: bytes = b""):
     return hashlib.blake2b(data, digest_size=16)
 
 
+def json_digest(values: Any) -> str:
+    """The digest of what JSON can hold, whatever the order of its keys."""
+    return new_digest(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def remove(path: str | os.PathLike) -> None:
     """Remove a file, or a folder in one go: under its name it is whole until it is gone. Nothing there is no error."""
     path = Path(path)

@@ -33,9 +33,9 @@ import numpy as np
 import pyarrow as pa
 
 from rag.errors import UserError
-from rag.files import atomic_folder, load_json
+from rag.files import atomic_folder, load_json, save_json
 from rag.index.arguments import index_effort
-from rag.index.index_files import DESCRIPTION_FILE, write_description
+from rag.index.index_files import DESCRIPTION_FILE
 from rag.index.knowledge_index import KnowledgeIndex, check_columns
 from rag.progress import progress
 
@@ -246,7 +246,8 @@ def build_bm25(passages: datasets.Dataset, folder: Path, description: dict) -> N
         column = pa.record_batch({"word": pa.array(words, pa.string())})
         with pa.OSFile(str(beside / WORDS_FILE), "wb") as file, pa.ipc.new_file(file, column.schema) as writer:
             writer.write_batch(column)
-        write_description(beside, description | {"words": len(words), "versions": {"bm25s": version("bm25s")}})
+        facts = {"words": len(words), "versions": {"bm25s": version("bm25s")}}
+        save_json(description | facts, beside / DESCRIPTION_FILE)
 
 
 def _number_words(passages: datasets.Dataset) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -1,9 +1,8 @@
-"""FAISS indexes of any kind, built of embeddings that need not fit into memory, and what each finds of an exact search.
+"""FAISS indexes of any kind, built of embeddings that need not fit into memory.
 
     vectors = EmbeddingFiles(shards_of("my_knowledge_dataset"), dimension=768)
     plan = IndexPlan("OPQ64_256,IVF4096,PQ64", dimension=768, shards=8)
     build_index(vectors, plan, Path("my_knowledge_dataset_index"), digest)
-    rows = measure(open_index, queries, exact_scores(vectors, queries, n_docs=5))
 
 A kind is written as FAISS writes it (its wiki: "The index factory"); scores are inner products. An index that learns
 (IVF, PQ, OPQ, SQ) is trained once, on a sample. Vectors are added a file of embeddings at a time, on all cores; an
@@ -35,8 +34,6 @@ TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 a
 ROWS_AT_A_TIME = 65_536
 # An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
 SAVE_AFTER, SAVES_COST = 120, 10
-# Efforts that are tried on a new index, each four times the last; FAISS's own are 16 and 1.
-EFFORTS = {"ef_search": (16, 64, 256), "nprobe": (1, 4, 16, 64, 256)}
 
 
 class EmbeddingFiles:
@@ -279,56 +276,3 @@ def _train(plan: IndexPlan, vectors: EmbeddingFiles):
         index.train(vectors.gather(np.sort(rows)))
         print(f"Trained on {size:,} passages in {time.monotonic() - start:.1f} s")
     return index
-
-
-# --- What it finds ----------------------------------------------------------------------------------------------------
-
-
-def exact_scores(vectors: EmbeddingFiles, queries: np.ndarray, n_docs: int) -> np.ndarray:
-    """The largest inner products (Q, n_docs) float32 with each of `queries` (Q, d), best first, of all vectors."""
-    heap = faiss.ResultHeap(len(queries), n_docs, keep_max=True)
-    for block in vectors.blocks():
-        heap.add_result(*faiss.knn(queries, block, min(n_docs, len(block)), metric=faiss.METRIC_INNER_PRODUCT))
-    heap.finalize()
-    return heap.D
-
-
-def recall(queries: np.ndarray, found: np.ndarray, best: np.ndarray) -> float:
-    """The share of what an exact search finds that was found.
-
-    A passage counts whose inner product reaches the last of `best`: of equal ones it does not matter which.
-
-    Args:
-        queries: (Q, d) float32.
-        found: (Q, n_docs, d) float32, the vectors of the passages that were found.
-        best: (Q, n_docs) float32, from `exact_scores`.
-    """
-    scores = np.einsum("qd,qnd->qn", queries, found)
-    worst = best[:, -1:]
-    return float((scores >= worst - 1e-5 * np.abs(worst)).mean())
-
-
-def measure(open_index, queries: np.ndarray, best: np.ndarray) -> list[dict]:
-    """Recall and queries a second, all queries in one call on all cores, at growing effort as long as that helps.
-
-    Args:
-        open_index: called with ef_search or nprobe or neither; returns a `KnowledgeIndex`, not yet opened.
-        queries: (Q, d) float32.
-        best: (Q, n_docs) float32, from `exact_scores`.
-    """
-    index = open_index()
-    index.init_index()
-    setting = next((name for name in ("nprobe", "ef_search") if name in index.settings()), None)
-    rows: list[dict] = []
-    for effort in [{setting: value} for value in EFFORTS[setting]] if setting else [{}]:
-        index = open_index(**effort)
-        index.init_index()
-        index.search(queries, best.shape[1])  # reads from the disk
-        start = time.perf_counter()
-        _, ids = index.search(queries, best.shape[1])
-        speed = len(queries) / (time.perf_counter() - start)
-        share = recall(queries, index.embeddings.gather(ids), best)
-        if rows and share <= rows[-1]["recall"]:
-            break
-        rows.append(effort | {"recall": share, "queries_per_second": speed})
-    return rows

@@ -65,8 +65,8 @@ class PassageEmbedder:
         # Each batch is padded on its own, after all were tokenised to be sorted: the slower way, which it warns of.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
-    def settings(self, device: str | None = None) -> dict:
-        """What bears on the vectors, beside the encoder's weights; on another device, where it is given."""
+    def description(self, device: str | None = None) -> dict:
+        """Fields of `IndexDescription`: what bears on the vectors beside the encoder's weights, here or on `device`."""
         return {
             "input": "title, text" if self.as_pair else "title text",
             "max_length": self.max_length,

@@ -1,6 +1,6 @@
 """Passages embedded by several processes at once: on this node, one a GPU, or wherever a Ray cluster has room.
 
-    with encoding_workers(args, embedder, encoder_digest) as workers:
+    with encoding_workers(embedder, plan, resources) as workers:
         embed_passages(passages, workers, folder, digest, shards)
 
 One process reads the documents and writes the shards; the workers get texts and give vectors back, so that nodes need
@@ -25,7 +25,7 @@ import torch
 
 from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
-from rag.knowledge.arguments import ENCODER_FLAG, KnowledgeArguments
+from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.embedding import PassageEmbedder, Passages
 from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 
@@ -34,26 +34,28 @@ RETRIES = 3  # of a shard whose Ray worker, or node, died
 GOES_ON = "the same command goes on with the shards that are left"
 
 
-def encoding_device(args: KnowledgeArguments) -> str:
-    """Where passages are embedded: cuda or cpu."""
-    if args.distributed == "ray" and args.gpus_per_task is not None:
-        return "cuda" if args.gpus_per_task > 0 else "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class EncodingResources:
+    """Where passages are embedded.
 
+    Attributes:
+        distributed: "ray" for the nodes of a Ray cluster; None for this node.
+        processes: of this node; None for one a GPU, or one.
+        ray_address: as `RayConnection`'s.
+        gpus_per_task: share of a GPU that a task on Ray reserves; None for 1 if this node has any, else 0.
+    """
 
-def encoding_workers(args: KnowledgeArguments, embedder: PassageEmbedder, encoder_digest: str):
-    """A context that gives what embeds the shards: the embedder itself, where one process is to do it."""
-    processes = args.num_encoding_processes or max(torch.cuda.device_count(), 1)
-    if args.distributed is None and processes == 1:
-        return nullcontext(embedder)
-    device = encoding_device(args)
-    plan = EncoderPlan(
-        args.dpr_ctx_encoder_model_name, args.ctx_encoder_pooling, encoder_digest, args.batch_size, device
-    )
-    if args.distributed is None:
-        return NodeWorkers(embedder, plan, processes)
-    gpus = args.gpus_per_task if args.gpus_per_task is not None else float(device == "cuda")
-    return RayWorkers(embedder, plan, args.ray_address, gpus)
+    distributed: str | None = None
+    processes: int | None = None
+    ray_address: str = "auto"
+    gpus_per_task: float | None = None
+
+    @property
+    def device(self) -> str:
+        """cuda or cpu."""
+        if self.distributed == "ray" and self.gpus_per_task is not None:
+            return "cuda" if self.gpus_per_task > 0 else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class EncoderPlan:
     digest: str
     batch_size: int
     device: str
+
+
+def encoding_workers(embedder: PassageEmbedder, plan: EncoderPlan, resources: EncodingResources):
+    """A context that gives what embeds the shards: the embedder itself, where one process is to do it."""
+    processes = resources.processes or max(torch.cuda.device_count(), 1)
+    if resources.distributed is None:
+        return nullcontext(embedder) if processes == 1 else NodeWorkers(embedder, plan, processes)
+    gpus = resources.gpus_per_task if resources.gpus_per_task is not None else float(plan.device == "cuda")
+    return RayWorkers(embedder, plan, resources.ray_address, gpus)
 
 
 def embed_shard(plan: EncoderPlan, shard: Passages) -> tuple[np.ndarray, int]:

@@ -9,7 +9,15 @@ import pytest
 from rag.errors import UserError
 from rag.index.build import build_faiss_index
 from rag.index.columns import EmbeddingColumn, TextColumn
-from rag.index.index_files import read_description, shard_files, shard_path, write_description, write_faiss_index
+from rag.index.index_files import (
+    DocumentsPart,
+    IndexDescription,
+    read_description,
+    shard_files,
+    shard_path,
+    write_description,
+    write_faiss_index,
+)
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.remote import best_of_shards
 from tests.conftest import DIMENSION, PASSAGES, assert_equal_but_for_rounding
@@ -185,6 +193,10 @@ def test_a_failed_write_leaves_the_old_index(tmp_path):
 
 
 def test_description_beside_the_index(tmp_path):
-    assert read_description(tmp_path / "i.faiss") == {}
-    write_description(tmp_path, {"dimension": 3})
-    assert read_description(tmp_path / "i.faiss") == {"dimension": 3}
+    assert read_description(tmp_path / "i.faiss") == IndexDescription()
+    part = DocumentsPart("d.tsv", "0123", drop_duplicates=False, documents=2, passages=3)
+    description = IndexDescription(dimension=3, normalize=False, parts=[part], recall=[{"recall": 1.0}])
+    write_description(tmp_path, description)
+    assert read_description(tmp_path / "i.faiss") == description
+    (tmp_path / "index.json").write_text('{"dimension": 3, "of_a_later_version": 1}')
+    assert read_description(tmp_path / "i.faiss") == IndexDescription(dimension=3)
