@@ -7,7 +7,8 @@
 
 DATA holds train|val|test .source and .target, one example a line. OUT receives metrics.json, hparams.json,
 git_log.json, the best three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging
-Face's) and, with --do_predict, test_results.txt and test_generations.txt. The same command goes on where it was killed.
+Face's) and, with --do_predict, test_results.txt and test_generations.txt. If a run is killed, the same command resumes
+it.
 """
 
 from contextlib import contextmanager

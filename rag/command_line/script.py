@@ -28,7 +28,7 @@ def _parse_once(parse_args):
     except SystemExit as leaving:
         if leaving.code == 0:  # --help
             raise
-        raise ReportedError("told by argparse") from leaving
+        raise ReportedError("argparse has printed it") from leaving
 
 
 def _leave_it_to_the_reporter() -> NoReturn:
@@ -59,6 +59,6 @@ def run_script(parse_args, main) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
+            print(f"{script}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -29,7 +29,7 @@ from rag.index.index_files import shard_files, shard_path, write_faiss_index
 from rag.progress import progress
 
 EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_256,IVF1024,PQ64"
-FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantiser's 256 centroids, as many as FAISS ever uses
+FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantizer's 256 centroids, as many as FAISS ever uses
 TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 at most
 ROWS_AT_A_TIME = 65_536
 # An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
@@ -66,12 +66,12 @@ class EmbeddingFiles:
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The vectors of `ids` (n,), in ascending order, as float32 (n, d)."""
         parts = np.split(ids, np.searchsorted(ids, self.starts[1:-1]))
-        found = [
+        vectors = [
             self._open(path).gather(part - first)
             for path, first, part in zip(self.paths, self.starts, parts, strict=False)
             if len(part)
         ]
-        return np.concatenate(found)
+        return np.concatenate(vectors)
 
 
 # --- Kinds ------------------------------------------------------------------------------------------------------------
@@ -109,15 +109,15 @@ class IndexPlan:
             return [f"{flag}: FAISS adds no vectors of dimension {self.dimension} to it ({reason}); try {EXAMPLES}"]
         if index.metric_type != faiss.METRIC_INNER_PRODUCT:
             return [f"{flag}: FAISS ranks it by distances, RAG by inner products; try {EXAMPLES}"]
-        found = []
+        problems = []
         if _centroids(index) > min(count, self.train_sample or count):
-            found.append(
+            problems.append(
                 f"{flag} learns {_centroids(index)} centroids, for which there must be as many passages (there are "
                 f"{count}) and no smaller --train_sample; give fewer lists, or Flat"
             )
         if self.shards > count:
-            found.append(f"--num_index_shards {self.shards}, but there are only {count} passages; give fewer shards")
-        return found
+            problems.append(f"--num_index_shards {self.shards}, but there are only {count} passages; give fewer shards")
+        return problems
 
     def learns(self) -> bool:
         """Whether the kind learns anything of the vectors."""
@@ -227,7 +227,7 @@ def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> 
 
 
 def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_nothing: bool) -> Iterator[int]:
-    """Write `base`, or what it has learnt, and these rows at `path`; begin with what is saved, and save in between."""
+    """Write `base`, or what it has learned, and these rows at `path`; begin with what is saved, and save in between."""
     for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
         left.unlink()
     first = 0 if from_nothing else map_index(base).ntotal
@@ -252,7 +252,7 @@ def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_n
 
 
 def _read_unfinished(saved: Path, first: int):
-    """The index that goes on as if it had not been written and read, after all but its `first` vectors were added."""
+    """An unfinished index, to which all but its `first` vectors were added, as if it had never been written."""
     index = faiss.read_index(str(saved))
     core = _core(index)
     if hasattr(core, "hnsw"):

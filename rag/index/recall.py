@@ -23,17 +23,17 @@ def exact_scores(vectors: EmbeddingFiles, queries: np.ndarray, n_docs: int) -> n
     return heap.D
 
 
-def recall(queries: np.ndarray, found: np.ndarray, best: np.ndarray) -> float:
-    """The share of what an exact search finds that was found.
+def recall(queries: np.ndarray, retrieved: np.ndarray, best: np.ndarray) -> float:
+    """The share of an exact search's passages that were retrieved.
 
     A passage counts whose inner product reaches the last of `best`: of equal ones it does not matter which.
 
     Args:
         queries: (Q, d) float32.
-        found: (Q, n_docs, d) float32, the vectors of the passages that were found.
+        retrieved: (Q, n_docs, d) float32, the vectors of the passages that were retrieved.
         best: (Q, n_docs) float32, from `exact_scores`.
     """
-    scores = np.einsum("qd,qnd->qn", queries, found)
+    scores = np.einsum("qd,qnd->qn", queries, retrieved)
     worst = best[:, -1:]
     return float((scores >= worst - 1e-5 * np.abs(worst)).mean())
 

@@ -16,7 +16,7 @@ Where a passage's vector for the document scores comes from (`config.doc_vectors
 - the dummy dataset's 10,000 passages come with embeddings and without an index: one that compares all is made of them.
 
 `config.dataset_encoding` chooses the encoder pair: "nq" or "multiset"; left out, the one in the question encoder's
-name, else "nq", transformers' default. Licence of the data: CC BY-NC 4.0.
+name, else "nq", transformers' default. License of the data: CC BY-NC 4.0.
 """
 
 import logging
@@ -75,8 +75,8 @@ def open_wiki_dpr(config) -> KnowledgeIndex:
         index = {"faiss_index": _flat_index(passages, config.retrieval_vector_size)}
     else:
         index = {"index_path": str(folder / index_file)}
-    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **index_effort(config)}
-    return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **settings)
+    search = {"vectors_from": vectors_from, "index_flag": "--dataset", **index_effort(config)}
+    return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **search)
 
 
 def choose_encoding(config) -> str:
@@ -149,7 +149,7 @@ def _passages(shards: list[str], split: str, vectors_from: str) -> datasets.Data
 
 
 def _flat_index(passages: datasets.Dataset, dimension: int):
-    """The dummy dataset has no index: all of its few vectors are compared, whichever index is asked for."""
+    """The dummy dataset has no index: all of its few vectors are compared, whatever --index_name says."""
     index = faiss.IndexFlatIP(dimension)
     for block in EmbeddingColumn(passages.data.column("embeddings"), dimension).blocks():
         index.add(block)

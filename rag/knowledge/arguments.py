@@ -1,7 +1,7 @@
-"""The settings of use_own_knowledge_dataset.py: documents, encoder, where it runs, the index, and questions to it.
+"""The flags of use_own_knowledge_dataset.py: documents, encoder, where it runs, the index, and questions to it.
 
 args = parse_into(KnowledgeArguments, description=__doc__)
-raise_problems(settings_problems(args))
+raise_problems(flag_problems(args))
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ class KnowledgeArguments(EffortArguments):
     drop_duplicates: bool = field(
         default=False, metadata={"help": "Leave out passages that are equal, title and text, to an earlier one."}
     )
-    num_proc: int = field(default=1, metadata={"help": "Threads that tokenise; more pays beside a GPU."})
+    num_proc: int = field(default=1, metadata={"help": "Threads that tokenize; more pays beside a GPU."})
     batch_size: int = field(default=16, metadata={"help": "Passages encoded at a time."})
     num_shards: int | None = field(
         default=None,
@@ -118,8 +118,8 @@ class KnowledgeArguments(EffortArguments):
     )
 
 
-def settings_problems(args: KnowledgeArguments) -> list[str]:
-    """What can be said against the settings without reading anything but names."""
+def flag_problems(args: KnowledgeArguments) -> list[str]:
+    """What is wrong with the flags, as far as names and numbers show it."""
     problems = []
     if not args.search and not Path(args.csv_path).is_dir():
         problems += file_problems("--csv_path", args.csv_path, "give your documents")

@@ -1,4 +1,4 @@
-"""Passages and their embeddings, written shard by shard, so that a killed run goes on where it was.
+"""Passages and their embeddings, written shard by shard, so that a killed run resumes where it was.
 
     embedder = PassageEmbedder(encoder, tokenizer, batch_size=16)
     embed_passages(read_passages(path), count, embedder, Path("out/my_knowledge_dataset"), digest)
@@ -62,7 +62,7 @@ class PassageEmbedder:
         backbone = encoder.config if self.as_pair else encoder.config.backbone
         self.max_length = min(tokenizer.model_max_length, backbone.max_position_embeddings)
         self.cut = 0
-        # Each batch is padded on its own, after all were tokenised to be sorted: the slower way, which it warns of.
+        # Each batch is padded on its own, after all were tokenized to be sorted: the slower way, which it warns of.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def description(self, device: str | None = None) -> dict:

@@ -62,7 +62,7 @@ class Knowledge:
         passages: pieces they were cut into.
         dimension: d of the embeddings.
         reused: whether all of it was there from an earlier run.
-        answer: of the RAG model; None where none was asked.
+        answer: of the RAG model; None where there was no question.
     """
 
     passages_path: str

@@ -5,7 +5,7 @@
 
 One process reads the documents and writes the shards; the workers get texts and give vectors back, so that nodes need
 no common disk for them. Two shards a worker are under way at a time. Each worker loads the encoder once, by its name,
-and refuses to go on with other weights than the first process has. Ray is an optional package.
+and refuses other weights than the first process has. Ray is an optional package.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 
 SHARDS_A_WORKER = 2  # one is encoded while the next one is on its way
 RETRIES = 3  # of a shard whose Ray worker, or node, died
-GOES_ON = "the same command goes on with the shards that are left"
+RESUMES = "the same command resumes with the shards that are left"
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class NodeWorkers(Workers):
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 f"one of {self.processes} processes that encode was killed, as happens when memory runs out; give "
-                f"fewer --num_encoding_processes or a smaller --batch_size: {GOES_ON}"
+                f"fewer --num_encoding_processes or a smaller --batch_size: {RESUMES}"
             ) from error
 
     def _submit(self, shard: Passages):
@@ -260,7 +260,7 @@ class RayWorkers(Workers):
         except ray.exceptions.RayError as error:  # a worker or its node has died too often
             raise UserError(
                 f"--distributed ray: of {1 + RETRIES} tries to encode a shard the last one ended so: "
-                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {GOES_ON}"
+                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {RESUMES}"
             ) from error
 
     def _size(self) -> int:

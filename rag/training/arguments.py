@@ -83,7 +83,7 @@ class DataArguments:
     prefix: str = _flag("", "Put before every question (T5: 'question: '); eval_rag.py must be given the same.")
     train_batch_size: int = _flag(32, "Questions a process takes at a time in training.")
     eval_batch_size: int = _flag(32, "Questions a process takes at a time in validation and test.")
-    num_workers: int = _flag(4, "Processes that read and tokenise ahead; 0 does it in the training process.")
+    num_workers: int = _flag(4, "Processes that read and tokenize ahead; 0 does it in the training process.")
     group_by_length: bool = _flag(False, "Batches of questions of similar length: less padding, less random batches.")
     num_beams: int = _flag(
         1, "Beams of generation in validation and test; 1 (greedy) is what Lewis et al. test question answering with."
@@ -139,7 +139,7 @@ class RunArguments:
     do_train: bool = _flag(False, "Train; what happens when neither --do_train nor --do_predict is given.")
     do_predict: bool = _flag(False, "Test the best checkpoint after training, or the model as it is without training.")
     resume_from_checkpoint: str | None = _flag(
-        None, "Lightning checkpoint to go on from; left out, --output_dir's last.ckpt, a new run where there is none."
+        None, "Lightning checkpoint to resume from; left out, --output_dir's last.ckpt, a new run where there is none."
     )
     save_interval: float = _flag(
         30.0, "Minutes between writings of last.ckpt inside an epoch, which is the work a kill can cost; 0 is off."
@@ -298,9 +298,9 @@ def _run_problems(run: RunArguments) -> list[str]:
     problems = []
     resumed = run.resume_from_checkpoint
     if resumed is not None and not Path(resumed).is_file():
-        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to go on from last.ckpt")
+        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to resume from last.ckpt")
     if resumed is not None and run.overwrite_output_dir:
-        problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint goes on with; give one")
+        problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint resumes; give one")
     if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
         problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
     return problems

@@ -1,4 +1,4 @@
-"""Which examples make which batch on which rank, in an order that a resumed run goes on with.
+"""Which examples make which batch on which rank, in an order that a resumed run keeps.
 
 sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
 loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)

@@ -323,7 +323,7 @@ def test_a_lost_rank_or_ctrl_c_ends_all_and_leaves_nothing(job):
     elastic.kill_rank_one()
     os.killpg(interrupted.process.pid, signal.SIGINT)  # as a terminal does
     assert (killed.end(), interrupted.end(), elastic.end()) == (1, 130, 1)
-    message = "finetune_rag.py: interrupted; run the same command again to go on"
+    message = "finetune_rag.py: interrupted; run the same command again to resume"
     assert interrupted.output().splitlines()[-1] == message and "Traceback" not in interrupted.output()
 
 
