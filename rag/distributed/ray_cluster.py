@@ -8,6 +8,7 @@
 Ray is an optional package, imported where it is used.
 """
 
+import ipaddress
 import logging
 import os
 import secrets
@@ -88,7 +89,11 @@ class RayConnection:
             include_dashboard=False,
             _temp_dir=self.folder,
         )
-        return ray.get_runtime_context().gcs_address
+        address = ray.get_runtime_context().gcs_address
+        if not _is_loopback(address):  # the switch is there and does nothing any more
+            self.close()
+            raise _not_on_loopback(f"it listens on {address}")
+        return address
 
     def _connect(self, address: str, loopback: bool = False) -> None:
         import ray
@@ -140,10 +145,37 @@ def _running_cluster() -> str | None:
 
 
 def _on_loopback(only: bool) -> None:
-    """Have Ray listen on 127.0.0.1 only, or not. On Linux it has no argument for that, though it does so elsewhere."""
-    from ray._private import ray_constants
+    """Have Ray listen on 127.0.0.1 only, or not. On Linux it has no argument for that, though it does so elsewhere.
 
-    ray_constants.ENABLE_RAY_CLUSTER = not only
+    Raises:
+        UserError: only there, but this release of Ray has no such switch, so that it would listen everywhere.
+    """
+    try:
+        from ray._private import ray_constants
+    except ImportError:
+        ray_constants = None
+
+    if isinstance(getattr(ray_constants, "ENABLE_RAY_CLUSTER", None), bool):
+        ray_constants.ENABLE_RAY_CLUSTER = not only
+    elif only:
+        raise _not_on_loopback("ray._private.ray_constants.ENABLE_RAY_CLUSTER is gone")
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether no other machine reaches "HOST:PORT"."""
+    try:
+        return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
+
+
+def _not_on_loopback(reason: str) -> UserError:
+    import ray
+
+    return UserError(
+        f"--ray_address auto: a cluster of our own would be open to other machines, as Ray {ray.__version__} cannot be "
+        f"kept to this one ({reason}); install the release in requirements.txt, or run `ray start --head` first"
+    )
 
 
 def _authentication() -> dict[str, str]:

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
 from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever, RetrievalWorkers
+from rag.distributed import ray_cluster
 from rag.distributed.ray_cluster import RayConnection, _running_cluster
 from rag.errors import UserError
 from rag.retrieval.retriever import RagKnowledgeRetriever
@@ -19,6 +21,7 @@ from tests.distributed.many_ranks import run_ranks
 from tests.retrieval.test_distributed_pytorch_retriever import device_config, legacy_config, rag_config, write_shards  # noqa: F401
 
 ray = pytest.importorskip("ray")
+ray_constants = pytest.importorskip("ray._private.ray_constants")
 
 
 def queries_of(seed: int, rows: int) -> np.ndarray:
@@ -189,6 +192,51 @@ def test_the_users_mistakes_are_told(config, knowledge, alone, retriever, tmp_pa
     with pytest.raises(UserError, match=r"--ray_address 127.0.0.1:9: .*ray start --head"):
         RayConnection("127.0.0.1:9")._connect("127.0.0.1:9")
     assert ray.is_initialized()  # a connection that was there before stays
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """`RayConnection._start` without Ray's processes; gives what was left running."""
+    running = []
+    monkeypatch.setattr(ray_cluster, "_init_ray", lambda **settings: running.append(settings["_temp_dir"]))
+    monkeypatch.setattr(ray, "shutdown", running.clear)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "none")  # no token is made
+    # Is restored after the test.
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
+    return running
+
+
+@pytest.mark.parametrize("value", [None, "moved"])
+def test_a_cluster_of_our_own_is_refused_where_ray_has_no_switch_for_the_loopback(start, monkeypatch, value):
+    if value is None:
+        monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    else:
+        monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", value)
+    with pytest.raises(UserError, match=r"--ray_address auto: .*ENABLE_RAY_CLUSTER is gone.*ray start --head") as error:
+        RayConnection("auto")._start(1)
+    assert "\n" not in str(error.value)
+    assert start == []
+    ray_cluster._on_loopback(False)  # needs no switch: other people's clusters are joined as before
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3:6379", "node7:6379", "[fe80::1]:6379"])
+def test_a_cluster_of_our_own_that_others_could_reach_is_ended(start, monkeypatch, address):
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    connection = RayConnection("auto")
+    with pytest.raises(UserError, match=r"--ray_address auto: .*it listens on .*:6379"):
+        connection._start(1)
+    assert start == [] and connection.folder is None and not connection.opened
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "[::1]:6379"])
+def test_a_cluster_of_our_own_on_the_loopback_stays(start, monkeypatch, address):
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    connection = RayConnection("auto")
+    assert connection._start(1) == address
+    [folder] = start
+    assert os.path.isdir(folder)
+    connection.close()
+    assert start == [] and not os.path.exists(folder)
 
 
 def two_ranks(rank: int, config) -> tuple:
