@@ -64,10 +64,10 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
     def _ask_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
         ranks = self.ranks
-        answer = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
+        outcome = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
         sent = [ranks.send(message, 0, step) for message in pack(queries, n_docs, self.room[ranks.rank])]
         self.room[ranks.rank] = len(queries)
-        follows, doc_ids = answer()
+        follows, doc_ids = outcome.wait()
         for transfer in sent:
             transfer.wait()
         doc_ids = doc_ids.reshape(len(queries), n_docs)
@@ -90,7 +90,7 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
                 )
             except Exception as error:
                 failure = error
-        ranks.tell_the_others(step, failure, "" if vectors_of is None else "vectors follow", ids_of[1:])
+        ranks.announce(step, failure, "" if vectors_of is None else "vectors follow", ids_of[1:])
         self._expect(f"retrieval {self.retrievals + 1}", queries.shape[1])
         if vectors_of is None:
             return ids_of[0], None
