@@ -1,7 +1,9 @@
 """The questions of an evaluation and, for each, what counts as right: answers or titles.
 
-data = read_data(args)
-data.questions, data.gold, data.answers
+    data = read_data(args)
+    data.questions, data.gold, data.answers
+
+All problems of the files are reported at once, before a model is loaded.
 """
 
 import ast

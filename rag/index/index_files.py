@@ -1,8 +1,10 @@
 """The files of an index: a FAISS file or a folder of shards, and `index.json` beside it, which says what made it.
 
-write_faiss_index(index, shard_path(folder, 0, 1000))
-description = read_description(index_path)
-description.encoder_mismatches(config.question_encoder)
+    write_faiss_index(index, shard_path(folder, 0, 1000))
+    description = read_description(index_path)
+    description.encoder_mismatches(config.question_encoder)
+
+Files appear whole or not at all.
 """
 
 import os

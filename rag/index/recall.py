@@ -1,6 +1,8 @@
 """How much of an exact search an index finds, and how fast, at growing effort.
 
-rows = measure_efforts(open_index, queries, exact_scores(vectors, queries, n_docs=5))
+    rows = measure_efforts(open_index, queries, exact_scores(vectors, queries, n_docs=5))
+
+Efforts are efSearch and nprobe; recall is the share of the exact search's passages.
 """
 
 import time

@@ -1,7 +1,9 @@
 """The flags of use_own_knowledge_dataset.py: documents, encoder, where it runs, the index, and questions to it.
 
-args = parse_into(KnowledgeArguments, description=__doc__)
-raise_problems(flag_problems(args))
+    args = parse_into(KnowledgeArguments, description=__doc__)
+    raise_problems(flag_problems(args))
+
+Nothing is read but names and numbers.
 """
 
 import importlib.util

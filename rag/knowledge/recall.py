@@ -1,6 +1,8 @@
 """How much of an exact search a new index finds, and how fast: printed after building, kept in index.json.
 
-rows = report_recall(knowledge_paths, embedder, vectors, description, queries=256, n_docs=5)
+    rows = report_recall(passages_path, index_path, embedder, vectors, description, queries=256, n_docs=5)
+
+It answers what a user asks first of a new index: is its kind good enough, and at which effort?
 """
 
 from pathlib import Path

@@ -1,8 +1,10 @@
 """Look at knowledge: the passages that it has for a question, and a RAG model's answer from them.
 
-encoder, tokenizer = load_question_encoder(description, "path/to/encoder")
-search_passages(Path("output/my_knowledge"), description, encoder, tokenizer, ["Where is Oslo?"], n_docs=5)
-answer_question("Where is Oslo?", "path/to/rag_checkpoint", {"passages_path": ..., "index_path": ...})
+    encoder, tokenizer = load_question_encoder(description, "path/to/encoder")
+    search_passages(Path("output/my_knowledge"), description, encoder, tokenizer, ["Where is Oslo?"], n_docs=5)
+    answer_question("Where is Oslo?", "path/to/rag_checkpoint", {"passages_path": ..., "index_path": ...})
+
+The passages are printed as they are returned.
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """What any finetuning module needs of Lightning: optimizer and schedule, seeded steps, norms in the log, rows gathered.
 
-class MyModule(BaseTransformer): ...
+    class MyModule(BaseTransformer): ...
+
+The subclass brings the model and its steps.
 """
 
 import json

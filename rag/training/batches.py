@@ -1,7 +1,9 @@
 """Which examples make which batch on which rank, in an order that a resumed run keeps.
 
-sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
-loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)
+    sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
+    loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)
+
+The order depends on seed and epoch alone, whatever the number of ranks.
 """
 
 import random
