@@ -318,7 +318,7 @@ def main(args: BenchmarkArguments) -> dict:
 
 
 def report(runs: dict[str, list[dict]]) -> dict:
-    """The table, and what the bars of issue 4 are held against."""
+    """The table, and the bars it is held against."""
     median, rows = statistics.median, {}
     for side, results in runs.items():
         row = {part: median(step[part] for result in results for step in result["parts"]) for part in PARTS}
