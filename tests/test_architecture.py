@@ -94,3 +94,14 @@ def test_every_package_that_is_imported_is_pinned():
     owners = packages_distributions()
     names = {name: {owner.lower().replace("_", "-") for owner in owners.get(name, [name])} for name in packages}
     assert [name for name in sorted(names) if not names[name] & pinned] == []
+
+
+def test_the_walks_name_what_exists():
+    walks = re.findall(r"^(\w[\w/]*\.py):([\w.]+) ", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert len(walks) > 30
+    for file, name in walks:
+        nodes = body(ROOT / file)
+        for part in name.split("."):
+            (node,) = [node for node in nodes if getattr(node, "name", None) == part] or [None]
+            assert node, f"docs/architecture.md: {file} has no {name}"
+            nodes = node.body
