@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -160,5 +160,10 @@ def open_encoder(args: KnowledgeArguments, source: PassageSource, rag_config):
     return embedder, description
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-knowledge`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

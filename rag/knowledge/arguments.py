@@ -122,7 +122,7 @@ def settings_problems(args: KnowledgeArguments) -> list[str]:
     """What can be said against the settings without reading anything but names."""
     problems = []
     if not args.search and not Path(args.csv_path).is_dir():
-        problems += file_problems("--csv_path", args.csv_path, "give your documents")
+        problems += _documents_problems(args.csv_path)
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -146,3 +146,9 @@ def settings_problems(args: KnowledgeArguments) -> list[str]:
             f"{flag}: --output_dir {args.output_dir} holds no knowledge (no index.json); build it without {flag}"
         )
     return problems
+
+
+def _documents_problems(csv_path: str) -> list[str]:
+    if csv_path == KnowledgeArguments.csv_path and not Path(csv_path).exists():
+        return ["--csv_path is needed: your documents; the example, its default, is in a checkout's test_data only"]
+    return file_problems("--csv_path", csv_path, "give your documents")
