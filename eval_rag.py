@@ -23,7 +23,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import UserError
@@ -278,5 +278,10 @@ def print_table(scores: dict[str, dict[str, float]]) -> None:
         print(f"{checkpoint:{width}}" + "".join(f"{100 * own[name]:>14.2f}" for name in names))
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-eval`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -13,6 +13,7 @@ it.
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
@@ -178,5 +179,10 @@ def _local_retriever(args: FinetuneArguments, parts: tuple):
 RETRIEVERS = {"pytorch": _pytorch_retriever, "ray": _ray_retriever, "local": _local_retriever}
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-finetune`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

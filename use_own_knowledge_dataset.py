@@ -21,7 +21,7 @@ import os
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -197,5 +197,10 @@ def open_encoder(
     return embedder, description
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-knowledge`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -13,13 +13,11 @@ go in one call, on all cores; of the efforts that are tried (--nprobe, --ef_sear
 
 import os
 import shutil
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, status_mib

@@ -11,12 +11,9 @@ more than --faiss_passages they would not fit there. Each opening is in a proces
 import json
 import statistics
 import struct
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import header, in_its_own_process
 from rag.command_line.flags import flag

@@ -15,14 +15,12 @@ searching added to the proportional memory (PSS) of the ranks and of all they st
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import CORES, header, proportional_mib

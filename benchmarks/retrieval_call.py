@@ -13,12 +13,10 @@ Contexts are the passages and questions of ../shared/data/nq_gold, or made-up te
 import json
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import anonymous_mib, header, in_its_own_process

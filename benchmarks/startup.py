@@ -14,8 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.machine import header
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into

@@ -1,10 +1,11 @@
 """How every script of the suite reads its arguments and reports its user's mistakes.
 
-A script declares its settings in a dataclass and needs three lines to become a command line:
+A script declares its settings in a dataclass and needs four lines to become a command line:
 
     def parse_args(argv=None): return parse_into(EvalArguments, description=__doc__, argv=argv)
     def main(args): ...
-    if __name__ == "__main__": run_script(parse_args, main)
+    def cli(): run_script(parse_args, main)
+    if __name__ == "__main__": cli()
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
 """

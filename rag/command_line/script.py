@@ -1,7 +1,10 @@
 """How every script starts, reports its user's mistakes and ends.
 
-if __name__ == "__main__":
+def cli() -> NoReturn:  # a command of pyproject.toml
     run_script(parse_args, main)
+
+if __name__ == "__main__":
+    cli()
 """
 
 import contextlib

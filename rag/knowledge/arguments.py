@@ -88,7 +88,7 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
     """What is wrong with the flags, as far as names and numbers show it."""
     problems = []
     if not args.search and not Path(args.csv_path).is_dir():
-        problems += file_problems("--csv_path", args.csv_path, "give your documents")
+        problems += _documents_problems(args.csv_path)
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -112,3 +112,9 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
             f"{mode}: --output_dir {args.output_dir} holds no knowledge (no index.json); build it without {mode}"
         )
     return problems
+
+
+def _documents_problems(csv_path: str) -> list[str]:
+    if csv_path == KnowledgeArguments.csv_path and not Path(csv_path).exists():
+        return ["--csv_path is needed: your documents; the example, its default, is in a checkout's test_data only"]
+    return file_problems("--csv_path", csv_path, "give your documents")

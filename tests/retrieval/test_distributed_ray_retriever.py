@@ -1,5 +1,6 @@
 """Ray actors search for all: the same results as one process, dead and busy actors, nothing left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,12 +39,15 @@ def actors_of(retriever) -> list:
 
 
 def ray_processes() -> set[str]:
-    """Ray's processes on this machine, whoever started them."""
+    """Ray's processes on this machine, whoever started them, but for those of tests that run beside these."""
+    beside = {process.pid for process in psutil.Process().parent().children()} - {os.getpid()}
     found = set()
     for process in psutil.process_iter(["name", "cmdline"]):
         words = " ".join(process.info["cmdline"] or [])
         if process.info["name"] in ("raylet", "gcs_server") or words.startswith("ray::") or "rag_ray_" in words:
-            found.add(f"{process.pid} {words[:80]}")
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if beside.isdisjoint(parent.pid for parent in process.parents()):
+                    found.add(f"{process.pid} {words[:80]}")
     return found
 
 
