@@ -27,6 +27,8 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         generator_tokenizer: as transformers' `RagRetriever`.
         index: used in place of the one the config describes; `init_retrieval` opens it.
         timeout: seconds that rank 0 waits for the slowest rank's questions; the others wait twice as long for answers.
+
+    A deep copy is the retriever itself: the ranks count its retrievals.
     """
 
     def __init__(self, config, question_encoder_tokenizer, generator_tokenizer, index=None, timeout: float = 600.0):
@@ -57,11 +59,18 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         if self.ranks.size == 1:
             return super()._search(queries, n_docs)
         self.retrievals += 1
-        search = self._search_for_all if self.ranks.rank == 0 else self._ask_rank_zero
+        search = self._search_for_all if self.ranks.rank == 0 else self._search_on_rank_zero
         doc_ids, vectors = search(queries, n_docs, f"retrieval {self.retrievals}")
         return doc_ids, self.index.embeddings.gather(doc_ids) if vectors is None else vectors
 
-    def _ask_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def __deepcopy__(self, memo: dict) -> "RagPyTorchDistributedRetriever":
+        return self
+
+    def __getstate__(self) -> dict:
+        """For another process, which calls `init_retrieval` itself."""
+        return self.__dict__ | {"ranks": None, "retrievals": 0, "room": defaultdict(int), "expected": []}
+
+    def _search_on_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
         ranks = self.ranks
         outcome = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
@@ -111,9 +120,9 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         ]
 
     def _gather(self, queries: np.ndarray, n_docs: int, step: str):
-        """Every rank's queries, the shape (B, n_docs) of ids that it asks for, and what went wrong, if anything did.
+        """Every rank's queries, the shape (B, n_docs) of the ids that it expects, and what went wrong, if anything did.
 
-        Each rank is heard out, also after a failure: it is to hear of it, not to hang.
+        Rank 0 receives from each rank, also after a failure: each is to learn of it instead of waiting for ever.
         """
         ranks, deadline, d = self.ranks, self.ranks.deadline(), queries.shape[1]
         everybody, shapes, failure = [queries], [(len(queries), n_docs)], None
@@ -121,15 +130,15 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
             self._expect(step, d)
         firsts, self.expected = self.expected, []
         for rank, first in zip(ranks.others, firsts, strict=True):
-            rows, wanted, own = 0, n_docs, queries[:0]
+            rows, wanted, rank_queries = 0, n_docs, queries[:0]
             try:
-                rows, wanted, own = unpack(first.wait(deadline), d)
-                if own is None:
-                    own = ranks.receive((rows, d), torch.float32, rank, step).wait(deadline)
+                rows, wanted, rank_queries = unpack(first.wait(deadline), d)
+                if rank_queries is None:
+                    rank_queries = ranks.receive((rows, d), torch.float32, rank, step).wait(deadline)
             except RankError as error:
                 failure = failure or error
             self.room[rank] = rows
-            everybody.append(own)
+            everybody.append(rank_queries)
             shapes.append((rows, wanted))
         for rank, (_, wanted) in enumerate(shapes):
             if wanted != n_docs and failure is None:

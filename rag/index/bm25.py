@@ -58,13 +58,17 @@ class Bm25Index(KnowledgeIndex):
     """
 
     reads_text = True
+    begun = KnowledgeIndex.begun | {"bm25", "words"}
 
     def __init__(self, passages: datasets.Dataset, folder: Path):
-        super().__init__(passages, QUERY_SIZE, vectors_from="index")
         self.folder = folder
+        super().__init__(passages, QUERY_SIZE, vectors_from="index")
+
+    def _begin(self, faiss_index=None) -> None:
+        super()._begin(faiss_index)
         self.bm25 = None
         # A record batch of one column, mapped: every rank looks words up, also where it never searches.
-        self.words = pa.ipc.open_file(pa.memory_map(str(folder / WORDS_FILE))).get_batch(0).column(0)
+        self.words = pa.ipc.open_file(pa.memory_map(str(self.folder / WORDS_FILE))).get_batch(0).column(0)
 
     def is_initialized(self) -> bool:
         return self.bm25 is not None

@@ -139,7 +139,7 @@ def _complete_shards(folder: Path, pattern: str) -> list[str]:
 
 def _passages(shards: list[str], split: str, vectors_from: str) -> datasets.Dataset:
     """The rows as a memory-mapped Arrow copy in the cache of `datasets`, made the first time."""
-    columns = ["title", "text"] + (["embeddings"] if vectors_from == "passages" else [])
+    columns = ["id", "title", "text"] + (["embeddings"] if vectors_from == "passages" else [])
     builder = datasets.load_dataset_builder("parquet", data_files={split: shards}, columns=columns)
     if not Path(builder.cache_dir).exists():
         needs = _arrow_copy(sum(os.path.getsize(shard) for shard in shards), vectors_from)

@@ -132,11 +132,17 @@ def test_shards_that_do_not_belong_together_are_refused(shards, tmp_path):
 
 
 def test_documents_of_missing_ids_are_empty(index):
+    vectors = index.embeddings.gather
     assert index.get_doc_dicts(np.array([[1, -1], [1, 0]])) == [
-        {"title": ["london", ""], "text": [PASSAGES[1][1], ""]},
-        {"title": ["london", "paris"], "text": [PASSAGES[1][1], PASSAGES[0][1]]},
+        {"title": ["london", ""], "text": [PASSAGES[1][1], ""], "embeddings": vectors(np.array([1, -1]))},
+        {
+            "title": ["london", "paris"],
+            "text": [PASSAGES[1][1], PASSAGES[0][1]],
+            "embeddings": vectors(np.array([1, 0])),
+        },
     ]
-    assert index.get_doc_dicts(np.array([[-1]])) == [{"title": [""], "text": [""]}]
+    empty = {"title": [""], "text": [""], "embeddings": np.zeros((1, DIMENSION), np.float32)}
+    assert index.get_doc_dicts(np.array([[-1]])) == [empty]
 
 
 def test_settings_name_kind_and_effort(index):

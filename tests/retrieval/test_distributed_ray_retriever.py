@@ -153,7 +153,7 @@ def test_a_killed_actor_costs_a_moment_and_comes_back(retriever, alone):
     same(retriever.retrieve(queries, 3), expected)
 
 
-def test_a_busy_actor_is_not_asked(retriever):
+def test_a_busy_actor_is_passed_over(retriever):
     for actor in actors_of(retriever):
         busy = actor.__ray_call__.remote(lambda self: time.sleep(2))
         start = time.monotonic()
@@ -186,7 +186,7 @@ def test_the_users_mistakes_are_told(config, knowledge, alone, retriever, tmp_pa
     with pytest.raises(UserError, match="--num_retrieval_workers 0"):
         RetrievalWorkers(0)
     with pytest.raises(UserError, match="in memory"):
-        RagRayDistributedRetriever(config, None, None, [], index=alone.index)
+        RagRayDistributedRetriever(config, None, None, actors_of(retriever), index=alone.index)
     with RetrievalWorkers(1, gpus_each=64) as workers, pytest.raises(UserError, match="--retrieval_worker_gpus 64"):
         workers.connect(config)
     broken = tmp_path / "broken.faiss"
