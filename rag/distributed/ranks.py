@@ -185,18 +185,18 @@ class Ranks:
         for number, one in enumerate(rounds, start=1):
             step = f"{name} {number}"
             answers = [self.receive_outcome(rank, step) for rank in self.others]
-            own, failure = _attempt(lambda one=one: act(one))
+            own, failure = _attempt(act, one)
             texts, problem = self._hear_all(answers)
             failure = failure or problem
             if failure is None:
                 parts = [own, *map(json.loads, texts)]
-                _, failure = _attempt(lambda one=one, parts=parts: take(one, parts))
+                _, failure = _attempt(take, one, parts)
             self.tell_the_others(step, failure)
 
     def _contribute_rounds(self, name: str, rounds: Iterable, act: Callable) -> None:
         hear = None
         for number, one in enumerate(rounds, start=1):
-            text, failure = _attempt(lambda one=one: json.dumps(act(one)))
+            text, failure = _attempt(lambda one: json.dumps(act(one)), one)
             if hear is not None:
                 hear()
             hear = self._report(f"{name} {number}", failure, text)
@@ -223,7 +223,7 @@ class Ranks:
     def _hear_all(self, answers: list[Callable]) -> tuple[list[str], Exception | None]:
         """Rank 0: the texts of the others, from `receive_outcome`, and the first of their errors; all are heard out."""
         deadline = self.deadline()
-        heard = [_attempt(lambda answer=answer: answer(deadline)[0]) for answer in answers]
+        heard = [_attempt(lambda answer: answer(deadline)[0], answer) for answer in answers]
         return [text for text, _ in heard], next((error for _, error in heard if error is not None), None)
 
     def tell_the_others(self, step: str, failure: Exception | None, text: str = "", values=None) -> None:
@@ -280,10 +280,10 @@ class Transfer:
         return self.tensor.numpy()
 
 
-def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `act()` returns, or its error."""
+def _attempt(act: Callable, *args) -> tuple[Any, Exception | None]:
+    """What `act(*args)` returns, or its error."""
     try:
-        return act(), None
+        return act(*args), None
     except Exception as error:
         return None, error
 

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -62,7 +63,7 @@ class Bm25Index(KnowledgeIndex):
     def __init__(self, passages: datasets.Dataset, folder: Path):
         super().__init__(passages, QUERY_SIZE, vectors_from="index")
         self.folder = folder
-        self.bm25 = None
+        self.bm25: Any = None
         # A record batch of one column, mapped: every rank looks words up, also where it never searches.
         self.words = pa.ipc.open_file(pa.memory_map(str(folder / WORDS_FILE))).get_batch(0).column(0)
 

@@ -14,6 +14,7 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import faiss
@@ -81,7 +82,7 @@ class KnowledgeIndex:
         self.device = device
         self.fallback: str | None = None
         self.device_search: DeviceSearch | None = None
-        self.faiss_index = None
+        self.faiss_index: Any = None
         self.rows = range(len(self))  # those that are searched: of one shard fewer than all
         if faiss_index is not None:
             self._accept(faiss_index)
@@ -172,6 +173,7 @@ class KnowledgeIndex:
         return whole
 
     def _search_on_device(self) -> None:
+        assert self.embeddings is not None and self.device is not None
         try:
             self.device_search = DeviceSearch(
                 self.embeddings.blocks(rows=self.rows), len(self.rows), self.vector_size, self.device
@@ -230,6 +232,7 @@ class KnowledgeIndex:
             ids (B, n_docs) int64, best first, and their embeddings (B, n_docs, d) float32.
         """
         _, doc_ids = self.search(question_hidden_states, n_docs)
+        assert self.embeddings is not None, "init_index comes first"
         return doc_ids, self.embeddings.gather(doc_ids)
 
     def get_doc_dicts(self, doc_ids: np.ndarray) -> list[dict]:

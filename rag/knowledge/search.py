@@ -25,6 +25,7 @@ def search_passages(args: KnowledgeArguments) -> list[list[dict]]:
     Returns:
         for each question a list of dicts of id, score (inner product), title and text.
     """
+    assert args.search, "no question"
     output = Path(args.output_dir)
     made_by = read_description(output / PASSAGES_FOLDER)
     if made_by.get("index") is None:

@@ -10,6 +10,7 @@ transformers, whose import takes seconds.
 import json
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import faiss
 import numpy as np
@@ -37,7 +38,7 @@ class RayRetriever:
     def __init__(self, config=None, workers_on_node: int = 1, shard: int | None = None):
         self.config = config
         self.shard = shard
-        self.index = None
+        self.index: Any = None
         # Ray sets OMP_NUM_THREADS to 1 for an actor that reserves no more cores.
         faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_on_node))
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -105,10 +106,10 @@ class ActorPool:
 class Asked:
     """A search that has begun in an actor, and Ray's reference to its answer."""
 
-    actor: object
+    actor: Any
     question: tuple
     start: float
-    answer: object
+    answer: Any
 
 
 def ask_all(actors: list, method: str, *args, timeout: float) -> list:
