@@ -30,6 +30,7 @@ lint: $(SETUP) ## check style, spelling, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 bench: $(SETUP) ## run the short form of every benchmark
 	for script in $(BENCHMARKS); do $(BIN)/python $$script --short || exit 1; done

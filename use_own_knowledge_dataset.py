@@ -78,7 +78,7 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
 
     output = Path(args.output_dir)
     description = read_description(output / PASSAGES_FOLDER)
-    if description.index is None:
+    if not description.index:
         raise UserError(f"--search: the index of {output} is not finished; run the command that was building it first")
     encoder, tokenizer = load_question_encoder(
         description, args.question_encoder_name_or_path, args.question_encoder_pooling, args.rag_model_name

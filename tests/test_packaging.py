@@ -16,12 +16,10 @@ from tests.test_architecture import MODULES, SCRIPTS
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 RAG = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "rag").rglob("*.py"))
-NAMES = sorted(
-    [*SCRIPTS, *MODULES, *(name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in RAG)]
-)
+NAMES = [*SCRIPTS, *MODULES, *(path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in RAG)]
 IMPORT = """
 import importlib, json, sys
-print(json.dumps({name: importlib.import_module(name).__file__ for name in json.loads(sys.argv[1])}))
+print(json.dumps([importlib.import_module(name).__file__ for name in json.loads(sys.argv[1])] + ["ray" in sys.modules]))
 """
 
 

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -66,7 +67,7 @@ class Bm25Index(KnowledgeIndex):
 
     def _begin(self, faiss_index=None) -> None:
         super()._begin(faiss_index)
-        self.bm25 = None
+        self.bm25: Any = None
         # A record batch of one column, mapped: every rank looks words up, also where it never searches.
         self.words = pa.ipc.open_file(pa.memory_map(str(self.folder / WORDS_FILE))).get_batch(0).column(0)
 

@@ -33,7 +33,7 @@ FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantizer's 256 
 TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 at most
 ROWS_AT_A_TIME = 65_536
 # An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
-SAVE_AFTER, SAVES_COST = 120, 10
+SAVE_AFTER, SAVES_COST = 120.0, 10
 
 
 class EmbeddingFiles:

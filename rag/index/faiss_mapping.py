@@ -54,7 +54,7 @@ class _MappedFile:
         return self.bytes[self.at - size : self.at]
 
     def unpack(self, form: struct.Struct) -> tuple:
-        return form.unpack(self.take(form.size))
+        return form.unpack(self.take(form.size).tobytes())
 
     def vector(self, dtype: str) -> np.ndarray:
         """Numbers that lie behind their count."""

@@ -60,46 +60,46 @@ class DocumentsPart:
     drop_duplicates: bool
     documents: int
     passages: int
-    digest: str | None = None  # of the first part: that of its passages
+    digest: str = ""  # of the first part: that of its passages
 
 
 @dataclass
 class IndexDescription:
-    """What made the passages and their index. A field that is None is not known: the index has another origin."""
+    """What made the passages and their index. A field that is empty is not known: the index has another origin."""
 
     # The encoder and all that bears on the vectors.
-    encoder: str | None = None  # folder or hub name
-    encoder_digest: str | None = None  # of its weights
-    pooling: str | None = None
+    encoder: str = ""  # folder or hub name
+    encoder_digest: str = ""  # of its weights
+    pooling: str = ""
     normalize: bool | None = None
-    input: str | None = None  # "title, text" (a pair) or "title text"
-    max_length: int | None = None  # tokens the encoder reads
-    precision: str | None = None  # dtype of the encoder's weights
-    embeddings: str | None = None  # dtype of the vectors on disk
-    dimension: int | None = None
+    input: str = ""  # "title, text" (a pair) or "title text"
+    max_length: int = 0  # tokens the encoder reads
+    precision: str = ""  # dtype of the encoder's weights
+    embeddings: str = ""  # dtype of the vectors on disk
+    dimension: int = 0
     # The documents and the passages they were cut into.
-    csv_path: str | None = None
-    csv_digest: str | None = None
-    drop_duplicates: bool | None = None
-    words_a_passage: int | None = None
-    documents: int | None = None
-    passages: int | None = None
+    csv_path: str = ""
+    csv_digest: str = ""
+    drop_duplicates: bool = False
+    words_a_passage: int = 0
+    documents: int = 0
+    passages: int = 0
     parts: list[DocumentsPart] = field(default_factory=list)  # in the order in which they were added
-    digest: str | None = None  # of all of the above: the dataset's fingerprint
+    digest: str = ""  # of all of the above: the dataset's fingerprint
     # The index over them.
-    metric: str | None = None
-    factory: str | None = None  # FAISS's factory string
-    shards: int | None = None
+    metric: str = ""
+    factory: str = ""  # FAISS's factory string
+    shards: int = 1
     train_sample: int | None = None
-    index: str | None = None  # file or folder beside index.json; None while it is being built
-    index_seconds: float | None = None
+    index: str = ""  # file or folder beside index.json; empty while it is being built
+    index_seconds: float = 0.0
     recall: list[dict[str, float]] | None = None  # at growing effort, with queries_per_second
     versions: dict[str, str] | None = None  # of the packages that built it
 
     @property
     def is_finished(self) -> bool:
         """Whether there is an index that this describes; an index.json of an earlier version has no parts."""
-        return self.index is not None and bool(self.parts)
+        return bool(self.index and self.parts)
 
     def passages_digest(self) -> str:
         """A digest of passages, encoder and settings, wherever documents and encoder lie."""
@@ -121,9 +121,7 @@ class IndexDescription:
         """
         mismatches = []
         theirs = name or getattr(question_encoder, "name_or_path", None) or ""
-        passages_pair, questions_pair = (
-            re.findall("single-nq|multiset", source) for source in (self.encoder or "", theirs)
-        )
+        passages_pair, questions_pair = (re.findall("single-nq|multiset", source) for source in (self.encoder, theirs))
         if passages_pair and questions_pair and passages_pair != questions_pair:
             mismatches.append(
                 f"the passages' encoder {self.encoder} is of the {passages_pair[0]} pair, the question encoder "
@@ -131,15 +129,18 @@ class IndexDescription:
                 f"facebook/dpr-ctx_encoder-{questions_pair[0]}-base"
             )
         ours = {"pooling": self.pooling, "normalize": self.normalize}
-        if None not in ours.values() and ours != (questions := pooling_of(question_encoder)):
+        if self.normalize is not None and ours != (questions := pooling_of(question_encoder)):
             mismatches.append(f"passages are pooled by {ours}, questions by {questions}: retrieval will suffer")
         return mismatches
 
 
 def write_description(folder: str | os.PathLike, description: IndexDescription) -> None:
     """Write `index.json`, whole or not at all."""
-    known = {name: value for name, value in asdict(description).items() if value is not None}
-    save_json(known, Path(folder) / DESCRIPTION_FILE)
+
+    def known(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if value not in (None, "")}
+
+    save_json(asdict(description, dict_factory=known), Path(folder) / DESCRIPTION_FILE)
 
 
 def read_description(index_path: str | os.PathLike) -> IndexDescription:
@@ -147,9 +148,8 @@ def read_description(index_path: str | os.PathLike) -> IndexDescription:
     path = Path(index_path).parent / DESCRIPTION_FILE
     values: dict[str, Any] = load_json(path) if path.is_file() else {}
     names = {field.name for field in fields(IndexDescription)}
-    description = IndexDescription(**{name: value for name, value in values.items() if name in names})
-    description.parts = [DocumentsPart(**part) for part in description.parts]
-    return description
+    known = {name: value for name, value in values.items() if name in names and value is not None}
+    return IndexDescription(**known | {"parts": [DocumentsPart(**part) for part in known.get("parts", [])]})
 
 
 def pooling_of(encoder) -> dict[str, Any]:

@@ -17,6 +17,7 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import faiss
@@ -89,7 +90,7 @@ class KnowledgeIndex:
         if self.vectors_from == "passages":
             self.embeddings = EmbeddingColumn(self.passage_rows.column("embeddings"), self.vector_size)
         self.device_search: DeviceSearch | None = None
-        self.faiss_index = None
+        self.faiss_index: Any = None
         self.rows = range(len(self))  # those that are searched: of one shard fewer than all
         if faiss_index is not None:
             self._accept(faiss_index)
@@ -225,6 +226,7 @@ class KnowledgeIndex:
         return whole
 
     def _search_on_device(self) -> None:
+        assert self.embeddings is not None and self.device is not None
         try:
             self.device_search = DeviceSearch(
                 self.embeddings.blocks(rows=self.rows), len(self.rows), self.vector_size, self.device
@@ -283,6 +285,7 @@ class KnowledgeIndex:
             ids (B, n_docs) int64, best first, and their embeddings (B, n_docs, d) float32.
         """
         _, doc_ids = self.search(question_hidden_states, n_docs)
+        assert self.embeddings is not None, "init_index comes first"
         return doc_ids, self.embeddings.gather(doc_ids)
 
     def get_doc_dicts(self, doc_ids) -> list[PassageDict]:

@@ -84,6 +84,7 @@ class LegacyIndex(KnowledgeIndex):
         found = places >= 0
         doc_ids = np.full(places.shape, -1, dtype=np.int64)
         doc_ids[found] = self.passage_ids[places[found]]
+        assert self.embeddings is not None, "init_index comes first"
         return doc_ids, self.embeddings.gather(places)
 
     def get_doc_dicts(self, doc_ids) -> list[PassageDict]:
@@ -116,6 +117,7 @@ def open_legacy(config) -> LegacyIndex:
     if passages_file is None:
         problems.append(f"--index_path {folder} holds neither {PASSAGES_TSV} nor {PASSAGES_PICKLE}; put one there")
     raise_problems(problems)
+    assert passages_file is not None
     raise_problems(_trust_problems(folder / IDS_FILE))
     ids = _read_ids(folder / IDS_FILE)
     passages = _passages(passages_file)

@@ -12,7 +12,8 @@ text, so that reading them for every question that nobody asks about them would 
 
 import os
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -25,7 +26,15 @@ VECTOR_COLUMN = "embeddings"
 _UNREAD = object()  # stands for a column's values until they are read
 
 
-class PassageDict(MutableMapping, dict):
+if TYPE_CHECKING:
+    ReadingDict = dict[str, Any]
+else:  # MutableMapping's methods get values by __getitem__, dict's own would not
+
+    class ReadingDict(MutableMapping, dict):
+        pass
+
+
+class PassageDict(ReadingDict):
     """A dict of the columns of some passages, of which a column is read when it is asked for.
 
     It equals the plain dict of the same columns, and it is pickled and copied as one.
@@ -145,12 +154,12 @@ class PassageRows:
         return [
             PassageDict(
                 unread | {"title": [titles[row] for row in numbers], "text": [texts[row] for row in numbers]},
-                lambda name, numbers=numbers: self._read(name, numbers),
+                partial(self._read, numbers),
             )
             for numbers in rows
         ]
 
-    def _read(self, name: str, numbers: list[int]) -> list | np.ndarray:
+    def _read(self, numbers: list[int], name: str) -> list | np.ndarray:
         """The values of a column in these rows."""
         if name == VECTOR_COLUMN:
             return self._vectors.gather(np.array(numbers, dtype=np.int64))

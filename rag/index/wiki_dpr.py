@@ -129,7 +129,7 @@ def _arrow_copy(parquet_bytes: int, vectors_from: str) -> dict[str, int]:
 def _complete_shards(folder: Path, pattern: str) -> list[str]:
     """The Parquet files, all of them: their names say how many there are."""
     shards = sorted(folder.glob(pattern))
-    expected = int(re.search(r"-of-(\d+)", shards[0].name)[1]) if shards else "any"
+    expected = int(re.findall(r"-of-(\d+)", shards[0].name)[0]) if shards else "any"
     if len(shards) != expected:
         raise UserError(
             f"--dataset {folder}: {len(shards)} of {expected} files {pattern} are there; fetch the others from the hub"

@@ -84,8 +84,10 @@ class PassageEmbedder:
 
     def __call__(self, passages: Passages) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers and their vectors (b, d) float32, a batch at a time; batches hold texts of like length."""
-        titles, texts = map(list, zip(*passages, strict=True))
-        if not self.as_pair:
+        texts: list[str] | None
+        if self.as_pair:
+            titles, texts = map(list, zip(*passages, strict=True))
+        else:
             titles, texts = [f"{title} {text}".strip() for title, text in passages], None
         # DPR was trained, and the public suite embeds, without telling title and text apart by token types.
         tokens = self.tokenizer(titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False)

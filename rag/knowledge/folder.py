@@ -132,7 +132,7 @@ class KnowledgeFolder:
 
         self.output.mkdir(parents=True, exist_ok=True)
         if earlier.parts:  # from here on there is no index that it describes
-            write_description(self.output, replace(earlier, index=None))
+            write_description(self.output, replace(earlier, index=""))
         if not embedded:
             shards = ShardPlan(source.count, num_shards=self.num_shards, dtype=description.embeddings)
             with self.open_workers() as workers:

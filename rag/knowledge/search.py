@@ -7,6 +7,7 @@
 The passages are printed as they are returned.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +37,14 @@ def load_question_encoder(
     if rag_model_name is not None:
         encoder = load_model(rag_model_name, flag=RAG_FLAG).rag.question_encoder
         return encoder, load_tokenizer(rag_model_name, flag=RAG_FLAG).question_encoder
-    name = description.encoder
     remedy = f"give {QUESTION_ENCODER_FLAG}, or {RAG_FLAG} CHECKPOINT"
     if description.input == "title, text":  # DPR: questions have an encoder of their own
-        raise UserError(f"--search needs the question encoder that belongs to {name}; {remedy}")
+        raise UserError(f"--search needs the question encoder that belongs to {description.encoder}; {remedy}")
     pooling = "auto" if description.normalize else description.pooling  # only "auto" normalizes
-    encoder = load_encoder(name, "question", pooling, flag=QUESTION_ENCODER_FLAG)
+    encoder = load_encoder(description.encoder, "question", pooling, flag=QUESTION_ENCODER_FLAG)
     if weights_digest(encoder) != description.encoder_digest:
-        raise UserError(f"--search: {name} is not what it was when the passages were embedded; {remedy}")
-    return encoder, load_tokenizer(name, flag=QUESTION_ENCODER_FLAG)
+        raise UserError(f"--search: {description.encoder} is not what it was when the passages were embedded; {remedy}")
+    return encoder, load_tokenizer(description.encoder, flag=QUESTION_ENCODER_FLAG)
 
 
 def search_passages(
@@ -79,7 +79,7 @@ def search_passages(
     return [print_passages(*row) for row in zip(questions, ids, scores, docs, strict=True)]
 
 
-def print_passages(question: str, ids: np.ndarray, scores: np.ndarray, docs: dict) -> list[dict]:
+def print_passages(question: str, ids: np.ndarray, scores: np.ndarray, docs: Mapping) -> list[dict]:
     """Print a question and its passages, and return these; -1 among the ids ends them."""
     print(f"Question: {question}")
     passages = [

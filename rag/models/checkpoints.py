@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -363,7 +364,7 @@ def _hub_access(path: str) -> dict:
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
-def _read_json(path: str, name: str, cache_dir: str | None = None) -> dict | list | None:
+def _read_json(path: str, name: str, cache_dir: str | None = None) -> Any:
     """A JSON file of the checkpoint at `path` (folder or hub name); None where it has none."""
     file = cached_file(
         path,

@@ -191,8 +191,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """Read the command line; raises one `UserError` for all settings that are out of range or contradict each other."""
     parser = RagArgumentParser(*GROUPS, description=description)
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
-    *groups, rest = parser.parse(argv)
-    args = FinetuneArguments(*groups, trainer=TrainerArguments(**vars(rest)))
+    model, retrieval, data, training, run, rest = parser.parse(argv)
+    args = FinetuneArguments(model, retrieval, data, training, run, TrainerArguments(**vars(rest)))
     raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
     for name, given in _flags_without_effect(args).items():
         logger.warning(f"--{name} {given} has no effect; see --help")
@@ -226,7 +226,7 @@ def _range_problems(args: FinetuneArguments) -> list[str]:
     ]
 
 
-def _group_of(args: FinetuneArguments, group: type) -> Any:
+def _group_of(args: FinetuneArguments, group: Any) -> Any:
     return getattr(args, group._argument_group_name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch.nn.utils import get_total_norm
 
 from rag.training.arguments import FinetuneArguments
@@ -28,7 +29,7 @@ class BaseTransformer(pl.LightningModule):
         self.args = args
         self.save_hyperparameters(args.to_dict())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         training = self.args.training
         optimizer = build_optimizer(self, training, fused=self.device.type in ("cpu", "cuda"))
         # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.
@@ -51,7 +52,8 @@ class BaseTransformer(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log learning rates and, before they are clipped, the gradients' norms."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        if (self.trainer.global_step + 1) % every != 0:
             return
         gradients: dict[str, list[torch.Tensor]] = {"": []}
         for group in optimizer.param_groups:

@@ -50,11 +50,11 @@ def rag_sequence_nll(
     Returns:
         (B,) float32 (float64 of a model in float64), nats.
     """
-    n_docs, weight = doc_scores.shape[1], output_layer[0]
+    n_docs, (weight, bias) = doc_scores.shape[1], output_layer
     document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1)  # (B, n_docs)
     targets = targets.repeat_interleave(n_docs, dim=0)
     is_pad = targets == pad_token_id
-    logprobs, normalizer = target_logprobs(hidden, *output_layer, targets)  # (B * n_docs, T)
+    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets)  # (B * n_docs, T)
     nll = -(logprobs.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
     if not label_smoothing:
         return nll
@@ -72,7 +72,8 @@ def rag_token_nll(
     batch, n_docs = doc_scores.shape
     document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1).unsqueeze(-1)  # (B, n_docs, 1)
     is_pad = targets == pad_token_id
-    logprobs, normalizer = target_logprobs(hidden, *output_layer, targets.repeat_interleave(n_docs, dim=0))
+    weight, bias = output_layer
+    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets.repeat_interleave(n_docs, dim=0))
     marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
     nll = -marginal.masked_fill(is_pad, 0.0).sum(1)
     if not label_smoothing:

@@ -81,7 +81,7 @@ def test_doc_dicts_have_every_column_of_the_passages(on_disk):
 def test_a_column_is_read_when_it_is_asked_for(monkeypatch):
     rows = PassageRows(two_passages())
     read = []
-    monkeypatch.setattr(rows, "_read", lambda name, numbers: read.append(name) or [name] * len(numbers))
+    monkeypatch.setattr(rows, "_read", lambda numbers, name: read.append(name) or [name] * len(numbers))
     [doc] = rows.doc_dicts([[1, 0]], rows.names)
     assert doc["title"] == ["Two", "One"] and doc["text"] == ["two", "one"]
     assert len(doc) == 5 and set(doc) == set(COLUMNS) == set(doc.keys()) and "id" in doc and "none" not in doc
