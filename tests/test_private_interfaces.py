@@ -373,12 +373,12 @@ def _(folder):
     require(fingerprints[0] == fingerprints[1] != fingerprints[2], f"of it follow the fingerprints {fingerprints}")
 
 
-@row("datasets", "Dataset._fingerprint", "passages._fingerprint")
+@row("datasets", "Dataset._fingerprint", "dataset._fingerprint")
 def _(folder):
     require(dataset()._fingerprint == dataset()._fingerprint, "equal datasets have different ones")
 
 
-@row("datasets", "Dataset._indices, None where the rows lie in order", "passages._indices")
+@row("datasets", "Dataset._indices, None where the rows lie in order", "dataset._indices")
 def _(folder):
     require(dataset()._indices is None, "a new dataset has some")
     require(dataset().select([1, 0])._indices is not None, "a selection has none")
