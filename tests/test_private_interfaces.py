@@ -286,7 +286,9 @@ def _(folder):
 def _(folder):
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    require(callable(AuthenticationTokenLoader.instance().reset_cache), "the loader has no reset_cache")
+    loader = AuthenticationTokenLoader.instance()
+    require(callable(loader.reset_cache), "the loader has no reset_cache")
+    require(isinstance(loader.has_token(ignore_auth_mode=True), bool), "the loader does not say whether it has a token")
     require(callable(Config.initialize), "Config has no initialize")
 
 
