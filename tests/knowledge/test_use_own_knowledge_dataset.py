@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +66,7 @@ def test_passages_index_and_description(flags, tmp_path, capsys):
         "metric": "inner product",
         "factory": "HNSW8,Flat",
     }
-    assert expected.items() <= description.items()
+    assert expected.items() <= asdict(description).items()
     assert set(description.versions) == {"torch", "transformers", "datasets", "faiss-cpu"}
     printed = capsys.readouterr().out
     assert (
