@@ -21,10 +21,12 @@ from functools import partial
 from math import ceil
 
 import numpy as np
+from transformers.models.rag.retrieval_rag import CustomHFIndex
 
 from rag.distributed.ranks import Ranks
 from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.actor import RayRetriever, index_config
 from rag.retrieval.actor_pool import ActorPool, call_all
 from rag.retrieval.remote import best_of_shards
@@ -69,6 +71,9 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
                 "--distributed_retriever ray: Ray's processes cannot read an index in memory; save it with its "
                 "passages and give --passages_path and --index_path"
             )
+        if retrieval_workers and isinstance(index, CustomHFIndex):
+            # The same files, for actors that start and restart without transformers.
+            index = KnowledgeIndex(index.dataset, index.vector_size, index_path=index.index_path)
         super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
         self.retrieval_workers = retrieval_workers
         self.given_index = index

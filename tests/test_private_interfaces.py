@@ -286,7 +286,9 @@ def _(folder):
 def _(folder):
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    require(callable(AuthenticationTokenLoader.instance().reset_cache), "the loader has no reset_cache")
+    loader = AuthenticationTokenLoader.instance()
+    require(callable(loader.reset_cache), "the loader has no reset_cache")
+    require(isinstance(loader.has_token(ignore_auth_mode=True), bool), "the loader does not say whether it has a token")
     require(callable(Config.initialize), "Config has no initialize")
 
 
@@ -373,12 +375,12 @@ def _(folder):
     require(fingerprints[0] == fingerprints[1] != fingerprints[2], f"of it follow the fingerprints {fingerprints}")
 
 
-@row("datasets", "Dataset._fingerprint", "passages._fingerprint")
+@row("datasets", "Dataset._fingerprint", "dataset._fingerprint")
 def _(folder):
     require(dataset()._fingerprint == dataset()._fingerprint, "equal datasets have different ones")
 
 
-@row("datasets", "Dataset._indices, None where the rows lie in order", "passages._indices")
+@row("datasets", "Dataset._indices, None where the rows lie in order", "dataset._indices")
 def _(folder):
     require(dataset()._indices is None, "a new dataset has some")
     require(dataset().select([1, 0])._indices is not None, "a selection has none")

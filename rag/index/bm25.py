@@ -38,6 +38,7 @@ from rag.files import atomic_folder, load_json, save_json
 from rag.index.arguments import index_effort
 from rag.index.index_files import DESCRIPTION_FILE
 from rag.index.knowledge_index import KnowledgeIndex, check_columns
+from rag.index.passage_rows import fingerprint_of
 from rag.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def open_bm25(config) -> Bm25Index:
             logger.warning(f"{name} {value} has no effect on BM25")
     passages = datasets.load_from_disk(str(path))
     check_columns(passages, ("title", "text"))
-    wanted = {"kind": "bm25", "fingerprint": passages._fingerprint, "passages": len(passages), **BM25_SETTINGS}
+    wanted = {"kind": "bm25", "fingerprint": fingerprint_of(passages), "passages": len(passages), **BM25_SETTINGS}
     folder = _folder(config)
     if not _is_ready(folder, wanted):
         try:

@@ -109,8 +109,10 @@ class PassageRows:
         if dataset._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
             dataset = dataset.flatten_indices()
         # Neither the format of the given dataset nor an index that was added to it, of which each copy would be whole.
-        table, fingerprint = dataset.data, dataset._fingerprint
-        self._plain = datasets.Dataset(table, info=dataset.info, split=dataset.split, fingerprint=fingerprint)
+        table = dataset.data
+        self._plain = datasets.Dataset(
+            table, info=dataset.info, split=dataset.split, fingerprint=fingerprint_of(dataset)
+        )
         self.names = tuple(self._plain.column_names)
         self.texts = {name: TextColumn(table.column(name)) for name in TEXT_COLUMNS}
 
@@ -168,3 +170,8 @@ class PassageRows:
         values = iter(column[there][name])
         empty = "" if column.features[name] == datasets.Value("string") else None
         return [next(values) if row >= 0 else empty for row in numbers]
+
+
+def fingerprint_of(dataset: datasets.Dataset) -> str:
+    """Tells one content from another; saved with the dataset."""
+    return dataset._fingerprint

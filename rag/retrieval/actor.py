@@ -20,7 +20,9 @@ from rag.retrieval.remote import search_to_send, top_docs
 
 def index_config(config) -> SimpleNamespace:
     """A `RagConfig` in plain values, which an actor reads without importing transformers."""
-    return json.loads(config.to_json_string(use_diff=False), object_hook=lambda values: SimpleNamespace(**values))
+    plain = json.loads(config.to_json_string(use_diff=False), object_hook=lambda values: SimpleNamespace(**values))
+    plain.question_encoder.name_or_path = config.question_encoder.name_or_path  # a property, no value
+    return plain
 
 
 class RayRetriever:

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from transformers.models.rag.retrieval_rag import CustomHFIndex
 
 from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever, RetrievalWorkers
 from rag.distributed import ray_cluster
 from rag.distributed.ray_cluster import RayConnection, _running_cluster
 from rag.errors import UserError
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, ROOT
 from tests.distributed.many_ranks import run_ranks
@@ -106,6 +108,20 @@ def test_other_indexes_give_what_one_process_gives(kind, request, retriever):
         other.init_retrieval()
         for rows, n_docs in [(3, 2), (0, 3), (2, len(PASSAGES))]:
             same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+
+
+def test_workers_search_an_index_that_is_given(config, knowledge, alone, retriever):
+    elsewhere = rag_config(index_name="custom", passages_path="nowhere", index_path="nowhere")  # is not read
+    paths = (knowledge["passages_path"], knowledge["index_path"])
+    expected = alone.retrieve(queries_of(3, 4), 3)
+    with RetrievalWorkers(1) as workers:
+        for actors, kind in ((workers, CustomHFIndex), ([ray.remote(RayRetriever).remote()], KnowledgeIndex)):
+            index = kind.load_from_disk(DIMENSION, *paths)
+            given = RagRayDistributedRetriever(elsewhere, None, None, actors, index=index)
+            given.init_retrieval()
+            same(given.retrieve(queries_of(3, 4), 3), expected)
+            with pytest.raises(ValueError, match="in memory"):
+                RagRayDistributedRetriever(elsewhere, None, None, actors, index=alone.index)
 
 
 @pytest.mark.parametrize("num_workers", [3, 5])

@@ -12,9 +12,10 @@ from transformers import RagRetriever, RagSequenceForGeneration
 from transformers.models.rag.retrieval_rag import CustomHFIndex
 
 from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
-from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever, RetrievalWorkers
+from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.passage_rows import PassageRows
+from rag.index.wiki_dpr import choose_encoding
 from rag.retrieval.actor import index_config
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION
@@ -331,20 +332,7 @@ def test_an_actor_gives_embeddings(on_disk):
     assert actor.search(QUERIES.tobytes(), DIMENSION, 2)[2] is None
 
 
-def test_workers_search_an_index_that_is_given(on_disk):
-    ray = pytest.importorskip("ray")
-    elsewhere = rag_config(index_name="custom", passages_path="nowhere", index_path="nowhere")  # is not read
-    ours = RagKnowledgeRetriever._build_index(rag_config(**on_disk))
-    for index in (public_index(on_disk), ours):
-        with RetrievalWorkers(1) as workers:
-            retriever = RagRayDistributedRetriever(elsewhere, None, None, workers, index=index)
-            retriever.init_retrieval()
-            check(retriever)
-            handles = [ray.remote(RayRetriever).options(num_cpus=0).remote()]
-            retriever = RagRayDistributedRetriever(elsewhere, None, None, handles, index=index)
-            retriever.init_retrieval()
-            check(retriever)
-            with pytest.raises(ValueError, match="in memory"):
-                RagRayDistributedRetriever(
-                    elsewhere, None, None, handles, index=CustomHFIndex(DIMENSION, two_passages())
-                )
+def test_an_actor_knows_the_question_encoders_name():
+    named = rag_config(index_name="exact")
+    named.question_encoder.name_or_path = "facebook/dpr-question_encoder-multiset-base"
+    assert choose_encoding(index_config(named)) == choose_encoding(named) == "multiset"
