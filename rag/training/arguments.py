@@ -192,10 +192,15 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
     *groups, rest = parser.parse(argv)
     args = FinetuneArguments(*groups, trainer=TrainerArguments(**vars(rest)))
+    require_sound(args)
+    return args
+
+
+def require_sound(args: FinetuneArguments) -> None:
+    """Raise one `UserError` for all settings that are out of range or contradict each other."""
     raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
     for flag, given in _settings_without_effect(args).items():
         logger.warning(f"--{flag} {given} has no effect; see --help")
-    return args
 
 
 AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
