@@ -24,6 +24,7 @@ import numpy as np
 from rag.distributed.ranks import Ranks
 from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
+from rag.public_names import Replaced
 from rag.retrieval.actor import RayRetriever, index_config
 from rag.retrieval.actor_pool import ActorPool, ask_all
 from rag.retrieval.remote import best_of_shards
@@ -72,6 +73,10 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         config = cls._config(retriever_name_or_path, **kwargs)
         tokenizers = cls._tokenizers(retriever_name_or_path, config)
         return cls(config, *tokenizers, actor_handles, cls._index_of(config, indexed_dataset))
+
+    get_tokenizers = Replaced(
+        "it calls a method that transformers does not have; `from_pretrained` reads both tokenizers"
+    )
 
     def init_retrieval(self) -> None:
         """Have the actors open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""
