@@ -1,4 +1,4 @@
-"""What happens around the training: the best checkpoints kept, `metrics.json` written, an early stop, log lines.
+"""What happens around the training: the best checkpoints kept, an early stop, ranks that stop together, reports.
 
 callbacks = build_callbacks(args)
 trainer = build_trainer(args, callbacks, logger)   # lightning_base.py
@@ -17,14 +17,35 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
-from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rag.errors import UserError
-from rag.files import atomic_folder, load_json, remove, save_json
-from rag.progress import Pace
+from rag.files import atomic_folder, remove
 from rag.training.arguments import FinetuneArguments, trainer_settings
+
+# Public names of this module, whose code is in rag/, beside others.
+from rag.training.reports import (
+    MetricsWriter,
+    ProgressLines,
+    Seq2SeqLoggingCallback,
+    count_trainable_parameters,
+    is_real_run,
+)
+
+__all__ = [
+    "BestCheckpoints",
+    "MetricsWriter",
+    "ProgressLines",
+    "Seq2SeqLoggingCallback",
+    "SharedFolder",
+    "StopTogether",
+    "ValidationAtTheEnd",
+    "ValidationEarlyStopping",
+    "build_callbacks",
+    "count_trainable_parameters",
+    "get_checkpoint_callback",
+    "get_early_stopping_callback",
+]
 
 SECONDS_TO_APPEAR = 60  # a network disk shows a new file that long after it was looked for in vain
 STOPPED = 128 + signal.SIGTERM  # exit status
@@ -44,11 +65,6 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
     if not trainer_settings(args)["enable_progress_bar"]:
         callbacks.append(ProgressLines())
     return [*callbacks, StopTogether()]
-
-
-def _is_real_run(trainer: pl.Trainer) -> bool:
-    """Whether what happens now counts: not in the sanity check before the training, nor in --fast_dev_run."""
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
 
 
 class SharedFolder(Callback):
@@ -80,19 +96,29 @@ class BestCheckpoints(Checkpoint):
     """Keeps the best validations' weights, and `last.ckpt` to go on from.
 
     After validation N, if it is among the best `keep` (of equals the later): `checkpointN/`, written by the module's
-    `export(folder)` in Hugging Face format, and `checkpointN.ckpt`, Lightning's. Then `last.ckpt`, which also says
-    what is kept; only then what is not kept any more is removed. So a kill at any time leaves a `last.ckpt` whose
-    checkpoints are all there, and what else lies about goes when that run is resumed.
+    `export(folder)`, if it has one, in Hugging Face format, and `checkpointN.ckpt`, Lightning's. Then `last.ckpt`,
+    which also says what is kept; only then what is not kept any more is removed. So a kill at any time leaves a
+    `last.ckpt` whose checkpoints are all there, and what else lies about goes when that run is resumed.
 
     This is not a ModelCheckpoint because there a tie keeps the earlier, and the state of a folder is not part of it.
 
     Args:
         save_interval: seconds between writings of `last.ckpt` inside an epoch; 0 for none.
+        monitor: the metric that tells the best, equal on every rank.
+        mode: "max", or "min" where less is better.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, save_interval: float = 0, keep: int = 3):
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        save_interval: float = 0,
+        keep: int = 3,
+        monitor: str = MONITOR,
+        mode: str = "max",
+    ):
         self.output_dir = Path(output_dir)
         self.save_interval, self.keep = save_interval, keep
+        self.monitor, self.sign = monitor, {"max": 1, "min": -1}[mode]
         self.validations = 0
         self.kept: list[dict[str, Any]] = []  # {"number", "score"}, the best first
         self._last_saved, self._saved_step, self._is_due = time.monotonic(), 0, False
@@ -112,17 +138,18 @@ class BestCheckpoints(Checkpoint):
         if trainer.fast_dev_run:
             return
         # A run resumed into another folder starts without the checkpoints it kept in the old one.
-        here = [kept for kept in self.kept if all(path.exists() for path in self._paths(kept["number"]))]
+        paths = slice(None) if hasattr(pl_module, "export") else slice(1, None)
+        here = [kept for kept in self.kept if all(path.exists() for path in self._paths(kept["number"])[paths])]
         self.kept = trainer.strategy.broadcast(here)
         if trainer.is_global_zero:
             self._remove_strays(also_last=trainer.ckpt_path is None)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _is_real_run(trainer):
+        if not is_real_run(trainer):
             return
         self.validations += 1
-        new = {"number": self.validations, "score": float(trainer.callback_metrics[MONITOR])}
-        ranking = sorted([*self.kept, new], key=lambda kept: (kept["score"], kept["number"]), reverse=True)
+        new = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
+        ranking = sorted([*self.kept, new], key=lambda kept: (self.sign * kept["score"], kept["number"]), reverse=True)
         self.kept = ranking[: self.keep]
         if new in self.kept:
             self._save(trainer, pl_module, new["number"])
@@ -131,19 +158,26 @@ class BestCheckpoints(Checkpoint):
         else:
             self._save_last(trainer, same_as=self._paths(new["number"])[1] if new in self.kept else None)
 
+    def _score(self, metrics: dict[str, Any]) -> float:
+        if self.monitor not in metrics:
+            raise UserError(
+                f"checkpoints are kept by {self.monitor}, which the module does not log; it logs {', '.join(metrics)}"
+            )
+        return float(metrics[self.monitor])
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        if _is_real_run(trainer) and self._is_due_on_rank_zero(trainer) and self._may_save_between_batches(trainer):
+        if is_real_run(trainer) and self._is_due_on_rank_zero(trainer) and self._may_save_between_batches(trainer):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Without a validation at the end of the training, its end is saved here."""
-        if _is_real_run(trainer) and self._saved_step != trainer.global_step:
+        if is_real_run(trainer) and self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """`StopTogether` has stopped all ranks between two batches."""
         is_stopped = isinstance(exception, SIGTERMException)
-        if is_stopped and _is_real_run(trainer) and self._may_save_between_batches(trainer):
+        if is_stopped and is_real_run(trainer) and self._may_save_between_batches(trainer):
             self._save_last(trainer)
 
     @staticmethod
@@ -161,7 +195,7 @@ class BestCheckpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> None:
         folder, checkpoint = self._paths(number)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and hasattr(pl_module, "export"):
             with atomic_folder(folder) as half_written:
                 pl_module.export(half_written)
         trainer.save_checkpoint(checkpoint, weights_only=False)
@@ -253,8 +287,8 @@ class ValidationAtTheEnd(Callback):
 class ValidationEarlyStopping(EarlyStopping):
     """Stops after `patience` validations in a row without a better EM; a resumed run may change the patience."""
 
-    def __init__(self, patience: int):
-        super().__init__(MONITOR, patience=patience, mode="max", check_on_train_epoch_end=False)
+    def __init__(self, patience: int, monitor: str = MONITOR, mode: str = "max"):
+        super().__init__(monitor, patience=patience, mode=mode, check_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})
@@ -264,78 +298,18 @@ class ValidationEarlyStopping(EarlyStopping):
             trainer.should_stop = True
 
 
-class MetricsWriter(Callback):
-    """Keeps `metrics.json`: {"train": [...], "val": [...], "test": [...]}, a row of each a validation, and one a test.
-
-    A row is {"step", "epoch", the metrics}; those of training are the last step's, all steps are in the log. A resumed
-    run drops the rows of the steps that it makes again.
-    """
-
-    def __init__(self, output_dir: str | os.PathLike):
-        self.path = Path(output_dir) / "metrics.json"
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            last = trainer.global_step if trainer.ckpt_path else -1
-            rows = {split: [row for row in rows if row["step"] <= last] for split, rows in self._rows().items()}
-            save_json(rows, self.path)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_real_run(trainer):
-            metrics = trainer.callback_metrics
-            validation = {name for name in metrics if name.startswith("val_")}
-            self._write(
-                trainer,
-                train={name: value for name, value in metrics.items() if name not in validation},
-                val={name: metrics[name] for name in validation},
-            )
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, test=trainer.callback_metrics)
-
-    @rank_zero_only
-    def _write(self, trainer: pl.Trainer, **metrics_of: dict[str, Any]) -> None:
-        rows = self._rows()
-        place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        for split, metrics in metrics_of.items():
-            earlier = [row for row in rows[split] if row["step"] != trainer.global_step]
-            rows[split] = [*earlier, place | {name: float(metrics[name]) for name in sorted(metrics)}]
-        save_json(rows, self.path)
-
-    def _rows(self) -> dict[str, list[dict[str, float]]]:
-        return load_json(self.path) if self.path.is_file() else {"train": [], "val": [], "test": []}
+# --- Callbacks for other modules and Trainers -------------------------------------------------------------------------
 
 
-class ProgressLines(Callback):
-    """The training as lines in a log file, where a progress bar would be a mess: one about every `seconds`."""
+def _mode_of(metric: str) -> str:
+    return "min" if "loss" in metric else "max"
 
-    def __init__(self, seconds: float = 10):
-        self.seconds = seconds
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total = int(trainer.estimated_stepping_batches)
-        self._pace = Pace("steps", self.seconds, digits=2)
-        self._start_step = trainer.global_step
-        if trainer.ckpt_path:
-            self._print(trainer, f"going on at step {self._start_step:,} of {self._total:,}, from {trainer.ckpt_path}")
+def get_checkpoint_callback(output_dir: str | os.PathLike, metric: str) -> BestCheckpoints:
+    """Keeps the three best validations by `val_{metric}`, which the module logs; a loss is better the lower it is."""
+    return BestCheckpoints(output_dir, monitor=f"val_{metric}", mode=_mode_of(metric))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *batch: Any) -> None:
-        step = trainer.global_step
-        if step == self._start_step or not self._pace.line_is_due():
-            return
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self._print(
-            trainer,
-            f"epoch {trainer.current_epoch + 1}, step {step:,} of {self._total:,}: loss {loss:.3f}, "
-            f"{self._pace.rate(step - self._start_step, self._total - self._start_step)}",
-        )
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_real_run(trainer):
-            metrics = [f"{k} {v:.4g}" for k, v in trainer.callback_metrics.items() if k.startswith("val_")]
-            self._print(trainer, f"validated at step {trainer.global_step:,}: {', '.join(metrics)}")
-
-    @staticmethod
-    def _print(trainer: pl.Trainer, line: str) -> None:
-        if trainer.is_global_zero:
-            print(line, flush=True)
+def get_early_stopping_callback(metric: str, patience: int) -> ValidationEarlyStopping:
+    """Stops after `patience` validations in a row without a better `val_{metric}`."""
+    return ValidationEarlyStopping(patience, monitor=f"val_{metric}", mode=_mode_of(metric))

@@ -11,6 +11,7 @@ encoder, a sentence-transformers model (pooled and normalised as its authors mea
 appears only when it is whole and its reload gave back the very weights of the two parts.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -100,6 +101,29 @@ def main(args: ConsolidateArguments) -> Path:
     print(f"  generator         {_describe(generator)}")
     print(f"Next: python finetune_rag.py --model_name_or_path {dest} --model_type {args.model_type} --data_dir ...")
     return dest
+
+
+def consolidate(
+    model_type: str,
+    generator_name_or_path: str,
+    question_encoder_name_or_path: str,
+    dest_dir: str | os.PathLike,
+    config_name_or_path: str | None = None,
+    generator_tokenizer_name_or_path: str | None = None,
+    question_encoder_tokenizer_name_or_path: str | None = None,
+) -> Path:
+    """`main` for settings that other code gives, in the public suite's order."""
+    return main(
+        ConsolidateArguments(
+            generator_name_or_path=generator_name_or_path,
+            question_encoder_name_or_path=question_encoder_name_or_path,
+            dest=str(dest_dir),
+            model_type=model_type,
+            generator_tokenizer_name_or_path=generator_tokenizer_name_or_path,
+            question_encoder_tokenizer_name_or_path=question_encoder_tokenizer_name_or_path,
+            config_name_or_path=config_name_or_path,
+        )
+    )
 
 
 def _check_parts(args: ConsolidateArguments) -> None:

@@ -27,6 +27,7 @@ from rag.distributed.ranks import Ranks
 from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
 from rag.index.knowledge_index import KnowledgeIndex
+from rag.public_names import Replaced
 from rag.retrieval.actor import RayRetriever, index_config
 from rag.retrieval.actor_pool import ActorPool, call_all
 from rag.retrieval.remote import best_of_shards
@@ -87,6 +88,10 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         tokenizers = cls._tokenizers(retriever_name_or_path, config)
         index = None if indexed_dataset is None else cls._index_of(config, indexed_dataset)
         return cls(config, *tokenizers, actor_handles, index)
+
+    get_tokenizers = Replaced(
+        "it calls a method that transformers does not have; `from_pretrained` reads both tokenizers"
+    )
 
     def init_retrieval(self) -> None:
         """Have the workers open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""

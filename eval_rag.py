@@ -9,11 +9,11 @@
         --predictions_path output/retrieval_preds.tsv
     torchrun --standalone --nproc_per_node 8 eval_rag.py ...    # the same files, each rank answers its share
 
-The predictions file has a line a question: the answer (e2e) or the titles of the passages, tab-separated (retrieval).
-A complete one is scored again without the model, one with fewer lines (a killed run's) is continued, one of another
-model or other settings is refused. Beside PREDICTIONS stand PREDICTIONS.jsonl, a record a question (line number,
-question, answer, ids, titles and scores of the passages), PREDICTIONS.settings.json, what made them, and
-PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
+The predictions file has a line a question: the answer (e2e) or the titles of --n_docs passages, tab-separated
+(retrieval), which any --k up to that number is scored from. A complete one is scored again without the model, one with
+fewer lines (a killed run's) is continued, one of another model or other settings is refused. Beside PREDICTIONS stand
+PREDICTIONS.jsonl, a record a question (line number, question, answer, ids, titles and scores of the passages),
+PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
 
 Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; retrieval:
 the titles of the right passages, tab-separated.
@@ -22,19 +22,37 @@ the titles of the right passages, tab-separated.
 import os
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import UserError
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
-from rag.evaluation.gold import EvalData, checkpoint_folders, read_data, strip_title
+from rag.evaluation.gold import EvalData, checkpoint_folders, read_data
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
+from rag.evaluation.scores import (
+    get_precision_at_k,
+    get_scores,
+    label,
+    require_titles,
+    score_answer_ranks,
+    score_answers,
+    score_titles,
+)
 from rag.files import save_json
 from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
-from rag.metrics import exact_match_score, f1_score, metric_max_over_ground_truths, precision_at_k, reciprocal_rank
+from rag.metrics import metric_max_over_ground_truths
 from rag.progress import progress
+from rag.public_names import module_getattr
+
+__all__ = ["get_args", "get_precision_at_k", "get_scores", "main", "metric_max_over_ground_truths", "parse_args"]
+# More names of the public suite, which cost an import of torch.
+ELSEWHERE = {
+    "evaluate_batch_e2e": "rag.evaluation.predictors",
+    "evaluate_batch_retrieval": "rag.evaluation.predictors",
+    "infer_model_type": "rag.models.checkpoints",
+}
+__getattr__ = module_getattr(__name__, ELSEWHERE)
 
 CHECKPOINT_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.bin",
@@ -49,6 +67,9 @@ RANK_TIMEOUT = 3600.0
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
     return parse_eval_args(argv, description=__doc__)
+
+
+get_args = parse_args  # its name in the public suite
 
 
 def main(args: EvalArguments) -> dict[str, Any]:
@@ -99,7 +120,11 @@ def evaluate(args: EvalArguments, data: EvalData, ranks) -> dict[str, float]:
 
 
 def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
-    predictions = Predictions(args.predictions_path, data.questions, prediction_settings(args), args.recalculate)
+    enough = {"n_docs": max(args.k)} if args.eval_mode == "retrieval" else {}
+    settings = prediction_settings(args)
+    predictions = Predictions(args.predictions_path, data.questions, settings, args.recalculate, enough)
+    if args.eval_mode == "retrieval" and not predictions.origin_known:
+        require_titles(args.predictions_path, predictions.lines, max(args.k))
     if predictions.lines:
         state = "scored again" if predictions.is_complete else "continued"
         print(f"{args.predictions_path}: {len(predictions.lines):,} of {len(data.questions):,} lines, {state}")
@@ -107,7 +132,12 @@ def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
 
 
 def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
-    scores = {"e2e": score_answers, "retrieval": score_passages}[args.eval_mode](args, data, predictions)
+    if args.eval_mode == "e2e":
+        scores = score_answers(predictions.lines, data.gold)
+    else:
+        scores = score_titles(predictions.lines, data.gold, args.k, args.passages_per_question)
+        if data.answers is not None:
+            scores |= score_answer_ranks(args, predictions)
     report(args, data, predictions, scores)
     return scores
 
@@ -166,11 +196,13 @@ def predict_missing(
     Args:
         predictions: rank 0's; None elsewhere.
         done: predictions made so far.
-        settings: those of the predictions.
+        settings: those of the predictions, whose number of passages counts: a file with more is continued so.
     """
     import torch
 
     from rag.evaluation.predictors import load_predictor
+
+    args = replace(args, n_docs=settings.get("n_docs", args.n_docs))
 
     def load():
         if ranks.rank != 0:
@@ -213,32 +245,6 @@ def check_same_files(args: EvalArguments, settings: dict[str, Any], rank: int) -
 # --- Scores -----------------------------------------------------------------------------------------------------------
 
 
-def score_answers(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
-    """EM and F1 against the best of the right answers (SQuAD v1.1)."""
-    pairs = list(zip(predictions.lines, data.gold, strict=True))
-    return {
-        name: fmean(metric_max_over_ground_truths(metric, line, right) for line, right in pairs)
-        for name, metric in (("em", exact_match_score), ("f1", f1_score))
-    }
-
-
-def score_passages(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
-    """precision@k for every k, MRR over the passages retrieved, and recall@k where answers are given."""
-    titles = [[strip_title(title) for title in line.split("\t")] for line in predictions.lines]
-    pairs = list(zip(titles, data.gold, strict=True))
-    scores = {f"precision_at_{k}": fmean(precision_at_k(*pair, k) for pair in pairs) for k in args.k}
-    scores["mrr"] = fmean(reciprocal_rank(*pair) for pair in pairs)
-    if data.answers is not None:
-        if any("answer_rank" not in record for record in predictions.records):
-            raise UserError(
-                f"--answers_path {args.answers_path}: the passages of some lines of {args.predictions_path} are not "
-                f"recorded in {predictions.records_path}; give --recalculate, or leave --answers_path out"
-            )
-        ranks = [record["answer_rank"] or float("inf") for record in predictions.records]
-        scores |= {f"recall_at_{k}": fmean(rank <= k for rank in ranks) for k in args.k}
-    return scores
-
-
 def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores: dict[str, float]) -> None:
     """Write the scores' file; print what was asked for, then the scores with the settings that made them."""
     made_with = {"settings": predictions.settings if predictions.origin_known else None, "index": predictions.index}
@@ -262,11 +268,6 @@ def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:
     values = {name: value["path"] if isinstance(value, dict) else value for name, value in settings.items()}
     values |= {f"index {name}": value for name, value in index.items()}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
-
-
-def label(name: str) -> str:
-    """em -> EM, precision_at_5 -> Precision@5."""
-    return name.replace("_at_", "@").capitalize() if "_at_" in name else name.upper()
 
 
 def print_table(scores: dict[str, dict[str, float]]) -> None:

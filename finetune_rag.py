@@ -11,6 +11,7 @@ Face's) and, with --do_predict, test_results.txt and test_generations.txt. If a 
 it.
 """
 
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -18,8 +19,10 @@ from typing import NoReturn
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
 from rag.files import load_json, save_json
+from rag.public_names import module_getattr
 from rag.training.arguments import FinetuneArguments
 from rag.training.arguments import parse_args as parse_finetune_args
+from rag.training.namespaces import finetune_arguments
 from utils_rag import check_data_files, save_git_info
 
 # What an earlier run in the same folder must agree with, for this one to be its continuation. Left out: what changes
@@ -36,13 +39,24 @@ FREE_TO_CHANGE = {
     "training": {"num_train_epochs", "early_stopping_patience", "fp16_opt_level"},
 }
 
+ELSEWHERE = {"GenerativeQAModule": "rag.training.qa_module"}
+REPLACED = {
+    "AttrDict": "settings are dataclasses (rag/training/arguments.py); argparse.Namespace(**settings) reads a dict",
+    "CustomDDP": "Lightning's own strategy will do (--strategy ddp): GenerativeQAModule.setup opens the index",
+}
+__getattr__ = module_getattr(__name__, ELSEWHERE, REPLACED)
+
 
 def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     return parse_finetune_args(argv, description=__doc__)
 
 
-def main(args: FinetuneArguments) -> dict[str, float]:
-    """Train, test or both; returns the last validation's and the test's metrics."""
+def main(args: FinetuneArguments | Namespace) -> dict[str, float]:
+    """Train, test or both; returns the last validation's and the test's metrics.
+
+    A namespace is one of a parser with `GenerativeQAModule.add_model_specific_args` and `add_retriever_specific_args`.
+    """
+    args = finetune_arguments(args)
     raise_problems(_data_problems(args) + args.retrieval.path_problems() + _continuation_problems(args))
     return finetune(args)
 
@@ -85,11 +99,12 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     from callbacks_rag import build_callbacks
     from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
     from rag.distributed.launch import ended_together
+    from rag.training.loading import load_model_and_tokenizer
     from rag.training.qa_module import GenerativeQAModule
 
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     trainer = build_trainer(args, build_callbacks(args), build_logger(args))
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model_and_tokenizer(args)
     with ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
         module = GenerativeQAModule(args, model, tokenizer, retriever)
         tokenizers = (module.question_tokenizer, module.answer_tokenizer)
@@ -113,26 +128,6 @@ def _describe(args: FinetuneArguments) -> None:
     """What made the results, beside them. An interrupted run's description is what its continuation is held to."""
     save_json(args.to_dict(), Path(args.run.output_dir) / "hparams.json")
     save_git_info(args.run.output_dir)
-
-
-def _load(args: FinetuneArguments):
-    """Model and tokenizer of the checkpoint, the settings that flags override put into its config."""
-    from rag.models.checkpoints import load_model, load_tokenizer
-
-    path, model_args = args.model.model_name_or_path, args.model
-    names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
-    overrides = {name: getattr(model_args, name) for name in names}
-    overrides |= {name: getattr(args.retrieval, name) for name in ("n_docs", "max_combined_length")}
-    model = load_model(
-        path,
-        model_args.model_type,
-        overrides,
-        model_args.cache_dir,
-        config_name=model_args.config_name,
-        prepare_config=args.retrieval.apply_to,
-    )
-    tokenizer = load_tokenizer(model_args.tokenizer_name or path, model_args.model_type, model_args.cache_dir)
-    return model, tokenizer
 
 
 @contextmanager

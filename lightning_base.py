@@ -1,4 +1,4 @@
-"""What any finetuning run needs of Lightning: optimizer and schedule, batches that resume, checkpoints, the Trainer.
+"""What any finetuning run needs of Lightning: batches that resume, checkpoints, loggers, the Trainer.
 
 args = parse_args(argv)
 module = GenerativeQAModule(args, model, tokenizer, retriever)
@@ -7,10 +7,12 @@ trainer = build_trainer(args, callbacks=build_callbacks(args), logger=build_logg
 trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
 """
 
+import argparse
 import json
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,34 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.data import suggested_max_num_workers
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from rag.distributed.launch import use_rank_launcher
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_write
+from rag.public_names import Replaced, module_getattr
 from rag.training.arguments import DataArguments, FinetuneArguments, trainer_settings
+from rag.training.base_module import BaseTransformer
 from rag.training.batches import GlobalBatchSampler, ResumableDataLoader
+from rag.training.namespaces import add_run_flags, finetune_arguments
+from rag.training.optimizer import SCHEDULES
 from utils_rag import Seq2SeqDataset
 
-# --- The module -------------------------------------------------------------------------------------------------------
+logger = logging.getLogger(__name__)
 
+# Public names of this module, whose code is in rag/.
+add_generic_args = add_run_flags
+arg_to_scheduler = SCHEDULES
+arg_to_scheduler_choices = sorted(arg_to_scheduler)
+arg_to_scheduler_metavar = "{" + ", ".join(arg_to_scheduler_choices) + "}"
+REPLACED = {"MODEL_MODES": "a module is given its model; rag.models.checkpoints.MODEL_CLASSES has the classes by type"}
+__getattr__ = module_getattr(__name__, replaced=REPLACED)
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 
@@ -52,24 +67,28 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         self.datasets: dict[str, Seq2SeqDataset] = {}
 
     def setup(self, stage: str) -> None:
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+            self.datasets[split] = self.trainer.lightning_module.get_dataset(split)  # which may come back for ours
+
+    def get_dataset(self, type_path: str) -> Seq2SeqDataset:
+        """The dataset of a split ("train", "val", "test") of `--data_dir`, as the flags limit it."""
         data = self.data
         limits = {
             "train": (data.max_target_length, data.n_train),
             "val": (data.val_max_target_length, data.n_val),
             "test": (data.test_max_target_length, data.n_test),
         }
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
-            max_target_length, n_obs = limits[split]
-            self.datasets[split] = Seq2SeqDataset(
-                self.tokenizer,
-                data.data_dir,
-                data.max_source_length,
-                max_target_length,
-                type_path=split,
-                n_obs=n_obs,
-                prefix=data.prefix,
-                target_tokenizer=self.target_tokenizer,
-            )
+        max_target_length, n_obs = limits[type_path]
+        return Seq2SeqDataset(
+            self.tokenizer,
+            data.data_dir,
+            data.max_source_length,
+            max_target_length,
+            type_path=type_path,
+            n_obs=n_obs,
+            prefix=data.prefix,
+            target_tokenizer=self.target_tokenizer,
+        )
 
     def train_dataloader(self) -> ResumableDataLoader:
         lengths = list(map(len, self.datasets["train"].sources)) if self.data.group_by_length else None
@@ -96,9 +115,6 @@ class Seq2SeqDataModule(pl.LightningDataModule):
             num_workers=min(self.data.num_workers, suggested_max_num_workers(1)),  # no more than there are cores
             pin_memory=torch.cuda.is_available(),
         )
-
-
-# --- The Trainer ------------------------------------------------------------------------------------------------------
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -138,6 +154,9 @@ class JsonLinesLogger(Logger):
         """They are in hparams.json."""
 
 
+# --- The Trainer ------------------------------------------------------------------------------------------------------
+
+
 def build_logger(args: FinetuneArguments) -> Logger:
     """The logger that `--logger_name` asks for; the public suite's project names for Weights & Biases."""
     output_dir = Path(args.run.output_dir)
@@ -151,8 +170,14 @@ def build_logger(args: FinetuneArguments) -> Logger:
     return WandbLogger(name=output_dir.name, project=project, save_dir=str(output_dir))
 
 
-def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger: Logger) -> pl.Trainer:
-    """The Trainer as the flags ask for; what it refuses is the user's to mend."""
+def build_trainer(
+    args: FinetuneArguments, callbacks: list[pl.Callback], logger: Logger | bool, profiler: Any = None
+) -> pl.Trainer:
+    """The Trainer as the flags ask for; what it refuses is the user's to mend.
+
+    Args:
+        profiler: in place of that of `--profile`.
+    """
     settings = trainer_settings(args)
     raise_problems(_hardware_problems(settings, args))
     # What Lightning says of itself at every start; whether it found a GPU is said by its own lines or by our errors.
@@ -160,7 +185,8 @@ def build_trainer(args: FinetuneArguments, callbacks: list[pl.Callback], logger:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
-    profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile") if args.run.profile else None
+    if args.run.profile and profiler is None:
+        profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
     use_rank_launcher()
     try:
         trainer = pl.Trainer(
@@ -192,3 +218,82 @@ def _hardware_problems(settings: dict[str, Any], args: FinetuneArguments) -> lis
     if wants_gpu and isinstance(settings["devices"], int) and settings["devices"] > available:
         return [f"{flag}: {settings['devices']} devices are asked for, torch sees {available}"]
     return []
+
+
+# --- The public suite's way to train ----------------------------------------------------------------------------------
+
+
+class InitCallback(pl.Callback):
+    """Opens the retriever's index before the first batch, where `GenerativeQAModule.setup` has not done so."""
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Collective where the retriever's `init_retrieval` is."""
+        if getattr(pl_module, "retriever", None) is not None:
+            pl_module.retriever.init_retrieval()
+
+
+class LoggingCallback(pl.Callback):
+    """Logs the metrics of each validation and of the test, a line each; the module writes test_results.txt."""
+
+    on_batch_end = Replaced("`BaseTransformer` logs the learning rates")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log("Validation", trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log("Test", trainer)
+
+    @rank_zero_only
+    def _log(self, what: str, trainer: pl.Trainer) -> None:
+        logger.info(f"***** {what} results *****")
+        for name, value in sorted(trainer.callback_metrics.items()):
+            logger.info(f"{name} = {float(value):.6g}")
+
+
+def generic_train(
+    model: BaseTransformer,
+    args: FinetuneArguments | argparse.Namespace,
+    early_stopping_callback: pl.Callback | None = None,
+    logger: Logger | bool = True,
+    custom_ddp_plugin: None = None,
+    extra_callbacks: Iterable[pl.Callback] = (),
+    checkpoint_callback: pl.Callback | None = None,
+    logging_callback: pl.Callback | None = None,
+    profiler: Any = None,
+) -> pl.Trainer:
+    """Train a module on `--data_dir`, unless `--do_predict` stands alone; returns the Trainer.
+
+    `trainer.test(model, datamodule=trainer.datamodule)` comes next. `finetune_rag.main` does more: it keeps the best
+    checkpoints, describes the run and writes metrics.json.
+
+    Args:
+        model: its `question_tokenizer` and `answer_tokenizer` read the data; a `train_dataloader` of its own is used.
+        logger: True for `--logger_name`'s.
+        custom_ddp_plugin: None; `--strategy` chooses the strategy.
+        checkpoint_callback: None keeps the checkpoint of the lowest `val_avg_loss`.
+        logging_callback: None for `LoggingCallback`.
+        profiler: as the Trainer's; None for `--profile`'s.
+
+    Raises:
+        UserError: a setting is out of range, or `custom_ddp_plugin` is given.
+    """
+    args = finetune_arguments(args)
+    if custom_ddp_plugin is not None:
+        raise UserError("custom_ddp_plugin: Lightning 2 has no such plugins; leave it out and give --strategy")
+    pl.seed_everything(args.training.seed, workers=True, verbose=False)
+    if checkpoint_callback is None:
+        best = {"monitor": "val_avg_loss", "mode": "min", "save_top_k": 1}
+        checkpoint_callback = ModelCheckpoint(args.run.output_dir, "checkpoint-{step}", **best)
+    callbacks = [logging_callback or LoggingCallback(), *extra_callbacks, checkpoint_callback, InitCallback()]
+    if early_stopping_callback:
+        callbacks.append(early_stopping_callback)
+    trainer = build_trainer(args, callbacks, build_logger(args) if logger is True else logger, profiler)
+    if args.run.do_train:
+        trainer.fit(model, datamodule=_data_for(model, args), ckpt_path=args.run.resume_from_checkpoint)
+    return trainer
+
+
+def _data_for(model: BaseTransformer, args: FinetuneArguments) -> Seq2SeqDataModule | None:
+    if is_overridden("train_dataloader", model):
+        return None
+    return Seq2SeqDataModule(args.data, args.training.seed, model.question_tokenizer, model.answer_tokenizer)

@@ -27,12 +27,27 @@ from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
 from rag.knowledge.arguments import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments, flag_problems
+from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
     from rag.index.index_files import IndexDescription
     from rag.knowledge.embedding import PassageEmbedder
     from rag.knowledge.folder import Knowledge
     from rag.knowledge.passages import PassageSource
+
+ELSEWHERE = {
+    "embed": "rag.knowledge.embedding",
+    "split_documents": "rag.knowledge.passages",
+    "split_text": "rag.knowledge.passages",
+}
+ALL_IN_ONE = "rag.knowledge.arguments.KnowledgeArguments has the settings of all three"
+REPLACED = {
+    "device": "a context encoder's device is `ctx_encoder.device`",
+    "RagExampleArguments": ALL_IN_ONE,
+    "ProcessingArguments": ALL_IN_ONE,
+    "IndexHnswArguments": ALL_IN_ONE,
+}
+__getattr__ = module_getattr(__name__, ELSEWHERE, REPLACED)
 
 
 def parse_args(argv: list[str] | None = None) -> KnowledgeArguments:

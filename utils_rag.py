@@ -1,4 +1,4 @@
-"""The finetuning dataset, its checks, and where a result came from; the public suite's helpers are imported here.
+"""The finetuning dataset, its checks, where a result came from, and the small helpers that other code imports.
 
 Nothing heavy is imported here, so that a script can check its arguments and its data before it waits for torch.
 
@@ -7,14 +7,16 @@ Nothing heavy is imported here, so that a script can check its arguments and its
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Iterable
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Public names of this module, whose code is in rag/.
-from rag.files import load_json, read_lines, save_json
+from rag.files import atomic_write, load_json, read_lines, save_json
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
 
 if TYPE_CHECKING:
@@ -26,13 +28,19 @@ __all__ = [
     "Seq2SeqDataset",
     "calculate_exact_match",
     "check_data_files",
+    "encode_line",
     "exact_match_score",
     "f1_score",
+    "flatten_list",
     "get_git_info",
+    "is_rag_model",
+    "lmap",
     "load_json",
     "normalize_answer",
+    "pickle_save",
     "save_git_info",
     "save_json",
+    "set_extra_model_params",
     "trim_batch",
 ]
 
@@ -76,10 +84,13 @@ class Seq2SeqDataset:
     """Pairs of one line of `{type_path}.source` and one of `{type_path}.target`, read by a torch `DataLoader`.
 
     Args:
-        tokenizer: reads the sources (the question encoder's tokenizer for RAG).
-        target_tokenizer: reads the targets (the generator's tokenizer for RAG); `tokenizer` where left out.
-        n_obs: pairs to use, from the first on; -1 for all.
+        tokenizer: reads the sources and the targets; of a `RagTokenizer` the question encoder's reads the sources and
+            the generator's the targets.
+        n_obs: pairs to use, from the first on; None or -1 for all.
+        src_lang: kept as an attribute, without effect, as in the public suite.
+        tgt_lang: as `src_lang`.
         prefix: put before every source (T5's "question: ").
+        target_tokenizer: reads the targets in place of `tokenizer`.
     """
 
     def __init__(
@@ -89,19 +100,27 @@ class Seq2SeqDataset:
         max_source_length: int,
         max_target_length: int,
         type_path: str = "train",
-        n_obs: int = -1,
+        n_obs: int | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
         prefix: str = "",
         target_tokenizer=None,
     ):
-        self.tokenizer = tokenizer
-        self.target_tokenizer = target_tokenizer or tokenizer
+        self.tokenizer = getattr(tokenizer, "question_encoder", tokenizer)
+        self.target_tokenizer = target_tokenizer or getattr(tokenizer, "generator", tokenizer)
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
-        end = None if n_obs < 0 else n_obs
+        self.src_lang, self.tgt_lang = src_lang, tgt_lang
+        end = None if n_obs is None or n_obs < 0 else n_obs
         self.sources = [prefix + line for line in read_lines(Path(data_dir) / f"{type_path}.source")[:end]]
         self.targets = read_lines(Path(data_dir) / f"{type_path}.target")[:end]
         assert len(self.sources) == len(self.targets), "check_data_files comes first"
         self._warn_of_cut_targets(type_path)
+
+    @staticmethod
+    def get_char_lens(data_file: str | os.PathLike) -> list[int]:
+        """Characters of each line of a file, without its end."""
+        return lmap(len, read_lines(data_file))
 
     def _warn_of_cut_targets(self, type_path: str) -> None:
         """A target beyond the limit trains without its end, and without the end token: worth a word."""
@@ -120,7 +139,10 @@ class Seq2SeqDataset:
         return {"source": self.sources[index], "target": self.targets[index], "index": index}
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenise a batch, each side padded on the right to its longest: input_ids (B, S), labels (B, T), int64."""
+        """Tokenise a batch, each side padded on the right to its longest: input_ids (B, S), labels (B, T), int64.
+
+        The public suite names the targets `decoder_input_ids`. They are not: the loss shifts them first.
+        """
         columns = {key: [example[key] for example in batch] for key in ("source", "target", "index")}
         padded = {"truncation": True, "padding": "longest", "padding_side": "right", "return_tensors": "pt"}
         sources = self.tokenizer(columns["source"], max_length=self.max_source_length, **padded)
@@ -143,10 +165,78 @@ def trim_batch(
     return input_ids[:, keep], attention_mask[:, keep]
 
 
-# --- Files and folders that appear whole or not at all ----------------------------------------------------------------
+def encode_line(
+    tokenizer,
+    line: str,
+    max_length: int,
+    padding_side: str,
+    pad_to_max_length: bool = True,
+    return_tensors: str | None = "pt",
+):
+    """One line as the tokenizer's ids and mask, (1, S), cut at `max_length` and, if asked to, padded up to it."""
+    return tokenizer(
+        [line],
+        max_length=max_length,
+        padding="max_length" if pad_to_max_length else False,
+        padding_side=padding_side,
+        truncation=True,
+        return_tensors=return_tensors,
+    )
 
 
-# --- Where a result came from, and how far it has got -----------------------------------------------------------------
+# --- Small helpers ----------------------------------------------------------------------------------------------------
+
+
+def lmap(f: Callable, x: Iterable) -> list:
+    """`list(map(f, x))`."""
+    return list(map(f, x))
+
+
+def flatten_list(summary_ids: Iterable[Iterable]) -> list:
+    """The items of all the lists, in one list."""
+    return list(itertools.chain.from_iterable(summary_ids))
+
+
+def is_rag_model(model_prefix: str) -> bool:
+    """Whether a model type (`rag_sequence`, `bart`, ...) is a RAG model's."""
+    return model_prefix.startswith("rag")
+
+
+def set_extra_model_params(extra_params: Sequence[str], hparams: Any, config: Any) -> tuple[Any, Any]:
+    """Move the settings that `hparams` has, and that are not empty, from its attributes into a model's config.
+
+    Raises:
+        UserError: the model has no such setting.
+    """
+    from rag.models.checkpoints import override_config
+
+    settings = {name: value for name in extra_params if (value := getattr(hparams, name, None))}
+    override_config(config, settings)
+    for name in settings:
+        delattr(hparams, name)
+    return hparams, config
+
+
+class _PlainDataPickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        """Called for whatever is neither a number nor text nor a container of Python's."""
+        raise TypeError(
+            f"pickle_save writes plain data only, not a {type(obj).__name__}, which would have to be run to be read; "
+            "use save_json(vars(args), path) for settings and torch.save for tensors"
+        )
+
+
+def pickle_save(obj: Any, path: str | os.PathLike) -> None:
+    """Pickle numbers, text, and lists, tuples, sets and dicts of them.
+
+    Raises:
+        TypeError: there is an object of another class in it, a function or a class; nothing is written.
+    """
+    with atomic_write(path, "wb") as file:
+        _PlainDataPickler(file).dump(obj)
+
+
+# --- Where a result came from -----------------------------------------------------------------------------------------
 
 
 def get_git_info() -> dict[str, str | None]:
@@ -169,6 +259,6 @@ def get_git_info() -> dict[str, str | None]:
     return info
 
 
-def save_git_info(folder: str | os.PathLike) -> None:
+def save_git_info(folder_path: str | os.PathLike) -> None:
     """Write `git_log.json` into a folder."""
-    save_json(get_git_info(), Path(folder) / "git_log.json")
+    save_json(get_git_info(), Path(folder_path) / "git_log.json")

@@ -74,10 +74,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_json(obj: Any, path: str | os.PathLike) -> None:
-    """Write an object as indented JSON, whole or not at all."""
+def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2, **json_dump_kwargs: Any) -> None:
+    """Write an object as indented JSON, whole or not at all; other arguments are those of `json.dump`."""
     with atomic_write(path) as file:
-        json.dump(obj, file, indent=2, ensure_ascii=False)
+        json.dump(content, file, indent=indent, **({"ensure_ascii": False} | json_dump_kwargs))
         file.write("\n")
 
 

@@ -3,6 +3,7 @@
 python -c "from rag.metrics import f1_score; print(f1_score('the old Eiffel Tower', 'Eiffel Tower'))"
 """
 
+import re
 import string
 import unicodedata
 from collections import Counter
@@ -12,7 +13,7 @@ from itertools import starmap
 import regex
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = regex.compile(r"\b(a|an|the)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")  # not of `regex`, whose words end elsewhere beside combining marks, ² and ½
 _DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
@@ -45,9 +46,14 @@ def metric_max_over_ground_truths(
     return max(metric_fn(prediction, truth) for truth in ground_truths)
 
 
-def calculate_exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The share of predictions that match the reference of the same place; as many of one as of the other."""
-    return sum(starmap(exact_match_score, zip(predictions, references, strict=True))) / len(references)
+def calculate_exact_match(output_lns: Sequence[str], reference_lns: Sequence[str]) -> dict[str, float]:
+    """{"em": share of the outputs that match the reference of the same place}; 0 where there are none.
+
+    Raises:
+        ValueError: there are not as many references as outputs.
+    """
+    matches = list(starmap(exact_match_score, zip(output_lns, reference_lns, strict=True)))
+    return {"em": sum(matches) / max(len(matches), 1)}
 
 
 def precision_at_k(retrieved_titles: Sequence[str], gold_titles: Iterable[str], k: int) -> float:

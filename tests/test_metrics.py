@@ -1,6 +1,9 @@
 """rag/metrics.py: SQuAD v1.1's metrics of answers, and those of retrieved passages."""
 
 import random
+import re
+import string
+import unicodedata
 
 import pytest
 
@@ -31,6 +34,41 @@ def test_normalisation_of_the_squad_script(text, normal):
     assert normalize_answer(text) == normal
 
 
+def squad_words(text: str) -> str:
+    """SQuAD v1.1's normalisation in the order and with the tools of its script: `re`, whose words are its own."""
+    lowered = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", lowered).split())
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Cafe\u0301 a\u0300 Paris", "cafe\u0301 \u0300 paris"),  # re ends a word before a combining mark
+        ("a\u00b2", "a\u00b2"),  # a superscript belongs to the word
+        ("the\u00bd", "the\u00bd"),  # so does a fraction
+        ("an\u2460", "an\u2460"),  # and a circled digit
+        ("a\u200dthe", "\u200d"),  # a zero-width joiner does not
+        ("\u00e0 the \u0391 \uff41", "\u00e0 \u03b1 \uff41"),  # letters that look like an article
+    ],
+)
+def test_articles_end_where_they_do_in_the_squad_script(text, normal):
+    assert normalize_answer(text) == squad_words(text) == normal
+
+
+def test_normalisation_equals_the_squad_script_beside_every_kind_of_character():
+    """One character of each Unicode category of each block of 16, behind, before and between articles."""
+    seen, characters = set(), []
+    for point in range(0x110000):
+        kind = (point >> 4, unicodedata.category(chr(point)))
+        if kind[1] != "Cs" and kind not in seen and (point < 0x3000 or kind[1] not in ("Lo", "Cn", "Co")):
+            seen.add(kind)
+            characters.append(chr(point))
+    assert len(characters) > 1000
+    for character in characters:
+        text = f"The{character} a{character}b {character}an {character} x{character}the A{character}"
+        assert normalize_answer(text) == squad_words(text), ascii(character)
+
+
 def test_exact_match_and_f1_by_hand():
     assert exact_match_score("The U.S.A.", "usa")
     assert not exact_match_score("usa today", "usa")
@@ -38,7 +76,8 @@ def test_exact_match_and_f1_by_hand():
     assert f1_score("a b b c", "b b d") == pytest.approx(2 / 3)  # precision 2/3, recall 2/3
     assert f1_score("", "") == 0.0 and f1_score("x", "y") == 0.0
     assert metric_max_over_ground_truths(f1_score, "one two", ["three", "two", "one two"]) == 1.0
-    assert calculate_exact_match(["a dog", "cat"], ["dog", "dogs"]) == 0.5
+    assert calculate_exact_match(["a dog", "cat"], ["dog", "dogs"]) == {"em": 0.5}
+    assert calculate_exact_match([], []) == {"em": 0}
     with pytest.raises(ValueError, match="shorter"):
         calculate_exact_match(["a", "b"], ["a"])
 

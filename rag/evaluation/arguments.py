@@ -47,9 +47,9 @@ class EvalArguments(SearchArguments):
     eval_all_checkpoints: bool = field(
         default=False, metadata={"help": "Measure every folder checkpoint* in --model_name_or_path, and print a table."}
     )
-    n_docs: int = field(default=5, metadata={"help": "e2e: passages a question, as in the public suite."})
+    n_docs: int = field(default=5, metadata={"help": "Passages a question; retrieval takes a larger --k in its place."})
     k: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "retrieval: one or more k; the largest is retrieved."}
+        default_factory=lambda: [1], metadata={"help": "retrieval: one or more k, scored from one predictions file."}
     )
     eval_batch_size: int = field(default=8, metadata={"help": "Questions at a time."})
     max_source_length: int = field(default=128, metadata={"help": "Question tokens kept, as in finetune_rag.py."})
@@ -68,6 +68,11 @@ class EvalArguments(SearchArguments):
     device: str | None = field(
         default=None, metadata={"help": "Where the model runs (cpu, cuda:1); left out, the GPU if there is one."}
     )
+
+    @property
+    def passages_per_question(self) -> int:
+        """Passages to retrieve."""
+        return self.n_docs if self.eval_mode == "e2e" else max(self.n_docs, *self.k)
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> EvalArguments:

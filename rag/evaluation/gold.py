@@ -80,14 +80,20 @@ def _read_gold(flag: str, path: str, questions: list[str], parse_line: Callable[
             f"{flag} {path} has {len(lines)} lines, but --evaluation_set has {len(questions)}; "
             "line n of one belongs to line n of the other"
         )
+    gold = parse_lines(flag, path, lines, parse_line)
+    if parse_line is parse_qa_line:
+        _warn_of_other_questions(flag, path, [line.partition("\t")[0] for line in lines], questions)
+    return gold
+
+
+def parse_lines(flag: str, path: str, lines: list[str], parse_line: Callable[[str], list[str]]) -> list[list[str]]:
+    """What counts as right on each line, or a `UserError` that names the first faulty one."""
     gold = []
     for number, line in enumerate(lines, start=1):
         try:
             gold.append(parse_line(line))
         except ValueError as error:
             raise UserError(f"{flag} {path}, line {number}: {error}") from error
-    if parse_line is parse_qa_line:
-        _warn_of_other_questions(flag, path, [line.partition("\t")[0] for line in lines], questions)
     return gold
 
 

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,11 @@ class Predictions:
         questions: all questions, in order.
         settings: what the predictions depend on, as JSON can hold it; a file by its `file_identity`.
         recalculate: throw away what is there.
+        enough: the least number that will do of a setting that is one (`n_docs`): a complete file that was made with as
+            many, or more, is taken, and an unfinished one that was made with more than `settings` is continued so.
 
     Attributes:
+        settings: those that the file was, or is to be, made with.
         lines: the predictions made so far; line n answers question n.
         records: as many dicts: id (line number, from 1), question and the details of `append`; no details where another
             program made the line.
@@ -103,7 +106,14 @@ class Predictions:
         UserError: the file was made with other settings, or has more lines than there are questions.
     """
 
-    def __init__(self, path: str, questions: list[str], settings: dict[str, Any], recalculate: bool = False):
+    def __init__(
+        self,
+        path: str,
+        questions: list[str],
+        settings: dict[str, Any],
+        recalculate: bool = False,
+        enough: Mapping[str, int] | None = None,
+    ):
         self.path = Path(path)
         self.settings_path, self.records_path = (Path(f"{path}.{end}") for end in ("settings.json", "jsonl"))
         self.questions = questions
@@ -113,7 +123,7 @@ class Predictions:
         # What is there is written over in `start` only, when the model has been loaded.
         self.lines = [] if recalculate else self._lines_so_far()
         if self.lines:
-            self._check_origin()
+            self._check_origin(enough or {})
         if len(self.lines) > len(questions):
             raise UserError(
                 f"--predictions_path {path} has {len(self.lines)} lines for {len(questions)} questions; "
@@ -132,7 +142,7 @@ class Predictions:
             return [*lines, rest.decode()]
         return lines
 
-    def _check_origin(self) -> None:
+    def _check_origin(self, enough: Mapping[str, int]) -> None:
         self.origin_known = self.settings_path.is_file()
         if not self.origin_known:
             logger.warning(
@@ -142,6 +152,10 @@ class Predictions:
             return
         kept = load_json(self.settings_path)
         self.index = kept["index"]
+        for name, least in enough.items():
+            there = kept["settings"].get(name)
+            if there is not None and there >= (least if self.is_complete else self.settings[name]):
+                self.settings = self.settings | {name: there}
         if changed := differences(kept["settings"], self.settings):
             raise UserError(
                 f"--predictions_path {self.path} was made with {', '.join(changed)}; "

@@ -6,6 +6,7 @@
 A RAG model answers from passages, or only retrieves them (--eval_mode retrieval); a bare generator answers closed-book.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,8 @@ from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
 from rag.models.checkpoints import RAG_TYPES, load_config, load_model, load_tokenizer
 from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
+
+logger = logging.getLogger(__name__)
 
 
 def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
@@ -45,7 +48,7 @@ def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict
 def rag_config(args: EvalArguments) -> RagConfig:
     """The checkpoint's config with the index and the number of passages that the flags ask for."""
     config = load_config(args.model_name_or_path)
-    config.n_docs = args.n_docs if args.eval_mode == "e2e" else max(args.k)
+    config.n_docs = args.passages_per_question
     args.apply_to(config)
     return config
 
@@ -93,7 +96,7 @@ def answer_closed_book(args, model, tokenizer, questions: list[str], _) -> tuple
 def retrieve_passages(args, question_encoder, retriever, questions, answers) -> tuple[list[str], list[dict]]:
     tokens = encode(args, retriever.question_encoder_tokenizer, questions, question_encoder.device)
     vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
-    embeddings, doc_ids, docs = retriever.retrieve(vectors, max(args.k))  # (B, k, d), (B, k)
+    embeddings, doc_ids, docs = retriever.retrieve(vectors, retriever.config.n_docs)  # (B, n, d), (B, n)
     details = passages_found(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
     lines = ["\t".join(one_line(strip_title(title)) for title in found["titles"]) for found in details]
     if answers is not None:
@@ -134,3 +137,23 @@ def passages_found(doc_ids, docs: list[dict], scores) -> list[dict]:
         columns = {"doc_ids": ids, "titles": doc["title"], "scores": own_scores}
         details.append({name: [column[n] for n in found] for name, column in columns.items()})
     return details
+
+
+# --- The public suite's functions -------------------------------------------------------------------------------------
+
+
+def evaluate_batch_e2e(args: EvalArguments, rag_model, questions: list[str]) -> list[str]:
+    """Answers of a RAG model that has its retriever (`from_pretrained(path, retriever=...)`), one of this suite."""
+    with torch.inference_mode():
+        answers, _ = answer_from_passages(args, rag_model, rag_model.retriever, questions, None)
+    if args.print_predictions:
+        for question, answer in zip(questions, answers, strict=True):
+            logger.info(f"Q: {question} - A: {answer}")
+    return answers
+
+
+def evaluate_batch_retrieval(args: EvalArguments, rag_model, questions: list[str]) -> list[str]:
+    """Tab-separated titles of the passages that the model's retriever finds, as many as its config's `n_docs`."""
+    with torch.inference_mode():
+        lines, _ = retrieve_passages(args, rag_model.rag.question_encoder, rag_model.retriever, questions, None)
+    return lines

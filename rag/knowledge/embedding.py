@@ -102,6 +102,21 @@ class PassageEmbedder:
         return self.encoder(**batch.to(self.device))[0].float().cpu().numpy()
 
 
+def embed(documents: dict[str, list[str]], ctx_encoder: PreTrainedModel, ctx_tokenizer) -> dict[str, np.ndarray]:
+    """The vectors of passages, {"title": [...], "text": [...]}, as {"embeddings": (N, d) float32}, in one batch.
+
+    Args:
+        ctx_encoder: a DPR context encoder or a `PooledEncoder`; it stays on its device, in float32.
+        ctx_tokenizer: its tokenizer.
+    """
+    passages = list(zip(documents["title"], documents["text"], strict=True))
+    embedder = PassageEmbedder(ctx_encoder, ctx_tokenizer, max(len(passages), 1), str(ctx_encoder.device))
+    vectors = np.empty((len(passages), embedder.dimension), dtype=np.float32)
+    for rows, batch in embedder(passages) if passages else ():
+        vectors[rows] = batch
+    return {"embeddings": vectors}
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """How passages are cut into Arrow files.

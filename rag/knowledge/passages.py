@@ -125,11 +125,26 @@ def cut(document: Document) -> list[str]:
     return [document.text.strip()] if document.is_passage else split_text(document.text)
 
 
-def split_text(text: str, words: int = WORDS_PER_PASSAGE) -> list[str]:
-    """A text in pieces of `words` words, the last one shorter; the white space within a piece stays as it is."""
-    spans = [match.span() for match in re.finditer(r"\S+", text)]
-    pieces = [spans[i : i + words] for i in range(0, len(spans), words)]
-    return [text[piece[0][0] : piece[-1][1]] for piece in pieces]
+def split_text(text: str, n: int = WORDS_PER_PASSAGE, character: str = " ") -> list[str]:
+    """A text in pieces of `n` words, the last one shorter; the white space within a piece stays as it is.
+
+    Args:
+        character: what lies between words; " " is any white space, however much of it.
+    """
+    word = r"\S+" if character == " " else rf"(?:(?!{re.escape(character)}).)+"
+    spans = [match.span() for match in re.finditer(word, text, re.DOTALL)]
+    pieces = [spans[i : i + n] for i in range(0, len(spans), n)]
+    return [text[piece[0][0] : piece[-1][1]].strip() for piece in pieces]
+
+
+def split_documents(documents: dict[str, list[str | None]]) -> dict[str, list[str]]:
+    """The passages of documents, {"title": [...], "text": [...]}, in the same form; a text that is None has none."""
+    rows = [
+        (title or "", passage)
+        for title, text in zip(documents["title"], documents["text"], strict=True)
+        for passage in split_text(text or "")
+    ]
+    return {"title": [title for title, _ in rows], "text": [passage for _, passage in rows]}
 
 
 def _message(problem: Problem) -> str:

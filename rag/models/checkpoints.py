@@ -97,7 +97,7 @@ def load_model(
         raise UserError(
             f"--model_type {model_type} does not fit {flag} {path}, which is {kind}; leave --model_type out"
         )
-    _override(config, config_overrides or {})
+    override_config(config, config_overrides or {})
     prepare_config(config)
     _complete(config)
     model = _load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
@@ -130,7 +130,12 @@ def _model_type_of(config: PreTrainedConfig, path: str, flag: str) -> str:
     raise UserError(f"{flag} {path} is a {config.model_type} model, neither RAG nor an encoder-decoder generator")
 
 
-def _override(config: PreTrainedConfig, overrides: dict) -> None:
+def override_config(config: PreTrainedConfig, overrides: dict) -> None:
+    """Set what is not None; settings that RagConfig does not have go to the generator's config.
+
+    Raises:
+        UserError: the model has no such setting.
+    """
     problems = []
     generator = config.generator if isinstance(config, RagConfig) else config
     for name, value in overrides.items():

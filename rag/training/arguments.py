@@ -193,10 +193,15 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
     model, retrieval, data, training, run, rest = parser.parse(argv)
     args = FinetuneArguments(model, retrieval, data, training, run, TrainerArguments(**vars(rest)))
+    require_sound(args)
+    return args
+
+
+def require_sound(args: FinetuneArguments) -> None:
+    """Raise one `UserError` for all settings that are out of range or contradict each other."""
     raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
     for name, given in _flags_without_effect(args).items():
         logger.warning(f"--{name} {given} has no effect; see --help")
-    return args
 
 
 AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length

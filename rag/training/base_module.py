@@ -5,8 +5,11 @@
 The subclass brings the model and its steps.
 """
 
+import argparse
 import json
+import os
 import random
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +17,10 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch.nn.utils import get_total_norm
 
-from rag.training.arguments import FinetuneArguments
+from rag.models.checkpoints import load_model
+from rag.public_names import Replaced, replaced_method, warn_of_uncalled_methods
+from rag.training.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainingArguments
+from rag.training.namespaces import add_flags, finetune_arguments
 from rag.training.optimizer import SCHEDULES, build_optimizer
 
 
@@ -22,20 +28,70 @@ class BaseTransformer(pl.LightningModule):
     """Optimizer, schedule and what is logged about them; a subclass brings the model and its steps.
 
     A subclass that overrides `on_train_start`, `on_train_batch_start` or `on_before_optimizer_step` calls `super()`'s.
+
+    Args:
+        args: all settings; a namespace or a dict of them is read by `finetune_arguments`.
     """
 
-    def __init__(self, args: FinetuneArguments):
+    get_dataloader = Replaced(
+        "lightning_base.Seq2SeqDataModule makes the loaders of what `get_dataset` returns, each example exactly once"
+    )
+    test_epoch_end = Replaced("Lightning 2 calls `on_test_epoch_end`, without outputs")
+    validation_epoch_end = Replaced("Lightning 2 calls `on_validation_epoch_end`, without outputs")
+
+    def __init__(self, args: FinetuneArguments | argparse.Namespace | dict[str, Any]):
         super().__init__()
-        self.args = args
-        self.save_hyperparameters(args.to_dict())
+        self.args = finetune_arguments(args)
+        self.save_hyperparameters(self.args.to_dict())
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        warn_of_uncalled_methods(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:  # torch's, which would hide what a `Replaced` says
+            if (replaced := replaced_method(type(self), name)) is None:
+                raise
+            raise AttributeError(replaced.message) from error
+
+    @staticmethod
+    def add_model_specific_args(parser: argparse.ArgumentParser, root_dir: str | None = None):
+        """Add the flags of model, data and training to a plain parser, and return it; `root_dir` has no effect."""
+        return add_flags(parser, ModelArguments, DataArguments, TrainingArguments)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.run.output_dir)
+
+    def load_hf_checkpoint(self, path: str | os.PathLike) -> None:
+        """Take over the weights of a Hugging Face checkpoint of the same shapes; `self.model` stays the same object."""
+        self.model.load_state_dict(load_model(str(path)).state_dict())
+
+    def get_dataset(self, type_path: str) -> Any:
+        """The dataset of a split ("train", "val", "test"); what a subclass returns is what is trained or measured on.
+
+        Other datasets of a subclass give, as `Seq2SeqDataset` does, items with "source", "target" and "index" and have
+        its `collate_fn`.
+        """
+        return self.trainer.datamodule.get_dataset(type_path)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        self.opt = build_optimizer(self, self.args.training, fused=self.device.type in ("cpu", "cuda"))
+        return {"optimizer": self.opt, "lr_scheduler": self.get_lr_scheduler()}
+
+    def get_lr_scheduler(self) -> dict[str, Any]:
+        """The schedule of `self.opt`, as Lightning wants it."""
         training = self.args.training
-        optimizer = build_optimizer(self, training, fused=self.device.type in ("cpu", "cuda"))
         # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.
-        steps = max(int(self.trainer.estimated_stepping_batches), training.warmup_steps + 1)
-        schedule = SCHEDULES[training.lr_scheduler](optimizer, training.warmup_steps, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        steps = max(self.total_steps(), training.warmup_steps + 1)
+        schedule = SCHEDULES[training.lr_scheduler](self.opt, training.warmup_steps, steps)
+        return {"scheduler": schedule, "interval": "step"}
 
     def on_train_start(self) -> None:
         """Restore the loader's place in the epoch.
@@ -52,7 +108,7 @@ class BaseTransformer(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log learning rates and, before they are clipped, the gradients' norms."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        every = self.trainer.log_every_n_steps
         if (self.trainer.global_step + 1) % every != 0:
             return
         gradients: dict[str, list[torch.Tensor]] = {"": []}

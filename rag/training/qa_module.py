@@ -2,11 +2,14 @@
 
     module = GenerativeQAModule(args, model, tokenizer, retriever)
     trainer.fit(module, datamodule=data)
+    module = GenerativeQAModule.load_from_checkpoint("output/checkpoint3.ckpt")
 
 One step: question encoder -> retriever -> contexts -> generator -> marginal likelihood. A model without
 retrieval (bart, t5) skips the first three. Metrics are exact over all examples of all ranks.
 """
 
+import argparse
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -21,11 +24,20 @@ from transformers import RagSequenceForGeneration, RagTokenForGeneration
 from rag.files import write_lines
 from rag.generation.decoding import generate_answers
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
-from rag.metrics import exact_match_score, f1_score
+from rag.metrics import calculate_exact_match, f1_score
 from rag.models.checkpoints import save_model
+from rag.public_names import Replaced
 from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
+from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
+from rag.training.loading import (
+    load_model_and_tokenizer,
+    load_trained_parts,
+    open_retriever,
+    read_lightning_checkpoint,
+)
 from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
+from rag.training.namespaces import add_flags, add_run_flags
 
 EMBEDDINGS = {"shared", "embed_tokens", "embed_positions"}  # as BART and T5 name those of words and positions
 RAG_LOSSES = {RagSequenceForGeneration: rag_sequence_nll, RagTokenForGeneration: rag_token_nll}
@@ -35,18 +47,31 @@ class GenerativeQAModule(BaseTransformer):
     """A RAG model, or a bare generator as closed-book baseline, that learns to answer questions.
 
     Args:
-        args: `FinetuneArguments`.
-        model: `RagSequenceForGeneration`, `RagTokenForGeneration` or any encoder-decoder language model.
+        args: `FinetuneArguments`, or a namespace or a dict of all settings.
+        model: `RagSequenceForGeneration`, `RagTokenForGeneration` or any encoder-decoder language model; None loads
+            what `args` names, with its tokenizer.
         tokenizer: `RagTokenizer` for a RAG model, else the model's own.
-        retriever: a `RagRetriever` for a RAG model; opened by `setup` on every rank.
+        retriever: a `RagRetriever` for a RAG model; opened by `setup` on every rank. Without a `model`, None opens the
+            index in this process.
     """
 
-    def __init__(self, args, model, tokenizer, retriever=None):
+    val_metric = "em"
+
+    pad = Replaced("the tokenizers have it: `question_tokenizer.pad_token_id` and `answer_tokenizer.pad_token_id`")
+    save_metrics = Replaced("callbacks_rag.MetricsWriter writes metrics.json from what the module logs")
+
+    def __init__(self, args, model=None, tokenizer=None, retriever=None):
         super().__init__(args)
+        args = self.args
+        if model is None:
+            model, tokenizer = load_model_and_tokenizer(args)
+            retriever = retriever or open_retriever(model, tokenizer)
         self.model = model
         self.rag_loss = next((loss for kind, loss in RAG_LOSSES.items() if isinstance(model, kind)), None)
         assert (self.rag_loss is None) == (retriever is None)
         self.retriever = retriever
+        if self.rag_loss:
+            model.set_retriever(retriever)  # for `self.model(...)` and `self.model.generate(...)`
         self.tokenizer = tokenizer
         self.question_tokenizer = tokenizer.question_encoder if self.rag_loss else tokenizer
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
@@ -61,6 +86,53 @@ class GenerativeQAModule(BaseTransformer):
         self.thread = ThreadPoolExecutor(1)
         self.begun: Future | None = None  # the retrieval of the next training batch
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | os.PathLike,
+        map_location: Any = None,
+        hparams_file: str | os.PathLike | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        model=None,
+        tokenizer=None,
+        retriever=None,
+        **changes: Any,
+    ) -> "GenerativeQAModule":
+        """The trained module of a Lightning checkpoint, whose settings say which model, tokenizer and index it needs.
+
+        Args:
+            map_location: the device to put it on.
+            hparams_file: `hparams.json` to read the settings of, in place of the checkpoint's.
+            strict: whether the weights must be exactly the model's; left out, they must.
+            weights_only: without effect: nothing is ever unpickled.
+            model: in place of the one that the training started from; its weights are replaced.
+            tokenizer: in place of that model's.
+            retriever: in place of one that searches in this process and is opened here.
+            changes: settings to take in place of the checkpoint's (`passages_path="moved/here"`).
+
+        Raises:
+            UserError: the checkpoint, its model or its index cannot be found or read.
+        """
+        args, weights = read_lightning_checkpoint(checkpoint_path, hparams_file, **changes)
+        model, tokenizer = load_trained_parts(checkpoint_path, args, model, tokenizer)
+        module = cls(args, model=model, tokenizer=tokenizer, retriever=retriever or open_retriever(model, tokenizer))
+        module.load_state_dict(weights, strict=strict is not False)
+        return module if map_location is None else module.to(map_location)
+
+    @staticmethod
+    def add_model_specific_args(parser: argparse.ArgumentParser, root_dir: str | None = None):
+        """Add every flag of `finetune_rag.py` but the retriever's to a plain parser, and return it."""
+        return add_run_flags(BaseTransformer.add_model_specific_args(parser, root_dir))
+
+    @staticmethod
+    def add_retriever_specific_args(parser: argparse.ArgumentParser):
+        """Add the flags of the retriever and its index to a plain parser, and return it."""
+        return add_flags(parser, RetrievalArguments)
+
+    add_ray_specific_args = add_retriever_specific_args  # Ray's flags are among them
 
     @property
     def generator(self):
@@ -88,6 +160,20 @@ class GenerativeQAModule(BaseTransformer):
             self.model.rag.question_encoder.eval()
         return self
 
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any):
+        """transformers' outputs for questions (B, S); a RAG model retrieves for them. No step goes this way."""
+        return self.model(input_ids, **kwargs)
+
+    def ids_to_clean_text(self, generated_ids: torch.Tensor) -> list[str]:
+        """Answers of token ids (B, T), each on one line."""
+        texts = self.answer_tokenizer.batch_decode(generated_ids, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def calc_generative_metrics(self, preds: list[str], target: list[str]) -> dict[str, float]:
+        """EM and F1, means over the answers. Called with one answer at a time; a subclass may return other measures."""
+        f1 = sum(map(f1_score, preds, target)) / max(len(preds), 1)
+        return calculate_exact_match(preds, target) | {"f1": f1}
+
     # --- The step -----------------------------------------------------------------------------------------------------
 
     def negative_log_likelihood(self, batch: dict, label_smoothing: float = 0.0):
@@ -113,6 +199,10 @@ class GenerativeQAModule(BaseTransformer):
         )  # (B * n_docs, T, d)
         layer = output_layer(self.generator)
         return self.rag_loss(hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing), contexts
+
+    def _step(self, batch: dict) -> tuple[torch.Tensor]:
+        """The mean loss over a batch, nats. Collective where the retriever's `retrieve` is."""
+        return (self.negative_log_likelihood(batch, self.args.model.label_smoothing)[0].mean(),)
 
     def _retrieve(self, batch: dict) -> RetrievedContexts:
         input_ids, attention_mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
@@ -157,7 +247,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def _log_retrieval(self, batch: dict, contexts: RetrievedContexts) -> None:
         """The signs of collapse, over the batch of all ranks. Collective."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        every = self.trainer.log_every_n_steps
         if (self.trainer.global_step + 1) % every != 0:
             return
         ids = zip(batch["index"], contexts.doc_ids.tolist(), strict=True)
@@ -192,18 +282,15 @@ class GenerativeQAModule(BaseTransformer):
         token_ids = self._generate(batch, contexts, max_length)  # (B, T)
         seconds = (time.perf_counter() - started) / len(token_ids)
         lengths = (token_ids != self.generator.config.pad_token_id).sum(1).tolist()
-        answers = self.answer_tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        for i, answer in enumerate(answers):
-            answer = " ".join(answer.split())  # one line each in test_generations.txt
+        for i, answer in enumerate(self.ids_to_clean_text(token_ids)):  # one line each in test_generations.txt
+            measures = self.calc_generative_metrics([answer], [batch["target"][i]])
             row = {
                 "index": batch["index"][i],
                 "answer": answer,
                 "avg_loss": nll[i].item(),
-                "avg_em": float(exact_match_score(answer, batch["target"][i])),
-                "avg_f1": f1_score(answer, batch["target"][i]),
                 "avg_gen_time": seconds,
                 "avg_gen_len": lengths[i],
-            }
+            } | {f"avg_{name}": float(value) for name, value in measures.items()}
             if contexts is not None:
                 row["doc_ids"] = contexts.doc_ids[i].tolist()
                 row["doc_entropy"] = doc_entropy(contexts.doc_scores[i]).item()
@@ -225,9 +312,9 @@ class GenerativeQAModule(BaseTransformer):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """`val_em` steers checkpoints and early stopping."""
+        """`val_em` steers checkpoints and early stopping; a subclass may name another measure by `val_metric`."""
         metrics = means(self.gather_rows(self.rows), "val")
-        self.log_dict({**metrics, "val_em": metrics["val_avg_em"]}, sync_dist=True)
+        self.log_dict({**metrics, f"val_{self.val_metric}": metrics[f"val_avg_{self.val_metric}"]}, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Write test_results.txt and test_generations.txt, the answers in the order of test.source."""
@@ -235,9 +322,9 @@ class GenerativeQAModule(BaseTransformer):
         metrics = means(rows, "test")
         self.log_dict(metrics, sync_dist=True)
         if self.trainer.is_global_zero:
-            folder = Path(self.args.run.output_dir)
-            write_lines([f"{name} = {value:.6g}" for name, value in metrics.items()], folder / "test_results.txt")
-            write_lines([row["answer"] for row in rows], folder / "test_generations.txt")
+            lines = [f"{name}: {value:.6f}" for name, value in metrics.items()]
+            write_lines(lines, self.output_dir / "test_results.txt")
+            write_lines([row["answer"] for row in rows], self.output_dir / "test_generations.txt")
 
     def export(self, folder: str | Path) -> None:
         """Write model and tokenizer in Hugging Face format, for `from_pretrained` and `eval_rag.py`."""

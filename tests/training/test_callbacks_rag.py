@@ -69,7 +69,7 @@ def test_neither_sanity_check_nor_test_counts_as_validation(tmp_path):
     assert files(tmp_path) == checkpoints(1)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [len(metrics[split]) for split in ("train", "val", "test")] == [1, 1, 1]
-    assert metrics["test"][0].keys() == {"step", "epoch", "test_sum"}
+    assert metrics["test"][0].keys() == {"step", "epoch", "step_count", "test_sum"}
 
 
 def test_a_resumed_run_counts_on_and_never_uses_a_number_again(tmp_path):
@@ -78,6 +78,7 @@ def test_a_resumed_run_counts_on_and_never_uses_a_number_again(tmp_path):
     assert files(tmp_path) == checkpoints(1, 3, 4)
     rows = _validations(tmp_path)
     assert [row["step"] for row in rows] == [6, 12, 18, 24]
+    assert [row["step_count"] for row in rows] == [1, 2, 3, 4]
     assert [row["val_em"] for row in rows] == pytest.approx([0.9, 0.1, 0.5, 0.3])
 
 
@@ -195,8 +196,9 @@ def test_metrics_are_a_row_a_validation(tmp_path):
     fit(toy_args(tmp_path, "--val_check_interval", "3"), [0.1, 0.2, 0.3, 0.4])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [(row["step"], row["epoch"]) for row in metrics["val"]] == [(3, 0), (6, 0), (9, 1), (12, 1)]
-    assert metrics["val"][0].keys() == {"step", "epoch", "val_em", "val_examples"}
-    assert metrics["train"][0].keys() == {"step", "epoch", "loss", "lr", "grad_norm"}
+    assert metrics["val"][0].keys() == {"step", "epoch", "step_count", "val_em", "val_examples"}
+    assert [row["step_count"] for split in ("train", "val") for row in metrics[split]] == [1, 2, 3, 4] * 2
+    assert metrics["train"][0].keys() == {"step", "epoch", "step_count", "loss", "lr", "grad_norm"}
 
 
 def test_lines_tell_step_loss_rate_and_time_left(tmp_path, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path):
     assert expected <= set(validations[-1])
     assert validations[-1]["val_avg_loss"] < validations[0]["val_avg_loss"]
     assert len(read_lines(out / "test_generations.txt")) == len(QUESTIONS)
-    assert f"test_avg_em = {metrics['test_avg_em']:.6g}" in read_lines(out / "test_results.txt")
+    assert f"test_avg_em: {metrics['test_avg_em']:.6f}" in read_lines(out / "test_results.txt")
 
     # What was exported is what was trained, and it opens with transformers alone.
     trained = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]

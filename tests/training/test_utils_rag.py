@@ -2,18 +2,33 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import git
 import pytest
 
 import utils_rag
-from rag.files import (
-    load_json,
-)
+from rag.errors import UserError
 from tests.conftest import ROOT
-from utils_rag import Seq2SeqDataset, check_data_files, get_git_info, save_git_info, trim_batch
+from utils_rag import (
+    Seq2SeqDataset,
+    check_data_files,
+    encode_line,
+    flatten_list,
+    get_git_info,
+    is_rag_model,
+    lmap,
+    load_json,
+    pickle_save,
+    save_git_info,
+    save_json,
+    set_extra_model_params,
+    trim_batch,
+)
 
 
 def word_tokenizer(template, specials):
@@ -50,6 +65,66 @@ def test_batches_are_framed_and_padded_on_the_right(data_dir):
     assert batch["attention_mask"].tolist() == [[1] * 5] * 2
     assert (batch["source"], batch["index"]) == (["who what\u2028is", "who who who"], [1, 2])
     assert len(Seq2SeqDataset(bert, data_dir, 16, 16, "val", n_obs=2)) == 2
+
+
+def test_arguments_of_the_public_suite_are_taken(data_dir):
+    bert = word_tokenizer("[CLS] $A [SEP]", ["[PAD]", "[CLS]", "[SEP]"])
+    dataset = Seq2SeqDataset(bert, data_dir, 16, 16, "val", None, "en", "de", "who ")
+    assert len(dataset) == 3 and dataset[0]["source"] == "who who is the river"
+    assert (dataset.src_lang, dataset.tgt_lang) == ("en", "de")
+    assert Seq2SeqDataset.get_char_lens(data_dir / "val.target") == [5, 16, 4]
+
+
+def test_the_tokenizers_of_a_rag_tokenizer_read_each_their_side(data_dir):
+    from transformers import RagTokenizer
+
+    bert = word_tokenizer("[CLS] $A [SEP]", ["[PAD]", "[CLS]", "[SEP]"])
+    t5 = word_tokenizer("$A </s>", ["<pad>", "</s>"])
+    dataset = Seq2SeqDataset(RagTokenizer(bert, t5), data_dir, 16, 16, "val")
+    batch = dataset.collate_fn([dataset[0]])
+    assert bert.decode(batch["input_ids"][0]) == "[CLS] who is the river [SEP]"
+    assert t5.decode(batch["labels"][0]) == "rhine </s>"
+
+
+def test_encode_line_cuts_and_pads_on_the_side_asked_for():
+    bert = word_tokenizer("[CLS] $A [SEP]", ["[PAD]", "[CLS]", "[SEP]"])
+    assert bert.decode(encode_line(bert, "who is", 6, "left")["input_ids"][0]) == "[PAD] [PAD] [CLS] who is [SEP]"
+    assert bert.decode(encode_line(bert, "who is", 6, "right")["input_ids"][0]) == "[CLS] who is [SEP] [PAD] [PAD]"
+    line = encode_line(bert, "who is the river", 4, "right", pad_to_max_length=False)
+    assert bert.decode(line["input_ids"][0]) == "[CLS] who is [SEP]" and bert.padding_side == "left"
+
+
+def test_small_helpers():
+    assert lmap(str.upper, "ab") == ["A", "B"] and flatten_list([[1], [], [2, 3]]) == [1, 2, 3]
+    assert is_rag_model("rag_token") and not is_rag_model("bart")
+
+
+def test_json_is_written_as_it_is_asked_for(tmp_path):
+    save_json({"ö": 1}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "ö": 1\n}\n'
+    save_json({"b": 1, "ö": 2}, tmp_path / "a.json", indent=None, ensure_ascii=True, sort_keys=True)
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{"b": 1, "\\u00f6": 2}\n'
+
+
+def test_plain_data_alone_are_pickled(tmp_path):
+    settings = {"a": [1, 2.5, None, "x"], ("b",): {3}}
+    pickle_save(settings, tmp_path / "plain.pkl")
+    assert pickle.loads((tmp_path / "plain.pkl").read_bytes()) == settings
+    for refused in (Namespace(a=1), {"a": len}, [Path], lambda: 1):
+        with pytest.raises(TypeError, match="use save_json"):
+            pickle_save(refused, tmp_path / "refused.pkl")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.pkl"]
+
+
+def test_settings_move_from_the_flags_into_the_config():
+    from transformers import T5Config
+
+    hparams, config = set_extra_model_params(
+        ("dropout", "encoder_layerdrop"), Namespace(dropout=0.3, encoder_layerdrop=None, seed=1), T5Config()
+    )
+    assert config.dropout_rate == 0.3 and vars(hparams) == {"encoder_layerdrop": None, "seed": 1}
+    with pytest.raises(UserError, match=r"--encoder_layerdrop 0\.1: a t5 model has no such setting"):
+        set_extra_model_params(("encoder_layerdrop",), Namespace(encoder_layerdrop=0.1), T5Config())
 
 
 def test_a_long_target_is_cut_and_said_so(data_dir, caplog):

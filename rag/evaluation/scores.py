@@ -1,0 +1,107 @@
+"""Scores of answers and of retrieved titles, line by line against what counts as right; fractions.
+
+score_answers(["norway"], [["norway", "the kingdom of norway"]])           # {"em": 1.0, "f1": 1.0}
+score_titles(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": 0.0, ...}
+get_scores(args, "predictions.txt", "test.qa")                             # of two files, as in the public suite
+"""
+
+import logging
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+from rag.errors import UserError
+from rag.evaluation.arguments import EvalArguments
+from rag.evaluation.gold import parse_ans_line, parse_lines, parse_qa_line, parse_titles_line, strip_title
+from rag.evaluation.predictions import Predictions
+from rag.files import read_lines
+from rag.metrics import exact_match_score, f1_score, metric_max_over_ground_truths, precision_at_k, reciprocal_rank
+
+logger = logging.getLogger(__name__)
+
+
+def score_answers(lines: list[str], gold: list[list[str]]) -> dict[str, float]:
+    """EM and F1 against the best of the right answers (SQuAD v1.1)."""
+    pairs = list(zip(lines, gold, strict=True))
+    return {
+        name: fmean(metric_max_over_ground_truths(metric, line, right) for line, right in pairs)
+        for name, metric in (("em", exact_match_score), ("f1", f1_score))
+    }
+
+
+def score_titles(lines: list[str], gold: list[list[str]], ks: list[int], n_docs: int) -> dict[str, float]:
+    """precision@k for every k, and MRR over the first `n_docs` titles of each line, though it may have more."""
+    titles = [[strip_title(title) for title in line.split("\t")[:n_docs]] for line in lines]
+    pairs = list(zip(titles, gold, strict=True))
+    scores = {f"precision_at_{k}": fmean(precision_at_k(*pair, k) for pair in pairs) for k in ks}
+    return scores | {"mrr": fmean(reciprocal_rank(*pair) for pair in pairs)}
+
+
+def score_answer_ranks(args: EvalArguments, predictions: Predictions) -> dict[str, float]:
+    """recall@k for every k: whether one of the first k passages holds an answer."""
+    if any("answer_rank" not in record for record in predictions.records):
+        raise UserError(
+            f"--answers_path {args.answers_path}: the passages of some lines of {args.predictions_path} are not "
+            f"recorded in {predictions.records_path}; give --recalculate, or leave --answers_path out"
+        )
+    ranks = [record["answer_rank"] or float("inf") for record in predictions.records]
+    return {f"recall_at_{k}": fmean(rank <= k for rank in ranks) for k in args.k}
+
+
+def require_titles(path: str, lines: list[str], k: int) -> None:
+    """Raise `UserError` where no line of a predictions file has as many titles as are to be scored."""
+    most = max((len(line.split("\t")) for line in lines), default=k)
+    if most < k:
+        raise UserError(
+            f"--predictions_path {path} has {most} titles a line at most, too few for --k {k}; give --recalculate to "
+            "retrieve more, or a smaller --k"
+        )
+
+
+def label(name: str) -> str:
+    """em -> EM, precision_at_5 -> Precision@5."""
+    return name.replace("_at_", "@").capitalize() if "_at_" in name else name.upper()
+
+
+# --- Two files, as the public suite scores them -----------------------------------------------------------------------
+
+
+def get_scores(args: Any, preds_path: str, gold_data_path: str) -> dict[str, float]:
+    """EM and F1 of a file of answers, as fractions; logged in percent.
+
+    Args:
+        args: has `gold_data_mode`, "qa" or "ans".
+
+    Raises:
+        UserError: the files are of different length, or a gold line is faulty.
+    """
+    parse_line = {"qa": parse_qa_line, "ans": parse_ans_line}[args.gold_data_mode]
+    return _logged(score_answers(*_read_both(preds_path, gold_data_path, parse_line)))
+
+
+def get_precision_at_k(args: Any, preds_path: str, gold_data_path: str) -> dict[str, float]:
+    """precision@k of a file of tab-separated titles, for one k or several, and MRR; logged and raising as `get_scores`.
+
+    Args:
+        args: has `k`, a number or a list of them.
+    """
+    ks = [args.k] if isinstance(args.k, int) else args.k
+    lines, gold = _read_both(preds_path, gold_data_path, parse_titles_line)
+    require_titles(preds_path, lines, max(ks))
+    return _logged(score_titles(lines, gold, ks, n_docs=max(len(line.split("\t")) for line in lines)))
+
+
+def _read_both(preds_path: str, gold_data_path: str, parse_line: Callable) -> tuple[list[str], list[list[str]]]:
+    lines, gold_lines = read_lines(preds_path), read_lines(gold_data_path)
+    if len(lines) != len(gold_lines) or not lines:
+        raise UserError(
+            f"{preds_path} has {len(lines)} lines and {gold_data_path} {len(gold_lines)}; give two files of which line "
+            "n of one belongs to line n of the other"
+        )
+    return lines, parse_lines("gold_data_path", gold_data_path, gold_lines, parse_line)
+
+
+def _logged(scores: dict[str, float]) -> dict[str, float]:
+    for name, score in scores.items():
+        logger.info(f"{label(name)}: {100 * score:.2f}")
+    return scores

@@ -1,0 +1,99 @@
+"""What a finetuning run begins with, and what one has left: model and tokenizer, weights and settings.
+
+model, tokenizer = load_model_and_tokenizer(args)
+args, weights = read_lightning_checkpoint("output/checkpoint3.ckpt")
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rag.errors import UserError
+from rag.files import load_json
+from rag.models.checkpoints import load_model, load_tokenizer
+from rag.retrieval.retriever import RagKnowledgeRetriever
+from rag.training.arguments import FinetuneArguments
+from rag.training.namespaces import group_settings
+
+
+def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer that training starts from, the settings that flags override put into the model's config."""
+    path, model_args = args.model.model_name_or_path, args.model
+    names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
+    overrides = {name: getattr(model_args, name) for name in names}
+    overrides |= {name: getattr(args.retrieval, name) for name in ("n_docs", "max_combined_length")}
+    model = load_model(
+        path,
+        model_args.model_type,
+        overrides,
+        model_args.cache_dir,
+        config_name=model_args.config_name,
+        prepare_config=args.retrieval.apply_to,
+    )
+    tokenizer = load_tokenizer(model_args.tokenizer_name or path, model_args.model_type, model_args.cache_dir)
+    return model, tokenizer
+
+
+def open_retriever(model: PreTrainedModel, tokenizer: Any) -> RagKnowledgeRetriever | None:
+    """A retriever that searches in this process, opened; None for a model without retrieval."""
+    if model.config.model_type != "rag":
+        return None
+    retriever = RagKnowledgeRetriever(model.config, tokenizer.question_encoder, tokenizer.generator)
+    retriever.init_retrieval()
+    return retriever
+
+
+def read_lightning_checkpoint(
+    path: str | os.PathLike, hparams_file: str | os.PathLike | None = None, **changes: Any
+) -> tuple[FinetuneArguments, dict[str, torch.Tensor]]:
+    """The settings and the weights of a checkpoint that `finetune_rag.py` wrote; nothing is unpickled.
+
+    The folder `checkpointN` beside `checkpointN.ckpt` holds model and tokenizer in Hugging Face format: where it is
+    there, it takes the place of what the training started from, which may be gone.
+
+    Args:
+        hparams_file: `hparams.json` to read the settings of, in place of the checkpoint's.
+        changes: settings to take instead, by their names (passages_path="moved/here").
+
+    Raises:
+        UserError: there is no such file, it is no such checkpoint, or a change is no setting.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; give a checkpoint that finetune_rag.py wrote (checkpointN.ckpt)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["hyper_parameters"] if hparams_file is None else load_json(hparams_file)
+        weights = checkpoint["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no checkpoint of finetune_rag.py that could be read without running what is in it; give "
+            "checkpointN.ckpt, or start from a Hugging Face checkpoint"
+        ) from error
+    exported = Path(path).with_suffix("")
+    if (exported / "config.json").is_file() and "model_name_or_path" not in changes:
+        changes |= {"model_name_or_path": str(exported), "config_name": None, "tokenizer_name": None}
+    return group_settings(settings, **changes), weights
+
+
+def load_trained_parts(
+    path: str | os.PathLike, args: FinetuneArguments, model: Any = None, tokenizer: Any = None
+) -> tuple[PreTrainedModel, Any]:
+    """Model, whose weights are still to be replaced by those of the checkpoint at `path`, and tokenizer.
+
+    Raises:
+        UserError: they cannot be found.
+    """
+    if model is not None and tokenizer is not None:
+        return model, tokenizer
+    try:
+        loaded = load_model_and_tokenizer(args)
+    except UserError as error:
+        raise UserError(
+            f"{path}: the model that its training started from cannot be loaded ({error}); give model_name_or_path="
+            "FOLDER of the same model"
+        ) from error
+    return tuple(mine if given is None else given for given, mine in zip((model, tokenizer), loaded, strict=True))
