@@ -14,6 +14,7 @@ appears only when it is whole and its reload gave back the very weights of the t
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -188,5 +189,10 @@ def _describe(model) -> str:
     return name
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-consolidate`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

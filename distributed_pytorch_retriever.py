@@ -27,6 +27,8 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         generator_tokenizer: as transformers' `RagRetriever`.
         index: used in place of the one the config describes; `init_retrieval` opens it.
         timeout: seconds that rank 0 waits for the slowest rank's questions; the others wait twice as long for answers.
+
+    A deep copy is the retriever itself: the ranks count its retrievals.
     """
 
     def __init__(self, config, question_encoder_tokenizer, generator_tokenizer, index=None, timeout: float = 600.0):
@@ -57,17 +59,24 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         if self.ranks.size == 1:
             return super()._search(queries, n_docs)
         self.retrievals += 1
-        search = self._search_for_all if self.ranks.rank == 0 else self._ask_rank_zero
+        search = self._search_for_all if self.ranks.rank == 0 else self._search_on_rank_zero
         doc_ids, vectors = search(queries, n_docs, f"retrieval {self.retrievals}")
         return doc_ids, self.index.embeddings.gather(doc_ids) if vectors is None else vectors
 
-    def _ask_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def __deepcopy__(self, memo: dict) -> "RagPyTorchDistributedRetriever":
+        return self
+
+    def __getstate__(self) -> dict:
+        """For another process, which calls `init_retrieval` itself."""
+        return self.__dict__ | {"ranks": None, "retrievals": 0, "room": defaultdict(int), "expected": []}
+
+    def _search_on_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
         ranks = self.ranks
-        answer = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
+        outcome = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
         sent = [ranks.send(message, 0, step) for message in pack(queries, n_docs, self.room[ranks.rank])]
         self.room[ranks.rank] = len(queries)
-        follows, doc_ids = answer()
+        follows, doc_ids = outcome.wait()
         for transfer in sent:
             transfer.wait()
         doc_ids = doc_ids.reshape(len(queries), n_docs)
@@ -90,7 +99,7 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
                 )
             except Exception as error:
                 failure = error
-        ranks.tell_the_others(step, failure, "" if vectors_of is None else "vectors follow", ids_of[1:])
+        ranks.announce(step, failure, "" if vectors_of is None else "vectors follow", ids_of[1:])
         self._expect(f"retrieval {self.retrievals + 1}", queries.shape[1])
         if vectors_of is None:
             return ids_of[0], None
@@ -111,9 +120,9 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         ]
 
     def _gather(self, queries: np.ndarray, n_docs: int, step: str):
-        """Every rank's queries, the shape (B, n_docs) of ids that it asks for, and what went wrong, if anything did.
+        """Every rank's queries, the shape (B, n_docs) of the ids that it expects, and what went wrong, if anything did.
 
-        Each rank is heard out, also after a failure: it is to hear of it, not to hang.
+        Rank 0 receives from each rank, also after a failure: each is to learn of it instead of waiting for ever.
         """
         ranks, deadline, d = self.ranks, self.ranks.deadline(), queries.shape[1]
         everybody, shapes, failure = [queries], [(len(queries), n_docs)], None
@@ -121,15 +130,15 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
             self._expect(step, d)
         firsts, self.expected = self.expected, []
         for rank, first in zip(ranks.others, firsts, strict=True):
-            rows, wanted, own = 0, n_docs, queries[:0]
+            rows, wanted, rank_queries = 0, n_docs, queries[:0]
             try:
-                rows, wanted, own = unpack(first.wait(deadline), d)
-                if own is None:
-                    own = ranks.receive((rows, d), torch.float32, rank, step).wait(deadline)
+                rows, wanted, rank_queries = unpack(first.wait(deadline), d)
+                if rank_queries is None:
+                    rank_queries = ranks.receive((rows, d), torch.float32, rank, step).wait(deadline)
             except RankError as error:
                 failure = failure or error
             self.room[rank] = rows
-            everybody.append(own)
+            everybody.append(rank_queries)
             shapes.append((rows, wanted))
         for rank, (_, wanted) in enumerate(shapes):
             if wanted != n_docs and failure is None:

@@ -5,11 +5,12 @@
         retriever.init_retrieval()              # collective where a process group is up
         retriever.retrieve(vectors, n_docs=5)   # not collective
 
-Each rank has an actor of its own to ask, shared evenly; where that one is busy, the least busy one is asked too and the
-first answer taken. Query vectors travel there and ids back; passages and their vectors are read on each rank. An actor
-that dies is restarted by Ray while the others answer. Ray is an optional package, imported where it is used.
+Each rank prefers one actor, and the actors are shared evenly; where that one is busy, the least busy one searches too
+and the first answer counts. Query vectors travel there and ids back; passages and their vectors are read on each rank.
+Ray restarts an actor that dies while the others answer. Ray is an optional package, imported where it is used.
 
-Of an index in S shards actor i holds shard i mod S; one actor of each shard is asked, and the best of all are taken.
+Of an index in S shards actor i holds shard i mod S; one actor of each shard searches, and the best of all count. Where
+there are no workers, the search runs in this process, without Ray.
 """
 
 import logging
@@ -20,13 +21,15 @@ from functools import partial
 from math import ceil
 
 import numpy as np
+from transformers.models.rag.retrieval_rag import CustomHFIndex
 
 from rag.distributed.ranks import Ranks
 from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.public_names import Replaced
 from rag.retrieval.actor import RayRetriever, index_config
-from rag.retrieval.actor_pool import ActorPool, ask_all
+from rag.retrieval.actor_pool import ActorPool, call_all
 from rag.retrieval.remote import best_of_shards
 from rag.retrieval.retriever import RagKnowledgeRetriever
 
@@ -43,9 +46,16 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         config: `RagConfig`; the actors open the index that it describes.
         question_encoder_tokenizer: as transformers' `RagRetriever`.
         generator_tokenizer: as transformers' `RagRetriever`.
-        retrieval_workers: a `RetrievalWorkers`, or handles of `RayRetriever` actors.
-        index: read for passages in place of the one that the config describes; not in memory, where no actor sees it.
+        retrieval_workers: a `RetrievalWorkers`, or handles of `RayRetriever` actors; an empty list to search in this
+            process, without Ray.
+        index: used in place of the one that the config describes, a `KnowledgeIndex` or one of transformers'. The
+            workers open its files for themselves; an index that is in memory they cannot reach.
         timeout: seconds a retrieval may take, the restart of dead actors included.
+
+    A deep copy is the retriever itself, as what it is connected to cannot be doubled.
+
+    Raises:
+        UserError: the index is in memory, and there are workers.
     """
 
     def __init__(
@@ -57,42 +67,50 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         index=None,
         timeout: float = 600.0,
     ):
-        if index is not None and index.is_initialized():
+        if retrieval_workers and index is not None and index.is_initialized():
             raise UserError(
                 "--distributed_retriever ray: Ray's processes cannot read an index in memory; save it with its "
                 "passages and give --passages_path and --index_path"
             )
+        if retrieval_workers and isinstance(index, CustomHFIndex):
+            # The same files, for actors that start and restart without transformers.
+            index = KnowledgeIndex(index.dataset, index.vector_size, index_path=index.index_path)
         super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
         self.retrieval_workers = retrieval_workers
+        self.given_index = index
         self.timeout = timeout
         self.pools: list[ActorPool] = []  # one for each shard
 
     @classmethod
     def from_pretrained(cls, retriever_name_or_path, actor_handles, indexed_dataset=None, **kwargs):
-        """As the parent's, with the actors (`retrieval_workers`) that search."""
+        """As the parent's, with the workers (`retrieval_workers`) that search."""
         config = cls._config(retriever_name_or_path, **kwargs)
         tokenizers = cls._tokenizers(retriever_name_or_path, config)
-        return cls(config, *tokenizers, actor_handles, cls._index_of(config, indexed_dataset))
+        index = None if indexed_dataset is None else cls._index_of(config, indexed_dataset)
+        return cls(config, *tokenizers, actor_handles, index)
 
-    get_tokenizers = Replaced(
-        "it calls a method that transformers does not have; `from_pretrained` reads both tokenizers"
-    )
+    get_tokenizers = Replaced("transformers has no such method to call; `from_pretrained` reads both tokenizers")
 
     def init_retrieval(self) -> None:
-        """Have the actors open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""
+        """Have the workers open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""
         if self.pools:
             return
+        if not self.retrieval_workers:
+            super().init_retrieval()
+            return
         if isinstance(self.retrieval_workers, RetrievalWorkers):
-            pools = self.retrieval_workers.connect(self.config, self.index.num_shards)
+            pools = self.retrieval_workers.connect(self.config, getattr(self.index, "num_shards", 1), self.given_index)
         else:
             pools = [list(self.retrieval_workers)]  # each with the whole index, in however many shards
-            given = (index_config(self.config), None, None, None)
-            ask_all(pools[0], "create_rag_retriever", *given, timeout=self.timeout)
-            ask_all(pools[0], "init_retrieval", timeout=self.timeout)
+            arguments = (index_config(self.config), None, None, self.given_index)
+            call_all(pools[0], "create_rag_retriever", *arguments, timeout=self.timeout)
+            call_all(pools[0], "init_retrieval", timeout=self.timeout)
         self.pools = [ActorPool(actors, self.timeout) for actors in pools]
 
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """As the parent's, in one actor of each shard, all at the same time."""
+        if not self.retrieval_workers:
+            return super()._search(queries, n_docs)
         import ray
 
         assert self.pools, "call init_retrieval() first"
@@ -100,14 +118,17 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         data = queries.tobytes()
         if len(self.pools) > 1:
             data = ray.put(data)  # once for all shards
-        asked = [pool.ask(data, queries.shape[1], n_docs) for pool in self.pools]
-        found = [pool.answer(own, deadline) for pool, own in zip(self.pools, asked, strict=True)]
-        if len(found) > 1:
-            doc_ids = best_of_shards([(scores, ids) for scores, ids, _ in found], n_docs)
+        searches = [pool.begin(data, queries.shape[1], n_docs) for pool in self.pools]
+        answers = [pool.finish(search, deadline) for pool, search in zip(self.pools, searches, strict=True)]
+        if len(answers) > 1:
+            doc_ids = best_of_shards([(scores, ids) for scores, ids, _ in answers], n_docs)
             return doc_ids, self.index.embeddings.gather(doc_ids)
-        _, doc_ids, vectors = found[0]
+        _, doc_ids, vectors = answers[0]
         # Ray's arrays are read-only.
         return doc_ids.copy(), self.index.embeddings.gather(doc_ids) if vectors is None else vectors.copy()
+
+    def __deepcopy__(self, memo: dict) -> "RagRayDistributedRetriever":
+        return self
 
 
 class RetrievalWorkers:
@@ -144,27 +165,29 @@ class RetrievalWorkers:
             self.actors = []
             self.connection.close()
 
-    def connect(self, config, num_shards: int = 1) -> list[list]:
-        """Handles of the actors, ready to search the index that `config` describes.
+    def connect(self, config, num_shards: int = 1, index=None) -> list[list]:
+        """Handles of the actors, ready to search.
 
         Collective where a process group is up: rank 0 creates the actors, the others look them up by name.
 
         Args:
-            num_shards: of that index.
+            config: `RagConfig`, which describes the index.
+            num_shards: of the index.
+            index: opened in place of the one that the config describes.
 
         Returns:
             For each shard the actors that hold it, this rank's preferred one first.
         """
         if not self.actors:
             self.ranks = Ranks(self.timeout)
-            create = partial(self._create, config, num_shards)
+            create = partial(self._create, config, num_shards, index)
             meeting = self.ranks.from_rank_zero("start of the retrieval workers", create)
             self.ranks.all_or_none("reaching the retrieval workers", lambda: self._attach(meeting))
         pools = [self.actors[shard::num_shards] for shard in range(num_shards)]
         first = self.ranks.rank
         return [pool[first % len(pool) :] + pool[: first % len(pool)] for pool in pools]
 
-    def _create(self, config, num_shards: int) -> dict:
+    def _create(self, config, num_shards: int, index) -> dict:
         """Rank 0: the actors, each with its index open; returns what the other ranks need to reach them."""
         import ray
 
@@ -198,11 +221,11 @@ class RetrievalWorkers:
         retriever, actors_on_node = ray.remote(RayRetriever), ceil(self.num_workers / nodes)
         actors = [
             retriever.options(name=name, **options).remote(
-                plain_config, actors_on_node, shard=number % num_shards if num_shards > 1 else None
+                plain_config, actors_on_node, shard=number % num_shards if num_shards > 1 else None, index=index
             )
             for number, name in enumerate(self._names())
         ]
-        for fallback in filter(None, set(ask_all(actors, "init_retrieval", timeout=self.timeout))):
+        for fallback in filter(None, set(call_all(actors, "init_retrieval", timeout=self.timeout))):
             logger.warning(f"retrieval workers: {fallback}")
         self.actors = actors
         return meeting | {"namespace": self.namespace}

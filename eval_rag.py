@@ -22,7 +22,7 @@ the titles of the right passages, tab-separated.
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import UserError
@@ -279,5 +279,10 @@ def print_table(scores: dict[str, dict[str, float]]) -> None:
         print(f"{checkpoint:{width}}" + "".join(f"{100 * own[name]:>14.2f}" for name in names))
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-eval`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -7,12 +7,14 @@
 
 DATA holds train|val|test .source and .target, one example a line. OUT receives metrics.json, hparams.json,
 git_log.json, the best three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging
-Face's) and, with --do_predict, test_results.txt and test_generations.txt. The same command goes on where it was killed.
+Face's) and, with --do_predict, test_results.txt and test_generations.txt. If a run is killed, the same command resumes
+it.
 """
 
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
@@ -172,5 +174,10 @@ def _local_retriever(args: FinetuneArguments, parts: tuple):
 RETRIEVERS = {"pytorch": _pytorch_retriever, "ray": _ray_retriever, "local": _local_retriever}
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-finetune`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

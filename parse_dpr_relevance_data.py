@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ijson
 
@@ -199,5 +199,10 @@ def _skip_white_space(text: str, at: int) -> int:
     return re.compile(r"[ \t\r\n]*").match(text, at).end()
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-parse-dpr`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -9,25 +9,30 @@
     python use_own_knowledge_dataset.py --output_dir path/to/my_knowledge --search "Which river flows through Paris?"
 
 The file has a line `title TAB text` for each document; nothing in it is quoted, and a header `title TAB text` is
-skipped (other sources: rag/knowledge/documents.py). Texts are cut into passages of 100 words. Written to --output_dir:
+skipped (other sources: docs/knowledge.md). Texts are cut into passages of 100 words. The script writes to --output_dir:
 my_knowledge_dataset (title, text, embeddings), the index (a FAISS file, or a folder of --num_index_shards) and
-index.json, which says what made them. A killed run goes on when the same command is given again; a finished one is
-reused. In the end the index is compared with an exact search, and the RAG model asked, if there is one.
+index.json, which says what made them. If a run is killed, the same command resumes it; a finished folder is reused. At
+the end the index is compared with an exact search, and the RAG model answers --question, if both are given.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.knowledge.arguments import ENCODER_FLAG, KnowledgeArguments, settings_problems
+from rag.knowledge.arguments import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments, flag_problems
 from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
+    from rag.index.index_files import IndexDescription
+    from rag.knowledge.embedding import PassageEmbedder
+    from rag.knowledge.folder import Knowledge
     from rag.knowledge.passages import PassageSource
 
 ELSEWHERE = {
@@ -49,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> KnowledgeArguments:
     return parse_into(KnowledgeArguments, description=__doc__, argv=argv)
 
 
-def main(args: KnowledgeArguments):
+def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
     """Passages, index and, with a RAG checkpoint at hand, an answer; or, with --search, passages for questions.
 
     Returns:
@@ -59,21 +64,14 @@ def main(args: KnowledgeArguments):
         UserError: a setting or a line of the file is faulty, the encoder cannot be loaded or does not fit, the disk is
             too small, or `output_dir` holds knowledge made otherwise.
     """
-    raise_problems(settings_problems(args))
+    raise_problems(flag_problems(args))
     if args.search:
-        from rag.knowledge.search import search_passages
-
-        return search_passages(args)
-    from rag.knowledge.folder import append, build, read_made_by
-
-    made_by = read_made_by(args)
-    source = read_source(args, made_by)
+        return search(args)
+    source = read_source(args)
     # Threads of the tokenizer, which reads these when it is first used.
     os.environ.update(TOKENIZERS_PARALLELISM=str(args.num_proc > 1).lower(), RAYON_NUM_THREADS=str(args.num_proc))
-
     rag_config = open_rag_config(args)
-    embedder, description = open_encoder(args, source, rag_config)
-    knowledge = (append if args.append else build)(args, source, embedder, description, made_by)
+    knowledge = build(args, source, rag_config)
     flags = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
     model = {} if rag_config is None else {"model_name_or_path": args.rag_model_name}
     print("Next: python finetune_rag.py", *(f"--{k} {shlex.quote(v)}" for k, v in (model | flags).items()), "...")
@@ -82,31 +80,69 @@ def main(args: KnowledgeArguments):
         missing = "--rag_model_name" if args.rag_model_name is None else "--question"
         print(f"No question is asked: {missing} was not given")
     elif rag_config is not None:
-        from rag.knowledge.search import ask
+        from rag.knowledge.search import answer_question
 
-        knowledge.answer = ask(args.question, args.rag_model_name, flags)
+        knowledge.answer = answer_question(args.question, args.rag_model_name, flags)
     return knowledge
 
 
-# --- Documents --------------------------------------------------------------------------------------------------------
+def search(args: KnowledgeArguments) -> list[list[dict]]:
+    """--search: print the passages that --output_dir has for each question."""
+    from rag.index.index_files import read_description
+    from rag.knowledge.search import load_question_encoder, search_passages
+
+    output = Path(args.output_dir)
+    description = read_description(output / PASSAGES_FOLDER)
+    if not description.index:
+        raise UserError(f"--search: the index of {output} is not finished; run the command that was building it first")
+    encoder, tokenizer = load_question_encoder(
+        description, args.question_encoder_name_or_path, args.question_encoder_pooling, args.rag_model_name
+    )
+    effort = {"ef_search": args.ef_search, "nprobe": args.nprobe}
+    return search_passages(output, description, encoder, tokenizer, args.search, args.n_docs, **effort)
 
 
-def read_source(args: KnowledgeArguments, made_by: dict) -> PassageSource:
+def read_source(args: KnowledgeArguments) -> PassageSource:
     """Read the documents once, or twice to find duplicates, before anything else is loaded."""
-    from rag.knowledge.passages import PassageSource, read_passages, survey_documents
+    from rag.knowledge.folder import read_knowledge, read_known
+    from rag.knowledge.passages import open_source
 
-    survey = survey_documents(args.csv_path)
-    raise_problems(survey.problems)
-    print(f"{args.csv_path}: {survey.documents:,} documents, {survey.passages:,} passages")
-    source = PassageSource(args.csv_path, survey)
+    known = None
     if args.drop_duplicates:
-        from rag.knowledge.duplicates import first_of_equals
-        from rag.knowledge.folder import read_known
+        output = Path(args.output_dir)
+        earlier = read_knowledge(output)
+        known = read_known(output, earlier.passages) if args.append and earlier.parts else ()
+    return open_source(args.csv_path, known)
 
-        known = read_known(args, made_by) if args.append and made_by else ()
-        source.keep = first_of_equals(read_passages(args.csv_path), known)
-        print(f"{survey.passages - source.count:,} exact duplicates among them are left out")
-    return source
+
+def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowledge:
+    """Embed and index the passages of --csv_path, or with --append add them to what is there."""
+    from rag.index.build import IndexPlan
+    from rag.knowledge.folder import KnowledgeFolder
+    from rag.knowledge.workers import EncoderPlan, EncodingResources, encoding_workers
+
+    resources = EncodingResources(args.distributed, args.num_encoding_processes, args.ray_address, args.gpus_per_task)
+    embedder, description = open_encoder(args, source, rag_config, resources.device)
+    plan = EncoderPlan(
+        args.dpr_ctx_encoder_model_name,
+        args.ctx_encoder_pooling,
+        description.encoder_digest,
+        args.batch_size,
+        resources.device,
+    )
+    folder = KnowledgeFolder(
+        Path(args.output_dir),
+        embedder,
+        partial(encoding_workers, embedder, plan, resources),
+        args.num_shards,
+        args.recall_queries,
+        args.n_docs,
+    )
+    if args.append:
+        return folder.append(source, description, args.index_factory)
+    factory = args.index_factory or f"HNSW{args.m},Flat"
+    index_plan = IndexPlan(factory, embedder.dimension, args.num_index_shards, args.train_sample)
+    return folder.build(source, description, index_plan)
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -131,12 +167,13 @@ def open_rag_config(args: KnowledgeArguments):
     return config
 
 
-def open_encoder(args: KnowledgeArguments, source: PassageSource, rag_config):
-    """The embedder, and all that decides what comes out of it, to go into index.json."""
-    from rag.index.index_files import encoder_mismatches, pooling_of
+def open_encoder(
+    args: KnowledgeArguments, source: PassageSource, rag_config, device: str
+) -> tuple[PassageEmbedder, IndexDescription]:
+    """The embedder, and all that decides what comes out of it; `device` is where passages are embedded."""
+    from rag.index.index_files import IndexDescription, pooling_of
     from rag.knowledge.embedding import PassageEmbedder
     from rag.knowledge.passages import WORDS_PER_PASSAGE
-    from rag.knowledge.workers import encoding_device
     from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 
     name = args.dpr_ctx_encoder_model_name
@@ -153,27 +190,32 @@ def open_encoder(args: KnowledgeArguments, source: PassageSource, rag_config):
             f"{rag_config.retrieval_vector_size}; give the context encoder that its question encoder was trained with"
         )
     raise_problems(problems)
-    description = {
-        "encoder": name,
-        "encoder_digest": encoder_digest,
+    description = IndexDescription(
+        encoder=name,
+        encoder_digest=encoder_digest,
         **pooling_of(encoder.config),
-        **embedder.settings(encoding_device(args)),
-        "embeddings": "float16" if args.half_precision else "float32",
-        "dimension": d,
-        "csv_path": args.csv_path,
-        "csv_digest": source.survey.digest,
-        "drop_duplicates": args.drop_duplicates,
-        "words_a_passage": WORDS_PER_PASSAGE,
-        "documents": source.survey.documents,
-        "passages": source.count,
-    }
+        **embedder.description(device),
+        embeddings="float16" if args.half_precision else "float32",
+        dimension=d,
+        csv_path=args.csv_path,
+        csv_digest=source.survey.digest,
+        drop_duplicates=args.drop_duplicates,
+        words_a_passage=WORDS_PER_PASSAGE,
+        documents=source.survey.documents,
+        passages=source.count,
+    )
     if rag_config is not None:
         published = args.rag_model_name.startswith("facebook/rag-")  # whose config does not name its question encoder
         theirs = "facebook/dpr-question_encoder-single-nq-base" if published else None
-        for warning in encoder_mismatches(description, rag_config.question_encoder, theirs):
+        for warning in description.encoder_mismatches(rag_config.question_encoder, theirs):
             print(f"Warning: {warning}")
     return embedder, description
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The command `rag-knowledge`."""
     run_script(parse_args, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -18,16 +18,15 @@ import copy
 import ctypes
 import os
 import statistics
-import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, status_mib
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 
@@ -42,16 +41,16 @@ PAD, END = 1, 2
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "One round on few questions: under two minutes on two cores."})
-    rounds: int = field(default=3, metadata={"help": "Measured rounds of a batch each; medians are reported."})
-    questions: int = field(default=4, metadata={"help": "Of a batch, those that transformers' RAG-Sequence answers."})
-    batch_size: int = field(default=8, metadata={"help": "Questions decoded at a time."})
-    n_docs: int = field(default=5, metadata={"help": "Documents a question."})
-    size: str = field(default="base", metadata={"help": "base (as BART-base), medium or small."})
-    equal: int = field(default=0, metadata={"help": "Only compare the token ids of so many random questions."})
-    seeds: int = field(default=5, metadata={"help": "Random models that share the questions of --equal."})
-    encode_once: bool = field(default=False, metadata={"help": "For --equal: spare transformers equal rows' encoding."})
-    first_seed: int = field(default=0, metadata={"help": "Of the random models and questions."})
+    short: bool = flag(False, "One round on few questions: under two minutes on two cores.")
+    rounds: int = flag(3, "Measured rounds of a batch each; medians are reported.")
+    questions: int = flag(4, "Of a batch, those that transformers' RAG-Sequence answers.")
+    batch_size: int = flag(8, "Questions decoded at a time.")
+    n_docs: int = flag(5, "Documents a question.")
+    size: str = flag("base", "base (as BART-base), medium or small.")
+    equal: int = flag(0, "Only compare the token ids of so many random questions.")
+    seeds: int = flag(5, "Random models that share the questions of --equal.")
+    encode_once: bool = flag(False, "For --equal: spare transformers equal rows' encoding.")
+    first_seed: int = flag(0, "Of the random models and questions.")
 
     def __post_init__(self):
         if self.short:

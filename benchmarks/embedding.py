@@ -15,14 +15,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.index_kinds import TEXTS, passages_of
 from benchmarks.machine import header, status_mib
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.files import save_json
@@ -34,12 +34,10 @@ TINY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "Two layers, 128 passages; 2,000 and 8,000 for memory."})
-    folder: Path = field(default=Path("output/embedding"), metadata={"help": "Where it is built; removed at the end."})
-    passages: int = field(default=1024, metadata={"help": "Passages that are encoded to measure the speed; 0: none."})
-    counts: list[int] = field(
-        default_factory=lambda: [50_000, 200_000], metadata={"help": "Passages of which memory is measured; 0: none."}
-    )
+    short: bool = flag(False, "Two layers, 128 passages; 2,000 and 8,000 for memory.")
+    folder: Path = flag(Path("output/embedding"), "Where it is built; removed at the end.")
+    passages: int = flag(1024, "Passages that are encoded to measure the speed; 0: none.")
+    counts: list[int] = flag([50_000, 200_000], "Passages of which memory is measured; 0: none.")
 
     def __post_init__(self):
         if self.short:

@@ -13,17 +13,16 @@ go in one call, on all cores; of the efforts that are tried (--nprobe, --ef_sear
 
 import os
 import shutil
-import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, status_mib
 from benchmarks.retrieval_backends import random_vectors, run
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.files import save_json
@@ -35,20 +34,15 @@ BM25 = "bm25"
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "20,000 passages for every kind, in under a minute."})
-    folder: Path = field(default=Path("output/index_kinds"), metadata={"help": "Scratch; removed at the end."})
-    passages: int = field(default=1_000_000, metadata={"help": "Passages of the indexes of --kinds."})
-    graph_passages: int = field(default=200_000, metadata={"help": "Passages, the first ones, of --graph_kinds."})
-    dimension: int = field(default=384, metadata={"help": "Length of a vector."})
-    kinds: list[str] = field(
-        default_factory=lambda: ["Flat", "IVF1024,PQ64", BM25],
-        metadata={"help": "Factory strings, or bm25, over all passages."},
-    )
-    graph_kinds: list[str] = field(
-        default_factory=lambda: ["HNSW128,Flat", "HNSW32,SQ8"], metadata={"help": "Factory strings over fewer."}
-    )
-    queries: int = field(default=256, metadata={"help": "Queries of a search."})
-    n_docs: int = field(default=5, metadata={"help": "Passages a query."})
+    short: bool = flag(False, "20,000 passages for every kind, in under a minute.")
+    folder: Path = flag(Path("output/index_kinds"), "Scratch; removed at the end.")
+    passages: int = flag(1_000_000, "Passages of the indexes of --kinds.")
+    graph_passages: int = flag(200_000, "Passages, the first ones, of --graph_kinds.")
+    dimension: int = flag(384, "Length of a vector.")
+    kinds: list[str] = flag(["Flat", "IVF1024,PQ64", BM25], "Factory strings, or bm25, over all passages.")
+    graph_kinds: list[str] = flag(["HNSW128,Flat", "HNSW32,SQ8"], "Factory strings over fewer.")
+    queries: int = flag(256, "Queries of a search.")
+    n_docs: int = flag(5, "Passages a query.")
 
     def __post_init__(self):
         if self.short:
@@ -151,8 +145,9 @@ def open_words(folder: Path):
 
 def search(folder: Path, kind: str, args, writer) -> None:
     """Milliseconds until an index is open, then recall, which BM25 has not, and speed at every effort."""
-    from rag.index.build import EmbeddingFiles, exact_scores, measure
+    from rag.index.build import EmbeddingFiles
     from rag.index.knowledge_index import KnowledgeIndex
+    from rag.index.recall import exact_scores, measure_efforts
     from rag.knowledge.embedding import shards_of
 
     def open_index(**effort) -> KnowledgeIndex:
@@ -173,7 +168,7 @@ def search(folder: Path, kind: str, args, writer) -> None:
         return
     queries = unit_vectors(args.queries, args.dimension, seed=10**6)
     best = exact_scores(EmbeddingFiles(shards_of(folder / "passages"), args.dimension), queries, args.n_docs)
-    writer.send((open_ms, measure(open_index, queries, best)))
+    writer.send((open_ms, measure_efforts(open_index, queries, best)))
 
 
 def main(args: BenchmarkArguments) -> list[dict]:

@@ -11,14 +11,12 @@ more than --faiss_passages they would not fit there. Each opening is in a proces
 import json
 import statistics
 import struct
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.machine import header, in_its_own_process
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 
@@ -27,16 +25,14 @@ LINKS = 128
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "One index of 200,000 passages, opened three times."})
-    passages: list[int] = field(
-        default_factory=lambda: [1_000_000, 21_015_300], metadata={"help": "Passages of the indexes."}
-    )
-    dimension: int = field(default=768, metadata={"help": "Length of a vector."})
-    faiss_passages: int = field(default=1_000_000, metadata={"help": "Passages up to which FAISS opens it, too."})
-    openings: int = field(default=5, metadata={"help": "Openings a side."})
-    folder: Path = field(default=Path("output/opening"), metadata={"help": "Scratch; the files are removed."})
-    side: str | None = field(default=None, metadata={"help": "Open --index in this process and print JSON."})
-    index: Path | None = field(default=None, metadata={"help": "The FAISS file, for --side."})
+    short: bool = flag(False, "One index of 200,000 passages, opened three times.")
+    passages: list[int] = flag([1_000_000, 21_015_300], "Passages of the indexes.")
+    dimension: int = flag(768, "Length of a vector.")
+    faiss_passages: int = flag(1_000_000, "Passages up to which FAISS opens it, too.")
+    openings: int = flag(5, "Openings a side.")
+    folder: Path = flag(Path("output/opening"), "Scratch; the files are removed.")
+    side: str | None = flag(None, "Open --index in this process and print JSON.")
+    index: Path | None = flag(None, "The FAISS file, for --side.")
 
     def __post_init__(self):
         if self.short:

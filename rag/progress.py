@@ -1,6 +1,8 @@
 """How far long work has got: a bar on a terminal, plain lines elsewhere.
 
-for batch in progress(batches, total, "Answering", "questions", size=len): ...
+    for batch in progress(batches, total, "Answering", "questions", size=len): ...
+
+Each line has the rate and the time left.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Small models and knowledge made on the spot: no hub, no download, fractions of a second each."""
 
+import os
 import signal
-import sys
 from pathlib import Path
 from types import MethodType
 
@@ -9,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT))
 # In the background of a script pytest begins without Ctrl-C, which those it starts would lack, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -33,7 +32,32 @@ QUESTIONS = [(f"what is the capital of {country}", city) for country, city in [
     ("austria", "vienna"), ("spain", "madrid"), ("portugal", "lisbon"), ("norway", "oslo"),
 ]]  # fmt: skip
 DIMENSION = 16
+BYTES_OF_A_WORKER = 3 * 2**29  # torch, transformers and Lightning, and what the largest tests hold
 LONG = "the castle and the museum of oslo " * 30  # 210 words: three passages
+
+
+def pytest_configure(config):
+    """Hide the GPUs: what is picked for want of a flag is the same on every machine. `-m cuda` runs what needs one."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU that it can see: `make test-cuda`")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """The workers of `-n auto`: one for each core that this process may use, if there is memory for it."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0))
+    workers = min(cores, psutil.virtual_memory().available // BYTES_OF_A_WORKER)
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture(scope="session")

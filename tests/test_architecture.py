@@ -4,9 +4,12 @@ import-linter reads packages; what the ten files of the top level import of each
 """
 
 import ast
+import functools
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -30,6 +33,7 @@ MODULES = {
     "lightning_base": {"utils_rag"},
 }
 HEAVY = {"torch", "transformers", "datasets", "faiss", "pytorch_lightning", "ray"}
+DISTRIBUTIONS = functools.cache(packages_distributions)  # the environment's, by the name that is imported
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("rag/**/*.py"), *ROOT.glob("quickstart/*.py")])
 
 
@@ -83,14 +87,81 @@ def test_every_file_says_its_job(path):
         assert not rest, "a package is imported for the sake of one module: its __init__ imports nothing"
 
 
-def test_every_package_that_is_imported_is_pinned():
+def packages_imported(paths) -> dict[str, set[str]]:
+    """By the name that these files import: the packages, of the environment, that it comes from; not our own files."""
+    names = set().union(*(imported(body(path)) for path in paths))
+    names -= SCRIPTS | MODULES.keys() | {"rag", "quickstart", "tests", "benchmarks"} | sys.stdlib_module_names
+    owners = DISTRIBUTIONS()
+    return {name: {normalized(owner) for owner in owners.get(name, [name])} for name in sorted(names)}
+
+
+def normalized(package: str) -> str:
+    return package.lower().replace("_", "-")
+
+
+def pinned() -> dict[str, str]:
+    """Version by package, of requirements.txt."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    pinned = {
-        match[1].lower().replace("_", "-") for line in lines if (match := re.fullmatch(r"([\w-]+)==[\w.]+", line))
-    }
-    paths = [*FILES, *(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]
-    packages = set().union(*(imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in paths))
-    packages -= {path.stem for path in paths} | {"rag", "quickstart", "tests", "benchmarks"} | sys.stdlib_module_names
-    owners = packages_distributions()
-    names = {name: {owner.lower().replace("_", "-") for owner in owners.get(name, [name])} for name in packages}
-    assert [name for name in sorted(names) if not names[name] & pinned] == []
+    return {normalized(match[1]): match[2] for line in lines if (match := re.fullmatch(r"([\w-]+)==([\w.]+)", line))}
+
+
+def lower_bounds(*extras: str) -> dict[str, str]:
+    """Version by package, of the [project] table's dependencies and those of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = list(project["dependencies"])
+    for extra in extras:
+        requirements += project["optional-dependencies"][extra]
+    names = [one for one in requirements if one != f"{project['name']}[ray]"]
+    bounds = [re.fullmatch(r"([\w-]+)>=([\d.]+)", one) for one in names]
+    assert all(bounds), names
+    return {normalized(bound[1]): bound[2] for bound in bounds}
+
+
+def test_every_package_that_is_imported_is_pinned():
+    folders = (path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    packages = packages_imported([*FILES, *folders])
+    assert [name for name, owners in packages.items() if not owners & pinned().keys()] == []
+    of_project = lower_bounds("ray", "dev").keys()
+    assert [name for name, owners in packages.items() if not owners & of_project] == []
+
+
+def test_an_installed_package_has_what_it_imports():
+    shipped = [path for path in FILES if path.parent.name != "quickstart"]
+    packages = packages_imported(shipped)
+    assert packages.pop("ray") == {"ray"}, "an extra"
+    assert [name for name, owners in packages.items() if not owners & lower_bounds().keys()] == []
+    unused = lower_bounds().keys() - set().union(*packages.values())
+    assert unused == {"sentencepiece"}, "only that does transformers import for us"
+
+
+def test_lower_bounds_are_not_above_the_pins():
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")]
+
+    pins, bounds = pinned(), lower_bounds("ray", "dev")
+    assert bounds.keys() - pins.keys() == {"pre-commit"}, "which `make test` does not need"
+    assert [name for name, pin in pins.items() if numbers(bounds[name]) > numbers(pin)] == []
+
+
+def test_every_worker_collects_the_same_tests_in_the_same_order():
+    """Whatever the order of a set: pytest-xdist refuses workers that differ."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    collecting = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in ("1", "2")
+    ]
+    one, other = ([line for line in process.communicate()[0].splitlines() if "::" in line] for process in collecting)
+    assert len(one) > 1000 and one == other
+
+
+def test_the_walks_name_what_exists():
+    walks = re.findall(r"^(\w[\w/]*\.py):([\w.]+) ", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert len(walks) > 30
+    for file, name in walks:
+        nodes = body(ROOT / file)
+        for part in name.split("."):
+            (node,) = [node for node in nodes if getattr(node, "name", None) == part] or [None]
+            assert node, f"docs/architecture.md: {file} has no {name}"
+            nodes = node.body

@@ -1,10 +1,11 @@
 """How every script of the suite reads its arguments and reports its user's mistakes.
 
-A script declares its settings in a dataclass and needs three lines to become a command line:
+A script declares its settings in a dataclass and needs four lines to become a command line:
 
     def parse_args(argv=None): return parse_into(EvalArguments, description=__doc__, argv=argv)
     def main(args): ...
-    if __name__ == "__main__": run_script(parse_args, main)
+    def cli(): run_script(parse_args, main)
+    if __name__ == "__main__": cli()
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
 """
@@ -16,19 +17,22 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def _load_hf_argument_parser():
     """`HfArgumentParser` from its own file: importing all of transformers would take 0.6 s of every `--help`."""
-    package = importlib.util.find_spec("transformers").submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location("hf_argparser", Path(package) / "hf_argparser.py")
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "hf_argparser.py"
+    spec = importlib.util.spec_from_file_location("hf_argparser", file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.HfArgumentParser
 
 
-HfArgumentParser = _load_hf_argument_parser()
+HfArgumentParser: Any = _load_hf_argument_parser()
 
 
 def program_name() -> str:
@@ -64,7 +68,8 @@ class RagArgumentParser(HfArgumentParser):
         if unknown:  # it may be an empty word
             close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
             message += f"; did you mean {close[0]}?" if close else ""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+        sys.stderr.write(f"{self.prog}: error: {message} (--help lists every flag)\n")
+        sys.exit(2)
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """Parse `argv` into the dataclasses, in their order, then a namespace of the other flags if there are any."""

@@ -1,7 +1,10 @@
 """How every script starts, reports its user's mistakes and ends.
 
-if __name__ == "__main__":
+def cli() -> NoReturn:  # a command of pyproject.toml
     run_script(parse_args, main)
+
+if __name__ == "__main__":
+    cli()
 """
 
 import contextlib
@@ -28,7 +31,7 @@ def _parse_once(parse_args):
     except SystemExit as leaving:
         if leaving.code == 0:  # --help
             raise
-        raise ReportedError("told by argparse") from leaving
+        raise ReportedError("argparse has printed it") from leaving
 
 
 def _leave_it_to_the_reporter() -> NoReturn:
@@ -59,6 +62,6 @@ def run_script(parse_args, main) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
+            print(f"{script}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

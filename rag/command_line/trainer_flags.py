@@ -108,12 +108,13 @@ def add_trainer_flags(parser: argparse._ActionsContainer) -> None:
     types = get_type_hints(TrainerArguments)
     for field in dataclasses.fields(TrainerArguments):
         may_stand_alone = bool in _plain_types(types[field.name])
+        alone: dict[str, Any] = {"nargs": "?", "const": True} if may_stand_alone else {}
         parser.add_argument(
             *dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]),
             type=_value_reader(types[field.name]),
             default=field.default,
             help=field.metadata["help"],
-            **({"nargs": "?", "const": True} if may_stand_alone else {}),
+            **alone,
         )
 
 

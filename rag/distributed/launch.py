@@ -18,10 +18,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import pytorch_lightning as pl
 import torch.distributed as dist
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
@@ -66,8 +68,13 @@ class RankLauncher(_SubprocessScriptLauncher):
 class _StartsRanks:
     """Before a strategy of Lightning's: what it would start by Lightning's launcher it starts by a `RankLauncher`."""
 
+    launcher: Any
+    cluster_environment: ClusterEnvironment
+    num_processes: int
+    num_nodes: int
+
     def _configure_launcher(self) -> None:
-        super()._configure_launcher()
+        super()._configure_launcher()  # type: ignore[misc]  # the strategy's
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 

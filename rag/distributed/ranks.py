@@ -1,7 +1,7 @@
 """The ranks of a running job, talking to each other with errors that name the rank and the step.
 
     ranks = Ranks(timeout=600)                                # collective
-    settings = ranks.from_rank_zero("start", read_settings)   # read on rank 0, known to all
+    config = ranks.from_rank_zero("start", read_config)       # read on rank 0, known to all
     with joined_job(timeout=600) as ranks: ...                # under torchrun: the job's process group, too
 
 Their gloo group is made inside the running job, so that no port and no network interface has to be chosen. One process
@@ -115,119 +115,94 @@ class Ranks:
         head = np.concatenate([[status, message.size], np.ravel(values)]).astype(np.int64)
         return [self.send(head, to, step), self.send(message, to, step)]
 
-    def receive_outcome(self, source: int, step: str, size: int = 0) -> Callable[..., tuple[str, np.ndarray]]:
-        """Begin to hear another rank's `send_outcome` with `size` integers.
+    def receive_outcome(self, source: int, step: str, size: int = 0) -> "PendingOutcome":
+        """Begin to receive another rank's `send_outcome` with `size` integers."""
+        return PendingOutcome(self, source, step, size)
 
-        Returns a function that waits (until a deadline) for text and values; it raises the other rank's error.
-        """
-        head = self.receive((2 + size,), torch.int64, source, step)
-
-        def wait(deadline: float | None = None) -> tuple[str, np.ndarray]:
-            status, length, *_ = values = head.wait(deadline)
-            text = self.receive((int(length),), torch.uint8, source, step).wait(deadline).tobytes().decode()
-            if status == USER_ERROR:
-                raise UserError(text) if source else ReportedError(text)  # what rank 0 tells it also raises
-            if status == ERROR:
-                raise RankError(f"{step}: rank {source} failed: {text}")
-            return text, values[2:]
-
-        return wait
-
-    def from_rank_zero(self, step: str, make: Callable[[], Any]) -> Any:
-        """What `make()` returns on rank 0 (anything JSON can hold), on every rank; so with its error. Collective."""
+    def from_rank_zero(self, step: str, work: Callable[[], Any]) -> Any:
+        """What `work()` returns on rank 0 (anything JSON can hold), on every rank; or its error. Collective."""
         if self.size == 1:
-            return make()
+            return work()
         if self.rank != 0:
-            return json.loads(self.receive_outcome(0, step)()[0])
-        result, failure = _attempt(make)
-        self.tell_the_others(step, failure, json.dumps(result))
+            return json.loads(self.receive_outcome(0, step).wait()[0])
+        result, failure = _attempt(work)
+        self.announce(step, failure, json.dumps(result))
         return result
 
-    def on_rank_zero(self, step: str, make: Callable[[], Any]) -> Any:
-        """What `make()` returns, which stays on rank 0; None on the others, who share its error. Collective."""
-        made = []
-        self.from_rank_zero(step, lambda: made.append(make()))
-        return made[0] if made else None
-
-    def all_or_none(self, step: str, act: Callable[[], Any]) -> Any:
-        """What `act()` returns on this rank; an error on one of them is raised on every rank. Collective."""
+    def on_rank_zero(self, step: str, work: Callable[[], Any]) -> Any:
+        """What `work()` returns, which stays on rank 0; None on the others, who share its error. Collective."""
         if self.size == 1:
-            return act()
-        result, failure = _attempt(act)
+            return work()
         if self.rank != 0:
-            self._report(step, failure)()
+            self.receive_outcome(0, step).wait()
+            return None
+        result, failure = _attempt(work)
+        self.announce(step, failure)
+        return result
+
+    def all_or_none(self, step: str, work: Callable[[], Any]) -> Any:
+        """What `work()` returns on this rank; an error on one of them is raised on every rank. Collective."""
+        if self.size == 1:
+            return work()
+        result, failure = _attempt(work)
+        if self.rank != 0:
+            PendingReport(self, step, failure).wait()
             return result
-        _, problem = self._hear_all([self.receive_outcome(rank, step) for rank in self.others])
-        self.tell_the_others(step, failure or problem)
+        _, problem = self._wait_for_all([self.receive_outcome(rank, step) for rank in self.others])
+        self.announce(step, failure or problem)
         return result
 
-    def in_rounds(self, name: str, rounds: Iterable, act: Callable[[Any], Any], take: Callable[[Any, list], None]):
+    def in_rounds(self, name: str, rounds: Iterable, work: Callable[[Any], Any], collect: Callable[[Any, list], None]):
         """Work that the ranks share, round by round, and rank 0 collects; an error on one is raised on every rank.
 
-        Collective. A rank works one round ahead of what rank 0 has taken, so that not every round is as long as its
+        Collective. A rank works one round ahead of what rank 0 has collected, so that not every round is as long as its
         slowest part.
 
         Args:
             name: what a round is called in messages.
             rounds: as many on every rank.
-            act: on every rank, from a round to this rank's part of it, anything JSON can hold.
-            take: on rank 0, from a round to nothing, given the parts of it, rank by rank.
+            work: on every rank, from a round to this rank's part of it, anything JSON can hold.
+            collect: on rank 0, from a round to nothing, given the parts of it, rank by rank.
         """
         if self.size == 1:
-            for one in rounds:
-                take(one, [act(one)])
+            for each in rounds:
+                collect(each, [work(each)])
         elif self.rank == 0:
-            self._collect_rounds(name, rounds, act, take)
+            self._collect_rounds(name, rounds, work, collect)
         else:
-            self._contribute_rounds(name, rounds, act)
+            self._contribute_rounds(name, rounds, work)
 
-    def _collect_rounds(self, name: str, rounds: Iterable, act: Callable, take: Callable) -> None:
-        for number, one in enumerate(rounds, start=1):
+    def _collect_rounds(self, name: str, rounds: Iterable, work: Callable, collect: Callable) -> None:
+        for number, each in enumerate(rounds, start=1):
             step = f"{name} {number}"
-            answers = [self.receive_outcome(rank, step) for rank in self.others]
-            own, failure = _attempt(lambda one=one: act(one))
-            texts, problem = self._hear_all(answers)
+            outcomes = [self.receive_outcome(rank, step) for rank in self.others]
+            part, failure = _attempt(work, each)
+            texts, problem = self._wait_for_all(outcomes)
             failure = failure or problem
             if failure is None:
-                parts = [own, *map(json.loads, texts)]
-                _, failure = _attempt(lambda one=one, parts=parts: take(one, parts))
-            self.tell_the_others(step, failure)
+                _, failure = _attempt(collect, each, [part, *map(json.loads, texts)])
+            self.announce(step, failure)
 
-    def _contribute_rounds(self, name: str, rounds: Iterable, act: Callable) -> None:
-        hear = None
-        for number, one in enumerate(rounds, start=1):
-            text, failure = _attempt(lambda one=one: json.dumps(act(one)))
-            if hear is not None:
-                hear()
-            hear = self._report(f"{name} {number}", failure, text)
+    def _contribute_rounds(self, name: str, rounds: Iterable, work: Callable) -> None:
+        report = None
+        for number, each in enumerate(rounds, start=1):
+            text, failure = _attempt(lambda round_: json.dumps(work(round_)), each)
+            if report is not None:
+                report.wait()
+            report = PendingReport(self, f"{name} {number}", failure, text)
             if failure is not None:
-                hear()
-        if hear is not None:
-            hear()
+                report.wait()
+        if report is not None:
+            report.wait()
 
-    def _report(self, step: str, failure: Exception | None, text: str | None = None) -> Callable[[], None]:
-        """Begin to tell rank 0 how this rank's part of a step went; returns a function that waits for its answer."""
-        answer = self.receive_outcome(0, step)
-        sent = self.send_outcome(0, step, failure, text or "")
-
-        def hear() -> None:
-            try:
-                answer()
-            except (RankError, UserError) as error:
-                raise error from failure
-            for transfer in sent:
-                transfer.wait()
-
-        return hear
-
-    def _hear_all(self, answers: list[Callable]) -> tuple[list[str], Exception | None]:
-        """Rank 0: the texts of the others, from `receive_outcome`, and the first of their errors; all are heard out."""
+    def _wait_for_all(self, outcomes: list["PendingOutcome"]) -> tuple[list[str], Exception | None]:
+        """Rank 0: the texts of the others and the first of their errors; all are waited for."""
         deadline = self.deadline()
-        heard = [_attempt(lambda answer=answer: answer(deadline)[0]) for answer in answers]
-        return [text for text, _ in heard], next((error for _, error in heard if error is not None), None)
+        results = [_attempt(lambda pending: pending.wait(deadline)[0], outcome) for outcome in outcomes]
+        return [text for text, _ in results], next((error for _, error in results if error is not None), None)
 
-    def tell_the_others(self, step: str, failure: Exception | None, text: str = "", values=None) -> None:
-        """Rank 0's end of a step: every rank hears how it went, then rank 0 raises what went wrong, if anything did.
+    def announce(self, step: str, failure: Exception | None, text: str = "", values=None) -> None:
+        """Rank 0's end of a step: every rank learns how it went, then rank 0 raises the failure, if there is one.
 
         Args:
             values: for each of the others the values it waits for.
@@ -240,10 +215,54 @@ class Ranks:
         for transfer in transfers:
             try:
                 transfer.wait()
-            except RankError as error:  # the others are still to hear it
+            except RankError as error:  # the others still have to learn it
                 failure = failure or error
         if failure is not None:
             raise failure
+
+
+class PendingOutcome:
+    """How another rank's part of a step went, on its way here.
+
+    Args:
+        ranks: this rank's.
+        source: the other rank.
+        step: for the messages.
+        size: int64 values that come with it.
+    """
+
+    def __init__(self, ranks: Ranks, source: int, step: str, size: int = 0):
+        self.ranks, self.source, self.step = ranks, source, step
+        self.head = ranks.receive((2 + size,), torch.int64, source, step)
+
+    def wait(self, deadline: float | None = None) -> tuple[str, np.ndarray]:
+        """Text and values; raises the other rank's error, after `deadline` (monotonic seconds) a `RankError`."""
+        status, length, *_ = values = self.head.wait(deadline)
+        message = self.ranks.receive((int(length),), torch.uint8, self.source, self.step)
+        text = message.wait(deadline).tobytes().decode()
+        if status == USER_ERROR:
+            raise UserError(text) if self.source else ReportedError(text)  # rank 0 raises what it announces, too
+        if status == ERROR:
+            raise RankError(f"{self.step}: rank {self.source} failed: {text}")
+        return text, values[2:]
+
+
+class PendingReport:
+    """How this rank's part of a step went, on its way to rank 0, whose answer is waited for."""
+
+    def __init__(self, ranks: Ranks, step: str, failure: Exception | None, text: str | None = None):
+        self.failure = failure
+        self.answer = ranks.receive_outcome(0, step)
+        self.transfers = ranks.send_outcome(0, step, failure, text or "")
+
+    def wait(self) -> None:
+        """Raises the error that rank 0 announces."""
+        try:
+            self.answer.wait()
+        except (RankError, UserError) as error:
+            raise error from self.failure
+        for transfer in self.transfers:
+            transfer.wait()
 
 
 class Transfer:
@@ -280,10 +299,10 @@ class Transfer:
         return self.tensor.numpy()
 
 
-def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `act()` returns, or its error."""
+def _attempt(work: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
+    """What `work(*args)` returns, or its error."""
     try:
-        return act(), None
+        return work(*args), None
     except Exception as error:
         return None, error
 

@@ -8,6 +8,7 @@
 Ray is an optional package, imported where it is used.
 """
 
+import ipaddress
 import logging
 import os
 import secrets
@@ -28,6 +29,9 @@ class RayConnection:
     Args:
         address: "HOST:PORT" of a running cluster; "auto" for the one that RAY_ADDRESS names or `ray start` started on
             this node, or else one of our own: on this node alone, on the loopback interface, with token authentication.
+
+    Where RAY_AUTH_MODE is not set, the token in the home folder opens a cluster that took it when `ray start` started
+    this node; it is sent to no machine that only an address names.
     """
 
     def __init__(self, address: str):
@@ -74,9 +78,12 @@ class RayConnection:
     def _start(self, num_workers: int) -> str:
         import ray
 
+        _token_switches()  # or everybody on this machine could use the cluster
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             # Ray would leave one in the home folder. It reads the token once a process, so it stays for the next start.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if "RAY_AUTH_MODE" not in os.environ:
+            _authenticate({"RAY_AUTH_MODE": "token"})
         _on_loopback(True)
         self.opened = True
         self.folder = tempfile.mkdtemp(prefix="rag_ray_")
@@ -88,7 +95,11 @@ class RayConnection:
             include_dashboard=False,
             _temp_dir=self.folder,
         )
-        return ray.get_runtime_context().gcs_address
+        address = ray.get_runtime_context().gcs_address
+        if not _is_loopback(address):  # the switch is there and does nothing any more
+            self.close()
+            raise _not_on_loopback(f"it listens on {address}")
+        return address
 
     def _connect(self, address: str, loopback: bool = False) -> None:
         import ray
@@ -97,6 +108,9 @@ class RayConnection:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
             _on_loopback(loopback)
+            noted = self.address == "auto" and not os.environ.get("RAY_ADDRESS")  # by `ray start` on this node
+            if not loopback and _takes_token(address, unknown=noted):
+                _follow_token()
             self.opened = True
             _init_ray(address=address)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -140,10 +154,37 @@ def _running_cluster() -> str | None:
 
 
 def _on_loopback(only: bool) -> None:
-    """Have Ray listen on 127.0.0.1 only, or not. On Linux it has no argument for that, though it does so elsewhere."""
-    from ray._private import ray_constants
+    """Have Ray listen on 127.0.0.1 only, or not. On Linux it has no argument for that, though it does so elsewhere.
 
-    ray_constants.ENABLE_RAY_CLUSTER = not only
+    Raises:
+        UserError: only there, but this release of Ray has no such switch, so that it would listen everywhere.
+    """
+    try:
+        from ray._private import ray_constants
+    except ImportError:
+        ray_constants = None
+
+    if isinstance(getattr(ray_constants, "ENABLE_RAY_CLUSTER", None), bool):
+        ray_constants.ENABLE_RAY_CLUSTER = not only
+    elif only:
+        raise _not_on_loopback("ray._private.ray_constants.ENABLE_RAY_CLUSTER is gone")
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether no other machine reaches "HOST:PORT"."""
+    try:
+        return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
+
+
+def _not_on_loopback(reason: str) -> UserError:
+    import ray
+
+    return UserError(
+        f"--ray_address auto: a cluster of our own would be open to other machines, as Ray {ray.__version__} cannot be "
+        f"kept to this one ({reason}); install the release in requirements.txt, or run `ray start --head` first"
+    )
 
 
 def _authentication() -> dict[str, str]:
@@ -152,12 +193,78 @@ def _authentication() -> dict[str, str]:
 
 
 def _authenticate(environment: dict[str, str]) -> None:
-    """Take over what opens another process's cluster. Ray read its own environment when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    """Take over what opens a cluster. Ray read its own environment when it was imported.
 
+    Raises:
+        UserError: this release of Ray has no such switches.
+    """
+    loader, config = _token_switches()
     os.environ.update(environment)
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    config.initialize("")
+    loader.reset_cache()
+
+
+def _follow_token() -> None:
+    """Authenticate where a token is at hand and nothing says whether to, as `ray.init(address="auto")` does."""
+    try:
+        loader, _ = _token_switches()
+    except UserError:  # a cluster that wants a token refuses us
+        return
+    if "RAY_AUTH_MODE" not in os.environ and loader.has_token(ignore_auth_mode=True):
+        _authenticate({"RAY_AUTH_MODE": "token"})
+
+
+def _takes_token(address: str, unknown: bool) -> bool:
+    """Whether this node belongs to the cluster at "HOST:PORT" and `ray start` turned authentication on here.
+
+    It does where it finds a token, and each `ray.init()` that starts a cluster leaves one. A cluster from before has no
+    authentication, and its actors die of a token. So the environment of Ray's process on this node decides.
+
+    Args:
+        unknown: the answer where that cannot be seen.
+    """
+    import psutil
+
+    host, _, port = address.rpartition(":")
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] != "raylet":
+            continue
+        flag = next((word for word in process.info["cmdline"] or [] if word.startswith("--gcs-address=")), "")
+        its_host, _, its_port = flag.removeprefix("--gcs-address=").rpartition(":")
+        if its_port == port and (its_host == host or (_is_of_this_machine(its_host) and _is_of_this_machine(host))):
+            try:
+                return process.environ().get("RAY_AUTH_MODE") == "token"
+            except psutil.Error:  # another user's
+                return unknown
+    return unknown
+
+
+def _token_switches():
+    """Ray's own loader of the token and its settings.
+
+    Raises:
+        UserError: this release of Ray has them no more.
+    """
+    import ray
+
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        return AuthenticationTokenLoader.instance(), Config
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"--ray_address auto: a cluster of our own cannot be locked with Ray {ray.__version__} "
+            f"({first_line(error)}); install the release in requirements.txt, or run `ray start --head` first"
+        ) from error
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """Whether an address is one of this machine's."""
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError:
+        return False
+    return True
 
 
 def first_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
-"""The settings of `eval_rag.py`, and its question and gold files, checked before anything heavy is loaded.
+"""The flags of `eval_rag.py`: what is measured, on which questions, with which passages.
 
-args = parse_args(["--model_name_or_path", "rag", "--evaluation_set", "test.source", "--gold_data_path", "test.qa"])
-data = read_data(args)
-data.questions, data.gold, data.answers
+    args = parse_args(["--model_name_or_path", "rag", "--evaluation_set", "test.source", "--gold_data_path", "test.qa"])
+    data = read_data(args)
+    data.questions, data.gold, data.answers
+
+The flags are checked before anything heavy is imported; `gold.py` reads the files that they name.
 """
 
 import logging

@@ -1,7 +1,9 @@
 """The questions of an evaluation and, for each, what counts as right: answers or titles.
 
-data = read_data(args)
-data.questions, data.gold, data.answers
+    data = read_data(args)
+    data.questions, data.gold, data.answers
+
+All problems of the files are reported at once, before a model is loaded.
 """
 
 import ast
@@ -128,11 +130,12 @@ def parse_qa_line(line: str) -> list[str]:
     return answers
 
 
-def _warn_of_other_questions(flag: str, path: str, asked: list[str], questions: list[str]) -> None:
+def _warn_of_other_questions(flag: str, path: str, file_questions: list[str], questions: list[str]) -> None:
     """A file that is a line off scores 0 without an error."""
-    other = [n for n, (one, two) in enumerate(zip(asked, questions, strict=True)) if one.split() != two.split()]
+    pairs = zip(file_questions, questions, strict=True)
+    other = [n for n, (theirs, ours) in enumerate(pairs) if theirs.split() != ours.split()]
     if other:
         logger.warning(
             f"{flag} {path}: {len(other)} of {len(questions)} questions are not those of --evaluation_set; the first, "
-            f"on line {other[0] + 1}: {asked[other[0]]!r} against {questions[other[0]]!r}"
+            f"on line {other[0] + 1}: {file_questions[other[0]]!r} against {questions[other[0]]!r}"
         )

@@ -113,9 +113,9 @@ def _candidates(sequences: torch.Tensor, pad_token_id: int) -> list[list[tuple[i
 
 def _stack(answers: list[list[tuple]], rows: int, pad_token_id: int, device) -> torch.Tensor:
     """The token tuples of B questions, at most `rows` each, to (B * rows, T)."""
-    answers = [answer for own in answers for answer in own + [()] * (rows - len(own))]
-    length = max(map(len, answers))
-    return torch.tensor([[*a, *[pad_token_id] * (length - len(a))] for a in answers], dtype=torch.long, device=device)
+    flat = [answer for own in answers for answer in own + [()] * (rows - len(own))]
+    length = max(map(len, flat))
+    return torch.tensor([[*a, *[pad_token_id] * (length - len(a))] for a in flat], dtype=torch.long, device=device)
 
 
 # ---- the score of a candidate answer to RAG-Sequence
@@ -140,7 +140,9 @@ def _marginal_log_probs(decoder, memory, candidates: list, doc_log_probs: torch.
         (C).
     """
     without_first = bos is not None and all(c[1:2] == (bos,) for c in candidates)
-    nodes, edges, paths = {}, {}, []  # (parent, token) -> node; (node, next token) -> edge; each candidate's edges
+    nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+    edges: dict[tuple[int, int], int] = {}  # (node, next token) -> edge
+    paths: list[list[int]] = []  # each candidate's edges
     for candidate in candidates:
         node, path = -1, []
         for depth, (token, target) in enumerate(pairwise(candidate)):
@@ -162,13 +164,14 @@ def _marginal_log_probs(decoder, memory, candidates: list, doc_log_probs: torch.
 def _edge_log_probs(decoder, memory, nodes: list, edges: list) -> torch.Tensor:
     """log p(next token | node) under each document: nodes (parent, token), edges (node, next token) to (n, edges)."""
     device = memory.mask.device
-    ancestors, depths = torch.eye(len(nodes), dtype=torch.bool), []
+    ancestors = torch.eye(len(nodes), dtype=torch.bool)
+    depth_of: list[int] = []
     for node, (parent, _) in enumerate(nodes):
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        depth_of.append(depth_of[parent] + 1 if parent >= 0 else 0)
         if parent >= 0:
             ancestors[node] |= ancestors[parent]
     tokens = torch.tensor([token for _, token in nodes], device=device)
-    depths, ancestors = torch.tensor(depths, device=device), ancestors.to(device)
+    depths, ancestors = torch.tensor(depth_of, device=device), ancestors.to(device)
     places, targets = torch.tensor(edges, dtype=torch.long, device=device).view(-1, 2).unbind(1)
     log_probs, step = [], max(1, CHUNK_TOKENS // len(nodes))
     for first in range(0, len(memory.mask), step):
@@ -209,7 +212,7 @@ class _Search:
         self.start_token_id = self.config.bos_token_id if start is None else start
         self.stops = _stopping_criteria(self.config, getattr(owner.config, "max_position_embeddings", None))
         self.past = Past(capacity=1 + self.config.num_beams * (self.config.max_length - 1))
-        self.ancestors = None  # (I, N, tokens in self.past)
+        self.ancestors: torch.Tensor | None = None  # (I, N, tokens in self.past)
         self._set_processors()
 
     def run(self) -> _Found:
@@ -253,6 +256,7 @@ class _Search:
         """The rows of the items to go on with, or None while too few are over to be worth the copy of the others."""
         if 4 * over.sum() < len(over):
             return None
+        assert self.ancestors is not None, "a step comes first"
         rows = (~over).nonzero().squeeze(1)
         documents = (rows[:, None] * self.documents + torch.arange(self.documents, device=self.device)).flatten()
         self.memory, self.ancestors = self.memory.select(documents), self.ancestors[rows]

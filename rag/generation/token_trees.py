@@ -8,7 +8,10 @@ A token attends to its ancestors in the tree and to its document. A beam search 
 `Past` keeps its keys and values and never moves them. Candidate answers are one tree, whose beginnings they share.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
@@ -48,8 +51,8 @@ class Past:
 
     def __init__(self, capacity: int):
         self.capacity, self.steps, self.length = capacity, 0, 0
-        self.depths = None  # (length) of each token in its tree
-        self.layers = []  # (2, D, heads, capacity, head size)
+        self.depths: torch.Tensor | None = None  # (length) of each token in its tree
+        self.layers: list[torch.Tensor] = []  # (2, D, heads, capacity, head size)
 
     def grow(self, depths: torch.Tensor) -> None:
         self.steps += 1
@@ -62,7 +65,8 @@ class Past:
             self.layers.append(keys.new_empty(2, documents, heads, self.capacity, size))
         self.layers[layer][0, :, :, self.length - new : self.length] = keys
         self.layers[layer][1, :, :, self.length - new : self.length] = values
-        return self.layers[layer][:, :, :, : self.length].unbind(0)
+        keys, values = self.layers[layer][:, :, :, : self.length].unbind(0)
+        return keys, values
 
     def select(self, documents: torch.Tensor) -> None:
         for i, layer in enumerate(self.layers):
@@ -71,7 +75,7 @@ class Past:
             self.layers[i] = kept
 
 
-class TreeDecoder:
+class TreeDecoder(ABC):
     """A generator's encoder and decoder, the decoder over trees of tokens; the subclasses know their layers."""
 
     def __init__(self, generator):
@@ -80,11 +84,38 @@ class TreeDecoder:
         self.weight, self.bias = output_layer(generator)  # (vocabulary, d), (vocabulary)
         self.dtype = full_precision(self.weight[:0]).dtype  # of log-probabilities
 
+    n_heads: int
+    scale: float | None  # of attention's products; None is 1 / sqrt(head size)
+
+    @abstractmethod
+    def layers(self) -> Iterable[Any]: ...
+
+    @abstractmethod
+    def cross_projections(self) -> list[tuple[Any, Any]]:
+        """The linear layers that make cross-attention's keys and values, of each layer."""
+
+    @abstractmethod
+    def embed(self, tokens: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
+        """(D, N) and (N) to the first layer's input (D, N, d)."""
+
+    @abstractmethod
+    def self_attention_bias(self, ancestors, depths: torch.Tensor, key_depths: torch.Tensor) -> torch.Tensor:
+        """What scaled_dot_product_attention takes as its mask, bool or added: (D or 1, 1 or heads, N, keys)."""
+
+    @abstractmethod
+    def apply(self, layer, hidden: torch.Tensor, attend_self: Callable, attend_memory: Callable) -> torch.Tensor:
+        """One layer: (D, N, d) to (D, N, d)."""
+
+    @abstractmethod
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What lies behind the last layer, up to the output layer: (D, N, d) to (D, N, d)."""
+
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
         """Encode contexts (D, S) and project what cross-attention reads of them."""
         device = input_ids.device
         lengths = context_lengths(attention_mask).cpu().numpy()
-        longest, layers = int(lengths.max()), []
+        longest = int(lengths.max())
+        layers: list[torch.Tensor] = []
         group_cost = GROUP_COST.get(device.type, GROUP_COST["cuda"])
         for group, length in groups_of_similar_length(lengths, group_cost, CHUNK_TOKENS):
             rows = torch.from_numpy(group).to(device)
@@ -96,7 +127,7 @@ class TreeDecoder:
                         documents, heads, _, size = len(lengths), *projected.shape[1:]
                         layers.append(projected.new_zeros(2, documents, heads, longest, size))
                     layers[i][j, rows, :, :length] = projected
-        return Memory([tuple(layer) for layer in layers], attention_mask[:, None, None, :longest].bool())
+        return Memory([(keys, values) for keys, values in layers], attention_mask[:, None, None, :longest].bool())
 
     def decode(self, tokens, depths, ancestors, memory: Memory, past: Past | None = None) -> torch.Tensor:
         """Last hidden states of tokens (D, N) that hang on D documents, (D, N, d).
@@ -213,7 +244,7 @@ class T5Decoder(TreeDecoder):
         return scaled(self.decoder.final_layer_norm(hidden), self.config)
 
 
-DECODERS = {"bart": BartDecoder, "t5": T5Decoder}
+DECODERS: dict[str, type[TreeDecoder]] = {"bart": BartDecoder, "t5": T5Decoder}
 
 
 def tree_decoder(generator) -> TreeDecoder:

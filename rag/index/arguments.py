@@ -7,9 +7,10 @@ index_effort(config)                  # what an index is opened with
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from rag.command_line.flags import flag
 from rag.errors import raise_problems
 
 # What bears on a search of any index, and what belongs to wiki_dpr alone.
@@ -22,13 +23,11 @@ INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI
 class EffortArguments:
     """How hard a search tries."""
 
-    ef_search: int | None = field(
-        default=None,
-        metadata={"help": "Candidates an HNSW search keeps: more find more, slower; left out, the index's own (16)."},
+    ef_search: int | None = flag(
+        None, "Candidates an HNSW search keeps: more find more, slower; left out, the index's own (16)."
     )
-    nprobe: int | None = field(
-        default=None,
-        metadata={"help": "Lists an IVF search visits: more find more, slower; left out, the index's own (1)."},
+    nprobe: int | None = flag(
+        None, "Lists an IVF search visits: more find more, slower; left out, the index's own (1)."
     )
 
     def effort_problems(self) -> list[str]:
@@ -41,48 +40,33 @@ class EffortArguments:
 class SearchArguments(EffortArguments):
     """Which index is searched, and how. What is left out is the checkpoint's."""
 
-    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = field(
-        default=None,
-        metadata={"help": "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."},
+    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = flag(
+        None, "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."
     )
-    passages_path: str | None = field(
-        default=None, metadata={"help": "Folder of passages from use_own_knowledge_dataset.py (custom, bm25)."}
+    passages_path: str | None = flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
+    index_path: str | None = flag(
+        None,
+        "FAISS file or folder of shards (custom), or a folder (legacy; bm25, where it defaults to a folder "
+        "beside the passages).",
     )
-    index_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "FAISS file or folder of shards (custom), or a folder (legacy; bm25, where it defaults to a folder "
-            "beside the passages)."
-        },
+    index_device: str | None = flag(
+        None,
+        "cuda, cuda:1 or cpu: compare each question with all embeddings, held there in half precision; "
+        "left out, FAISS searches.",
     )
-    index_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "cuda, cuda:1 or cpu: compare each question with all embeddings, held there in half precision; "
-            "left out, FAISS searches."
-        },
+    dataset: str | None = flag(
+        None, "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; left out, the checkpoint's."
     )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; left out, the "
-            "checkpoint's."
-        },
+    use_dummy_dataset: bool = flag(
+        False, "Use the first 10,000 passages of wiki_dpr only, also where the checkpoint uses all."
     )
-    use_dummy_dataset: bool = field(
-        default=False,
-        metadata={"help": "Use the first 10,000 passages of wiki_dpr only, also where the checkpoint uses all."},
+    dataset_encoding: Literal["nq", "multiset"] | None = flag(
+        None, "Encoder pair of wiki_dpr; left out, the pair in the question encoder's name, else nq."
     )
-    dataset_encoding: Literal["nq", "multiset"] | None = field(
-        default=None,
-        metadata={"help": "Encoder pair of wiki_dpr; left out, the pair in the question encoder's name, else nq."},
-    )
-    doc_vectors: Literal["passages", "index"] | None = field(
-        default=None,
-        metadata={
-            "help": "Take the vectors for document scores from the passages or from the index; left out, index for "
-            "exact, passages for compressed."
-        },
+    doc_vectors: Literal["passages", "index"] | None = flag(
+        None,
+        "Take the vectors for document scores from the passages or from the index; left out, index for "
+        "exact, passages for compressed.",
     )
 
     def __post_init__(self):

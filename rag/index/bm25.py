@@ -27,16 +27,18 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from rag.errors import UserError
-from rag.files import atomic_folder, load_json
+from rag.files import atomic_folder, load_json, save_json
 from rag.index.arguments import index_effort
-from rag.index.index_files import DESCRIPTION_FILE, write_description
+from rag.index.index_files import DESCRIPTION_FILE
 from rag.index.knowledge_index import KnowledgeIndex, check_columns
+from rag.index.passage_rows import fingerprint_of
 from rag.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -58,13 +60,17 @@ class Bm25Index(KnowledgeIndex):
     """
 
     reads_text = True
+    begun = KnowledgeIndex.begun | {"bm25", "words"}
 
     def __init__(self, passages: datasets.Dataset, folder: Path):
-        super().__init__(passages, QUERY_SIZE, vectors_from="index")
         self.folder = folder
-        self.bm25 = None
+        super().__init__(passages, QUERY_SIZE, vectors_from="index")
+
+    def _begin(self, faiss_index=None) -> None:
+        super()._begin(faiss_index)
+        self.bm25: Any = None
         # A record batch of one column, mapped: every rank looks words up, also where it never searches.
-        self.words = pa.ipc.open_file(pa.memory_map(str(folder / WORDS_FILE))).get_batch(0).column(0)
+        self.words = pa.ipc.open_file(pa.memory_map(str(self.folder / WORDS_FILE))).get_batch(0).column(0)
 
     def is_initialized(self) -> bool:
         return self.bm25 is not None
@@ -166,7 +172,7 @@ def open_bm25(config) -> Bm25Index:
             logger.warning(f"{name} {value} has no effect on BM25")
     passages = datasets.load_from_disk(str(path))
     check_columns(passages, ("title", "text"))
-    wanted = {"kind": "bm25", "fingerprint": passages._fingerprint, "passages": len(passages), **BM25_SETTINGS}
+    wanted = {"kind": "bm25", "fingerprint": fingerprint_of(passages), "passages": len(passages), **BM25_SETTINGS}
     folder = _folder(config)
     if not _is_ready(folder, wanted):
         try:
@@ -246,7 +252,8 @@ def build_bm25(passages: datasets.Dataset, folder: Path, description: dict) -> N
         column = pa.record_batch({"word": pa.array(words, pa.string())})
         with pa.OSFile(str(beside / WORDS_FILE), "wb") as file, pa.ipc.new_file(file, column.schema) as writer:
             writer.write_batch(column)
-        write_description(beside, description | {"words": len(words), "versions": {"bm25s": version("bm25s")}})
+        facts = {"words": len(words), "versions": {"bm25s": version("bm25s")}}
+        save_json(description | facts, beside / DESCRIPTION_FILE)
 
 
 def _number_words(passages: datasets.Dataset) -> tuple[list[str], np.ndarray, np.ndarray]:

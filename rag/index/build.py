@@ -1,9 +1,8 @@
-"""FAISS indexes of any kind, built of embeddings that need not fit into memory, and what each finds of an exact search.
+"""FAISS indexes of any kind, built of embeddings that need not fit into memory.
 
     vectors = EmbeddingFiles(shards_of("my_knowledge_dataset"), dimension=768)
     plan = IndexPlan("OPQ64_256,IVF4096,PQ64", dimension=768, shards=8)
     build_index(vectors, plan, Path("my_knowledge_dataset_index"), digest)
-    rows = measure(open_index, queries, exact_scores(vectors, queries, n_docs=5))
 
 A kind is written as FAISS writes it (its wiki: "The index factory"); scores are inner products. An index that learns
 (IVF, PQ, OPQ, SQ) is trained once, on a sample. Vectors are added a file of embeddings at a time, on all cores; an
@@ -30,13 +29,11 @@ from rag.index.index_files import shard_files, shard_path, write_faiss_index
 from rag.progress import progress
 
 EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_256,IVF1024,PQ64"
-FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantiser's 256 centroids, as many as FAISS ever uses
+FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantizer's 256 centroids, as many as FAISS ever uses
 TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 at most
 ROWS_AT_A_TIME = 65_536
 # An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
-SAVE_AFTER, SAVES_COST = 120, 10
-# Efforts that are tried on a new index, each four times the last; FAISS's own are 16 and 1.
-EFFORTS = {"ef_search": (16, 64, 256), "nprobe": (1, 4, 16, 64, 256)}
+SAVE_AFTER, SAVES_COST = 120.0, 10
 
 
 class EmbeddingFiles:
@@ -69,12 +66,12 @@ class EmbeddingFiles:
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The vectors of `ids` (n,), in ascending order, as float32 (n, d)."""
         parts = np.split(ids, np.searchsorted(ids, self.starts[1:-1]))
-        found = [
+        vectors = [
             self._open(path).gather(part - first)
             for path, first, part in zip(self.paths, self.starts, parts, strict=False)
             if len(part)
         ]
-        return np.concatenate(found)
+        return np.concatenate(vectors)
 
 
 # --- Kinds ------------------------------------------------------------------------------------------------------------
@@ -112,15 +109,15 @@ class IndexPlan:
             return [f"{flag}: FAISS adds no vectors of dimension {self.dimension} to it ({reason}); try {EXAMPLES}"]
         if index.metric_type != faiss.METRIC_INNER_PRODUCT:
             return [f"{flag}: FAISS ranks it by distances, RAG by inner products; try {EXAMPLES}"]
-        found = []
+        problems = []
         if _centroids(index) > min(count, self.train_sample or count):
-            found.append(
+            problems.append(
                 f"{flag} learns {_centroids(index)} centroids, for which there must be as many passages (there are "
                 f"{count}) and no smaller --train_sample; give fewer lists, or Flat"
             )
         if self.shards > count:
-            found.append(f"--num_index_shards {self.shards}, but there are only {count} passages; give fewer shards")
-        return found
+            problems.append(f"--num_index_shards {self.shards}, but there are only {count} passages; give fewer shards")
+        return problems
 
     def learns(self) -> bool:
         """Whether the kind learns anything of the vectors."""
@@ -230,7 +227,7 @@ def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> 
 
 
 def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_nothing: bool) -> Iterator[int]:
-    """Write `base`, or what it has learnt, and these rows at `path`; begin with what is saved, and save in between."""
+    """Write `base`, or what it has learned, and these rows at `path`; begin with what is saved, and save in between."""
     for left in path.parent.glob(f"{path.name}*.part"):  # half-written when a run was killed
         left.unlink()
     first = 0 if from_nothing else map_index(base).ntotal
@@ -255,7 +252,7 @@ def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_n
 
 
 def _read_unfinished(saved: Path, first: int):
-    """The index that goes on as if it had not been written and read, after all but its `first` vectors were added."""
+    """An unfinished index, to which all but its `first` vectors were added, as if it had never been written."""
     index = faiss.read_index(str(saved))
     core = _core(index)
     if hasattr(core, "hnsw"):
@@ -279,56 +276,3 @@ def _train(plan: IndexPlan, vectors: EmbeddingFiles):
         index.train(vectors.gather(np.sort(rows)))
         print(f"Trained on {size:,} passages in {time.monotonic() - start:.1f} s")
     return index
-
-
-# --- What it finds ----------------------------------------------------------------------------------------------------
-
-
-def exact_scores(vectors: EmbeddingFiles, queries: np.ndarray, n_docs: int) -> np.ndarray:
-    """The largest inner products (Q, n_docs) float32 with each of `queries` (Q, d), best first, of all vectors."""
-    heap = faiss.ResultHeap(len(queries), n_docs, keep_max=True)
-    for block in vectors.blocks():
-        heap.add_result(*faiss.knn(queries, block, min(n_docs, len(block)), metric=faiss.METRIC_INNER_PRODUCT))
-    heap.finalize()
-    return heap.D
-
-
-def recall(queries: np.ndarray, found: np.ndarray, best: np.ndarray) -> float:
-    """The share of what an exact search finds that was found.
-
-    A passage counts whose inner product reaches the last of `best`: of equal ones it does not matter which.
-
-    Args:
-        queries: (Q, d) float32.
-        found: (Q, n_docs, d) float32, the vectors of the passages that were found.
-        best: (Q, n_docs) float32, from `exact_scores`.
-    """
-    scores = np.einsum("qd,qnd->qn", queries, found)
-    worst = best[:, -1:]
-    return float((scores >= worst - 1e-5 * np.abs(worst)).mean())
-
-
-def measure(open_index, queries: np.ndarray, best: np.ndarray) -> list[dict]:
-    """Recall and queries a second, all queries in one call on all cores, at growing effort as long as that helps.
-
-    Args:
-        open_index: called with ef_search or nprobe or neither; returns a `KnowledgeIndex`, not yet opened.
-        queries: (Q, d) float32.
-        best: (Q, n_docs) float32, from `exact_scores`.
-    """
-    index = open_index()
-    index.init_index()
-    setting = next((name for name in ("nprobe", "ef_search") if name in index.settings()), None)
-    rows: list[dict] = []
-    for effort in [{setting: value} for value in EFFORTS[setting]] if setting else [{}]:
-        index = open_index(**effort)
-        index.init_index()
-        index.search(queries, best.shape[1])  # reads from the disk
-        start = time.perf_counter()
-        _, ids = index.search(queries, best.shape[1])
-        speed = len(queries) / (time.perf_counter() - start)
-        share = recall(queries, index.embeddings.gather(ids), best)
-        if rows and share <= rows[-1]["recall"]:
-            break
-        rows.append(effort | {"recall": share, "queries_per_second": speed})
-    return rows

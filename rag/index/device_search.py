@@ -1,7 +1,7 @@
 """Exact search on an accelerator: all passages' embeddings in half precision, compared with every question.
 
-    found = DeviceSearch(embeddings.blocks(), rows=len(embeddings), dimension=768, device="cuda:0")
-    scores, rows = found.search(queries, n_docs=5)
+    search = DeviceSearch(embeddings.blocks(), rows=len(embeddings), dimension=768, device="cuda:0")
+    scores, rows = search.search(queries, n_docs=5)
 
 Half precision halves the memory and the time of a pass, which reads every embedding once; products are summed in
 float32. The answers are those of FAISS's Flat index over float32 vectors but where two scores differ by less than the
@@ -80,29 +80,29 @@ class DeviceSearch:
         """
         import torch
 
-        found = min(n_docs, len(self.embeddings))
+        count = min(n_docs, len(self.embeddings))
         scores = np.full((len(queries), n_docs), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), n_docs), -1, dtype=np.int64)
-        if found and len(queries):
+        if count and len(queries):
             with torch.inference_mode():
-                best_scores, best_rows = self._search(torch.tensor(queries, device=self.device), found)
-            scores[:, :found], rows[:, :found] = best_scores.cpu().numpy(), best_rows.cpu().numpy()
+                best_scores, best_rows = self._search(torch.tensor(queries, device=self.device), count)
+            scores[:, :count], rows[:, :count] = best_scores.cpu().numpy(), best_rows.cpu().numpy()
         return scores, rows
 
-    def _search(self, queries, found: int):
-        """Chunk by chunk the best of each, then the best of these: (B, found) each, on the device."""
+    def _search(self, queries, count: int):
+        """Chunk by chunk the best of each, then the best of these: (B, count) each, on the device."""
         import torch
 
-        chunk = max(found, SCORES_AT_A_TIME // len(queries))
+        chunk = max(count, SCORES_AT_A_TIME // len(queries))
         if self.device.type == "cpu":
-            chunk = max(found, CPU_CHUNK)
+            chunk = max(count, CPU_CHUNK)
         best = []
         for start in range(0, len(self.embeddings), chunk):
             scores = self._scores(queries, self.embeddings[start : start + chunk])  # (B, chunk)
-            own_scores, own_rows = scores.topk(min(found, scores.shape[1]))
-            best.append((own_scores, own_rows + start))
+            chunk_scores, chunk_rows = scores.topk(min(count, scores.shape[1]))
+            best.append((chunk_scores, chunk_rows + start))
         scores, rows = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-        scores, places = scores.topk(found)
+        scores, places = scores.topk(count)
         return scores, rows.gather(1, places)
 
     def _scores(self, queries, embeddings):

@@ -1,6 +1,8 @@
 """The rows of DPR's `psgs_w100.tsv`: id, text and title behind tabs, under a header; fields may be quoted.
 
-for line, passage_id, text, title in dpr_rows(file): ...
+    for line, passage_id, text, title in dpr_rows(file): ...
+
+Both DPR's legacy index and the documents of a knowledge folder are read by it.
 """
 
 import csv

@@ -1,19 +1,30 @@
 """The files of an index: a FAISS file or a folder of shards, and `index.json` beside it, which says what made it.
 
-write_faiss_index(index, shard_path(folder, 0, 1000))
-description = read_description(index_path)
-encoder_mismatches(description, config.question_encoder)
+    write_faiss_index(index, shard_path(folder, 0, 1000))
+    description = read_description(index_path)
+    description.encoder_mismatches(config.question_encoder)
+
+Files appear whole or not at all.
 """
 
 import os
 import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import faiss
 
-from rag.files import load_json, save_json
+from rag.files import json_digest, load_json, save_json
 
 DESCRIPTION_FILE = "index.json"
+# Two lots of passages can share an index where these are equal.
+VECTOR_FIELDS = (
+    "encoder_digest", "pooling", "normalize", "input", "max_length", "precision", "embeddings", "words_a_passage",
+)  # fmt: skip
+
+
+# --- FAISS files ------------------------------------------------------------------------------------------------------
 
 
 def shard_path(folder: str | os.PathLike, start: int, end: int) -> Path:
@@ -23,8 +34,8 @@ def shard_path(folder: str | os.PathLike, start: int, end: int) -> Path:
 
 def shard_files(folder: str | os.PathLike) -> list[tuple[Path, int, int]]:
     """The FAISS files of such a folder, each with its first row and the one behind its last, in the rows' order."""
-    found = [(path, re.fullmatch(r"rows-(\d+)-(\d+)\.faiss", path.name)) for path in Path(folder).glob("rows-*.faiss")]
-    return sorted(((path, int(rows[1]), int(rows[2])) for path, rows in found if rows), key=lambda file: file[1:])
+    names = [(path, re.fullmatch(r"rows-(\d+)-(\d+)\.faiss", path.name)) for path in Path(folder).glob("rows-*.faiss")]
+    return sorted(((path, int(rows[1]), int(rows[2])) for path, rows in names if rows), key=lambda file: file[1:])
 
 
 def write_faiss_index(index, path: str | os.PathLike) -> None:
@@ -37,45 +48,111 @@ def write_faiss_index(index, path: str | os.PathLike) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_description(folder: str | os.PathLike, description: dict) -> None:
-    """Write `index.json`: what made the index, so that a mismatch is noticed before hours of training."""
-    save_json(description, Path(folder) / DESCRIPTION_FILE)
+# --- index.json -------------------------------------------------------------------------------------------------------
 
 
-def read_description(index_path: str | os.PathLike) -> dict:
-    """The `index.json` beside a FAISS file; {} where there is none (an index of another origin)."""
+@dataclass
+class DocumentsPart:
+    """Documents that were added in one go."""
+
+    csv_path: str
+    csv_digest: str
+    drop_duplicates: bool
+    documents: int
+    passages: int
+    digest: str = ""  # of the first part: that of its passages
+
+
+@dataclass
+class IndexDescription:
+    """What made the passages and their index. A field that is empty is not known: the index has another origin."""
+
+    # The encoder and all that bears on the vectors.
+    encoder: str = ""  # folder or hub name
+    encoder_digest: str = ""  # of its weights
+    pooling: str = ""
+    normalize: bool | None = None
+    input: str = ""  # "title, text" (a pair) or "title text"
+    max_length: int = 0  # tokens the encoder reads
+    precision: str = ""  # dtype of the encoder's weights
+    embeddings: str = ""  # dtype of the vectors on disk
+    dimension: int = 0
+    # The documents and the passages they were cut into.
+    csv_path: str = ""
+    csv_digest: str = ""
+    drop_duplicates: bool = False
+    words_a_passage: int = 0
+    documents: int = 0
+    passages: int = 0
+    parts: list[DocumentsPart] = field(default_factory=list)  # in the order in which they were added
+    digest: str = ""  # of all of the above: the dataset's fingerprint
+    # The index over them.
+    metric: str = ""
+    factory: str = ""  # FAISS's factory string
+    shards: int = 1
+    train_sample: int | None = None
+    index: str = ""  # file or folder beside index.json; empty while it is being built
+    index_seconds: float = 0.0
+    recall: list[dict[str, float]] | None = None  # at growing effort, with queries_per_second
+    versions: dict[str, str] | None = None  # of the packages that built it
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is an index that this describes; an index.json of an earlier version has no parts."""
+        return bool(self.index and self.parts)
+
+    def passages_digest(self) -> str:
+        """A digest of passages, encoder and settings, wherever documents and encoder lie."""
+        names = (*VECTOR_FIELDS, "dimension", "csv_digest", "drop_duplicates", "documents", "passages")
+        return json_digest({name: getattr(self, name) for name in names})
+
+    def part(self) -> DocumentsPart:
+        """The documents, as one of the parts."""
+        return DocumentsPart(self.csv_path, self.csv_digest, self.drop_duplicates, self.documents, self.passages)
+
+    def encoder_mismatches(self, question_encoder, name: str | None = None) -> list[str]:
+        """Signs that questions and passages are embedded by encoders that were not trained together.
+
+        DPR's published pairs are "single-nq" and "multiset"; across them up to 11 points of top-20 recall are lost.
+
+        Args:
+            question_encoder: its config.
+            name: where it is from; None for what the config says.
+        """
+        mismatches = []
+        theirs = name or getattr(question_encoder, "name_or_path", None) or ""
+        passages_pair, questions_pair = (re.findall("single-nq|multiset", source) for source in (self.encoder, theirs))
+        if passages_pair and questions_pair and passages_pair != questions_pair:
+            mismatches.append(
+                f"the passages' encoder {self.encoder} is of the {passages_pair[0]} pair, the question encoder "
+                f"{theirs} of {questions_pair[0]}: retrieval will suffer; embed them with "
+                f"facebook/dpr-ctx_encoder-{questions_pair[0]}-base"
+            )
+        ours = {"pooling": self.pooling, "normalize": self.normalize}
+        if self.normalize is not None and ours != (questions := pooling_of(question_encoder)):
+            mismatches.append(f"passages are pooled by {ours}, questions by {questions}: retrieval will suffer")
+        return mismatches
+
+
+def write_description(folder: str | os.PathLike, description: IndexDescription) -> None:
+    """Write `index.json`, whole or not at all."""
+
+    def known(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if value not in (None, "")}
+
+    save_json(asdict(description, dict_factory=known), Path(folder) / DESCRIPTION_FILE)
+
+
+def read_description(index_path: str | os.PathLike) -> IndexDescription:
+    """The `index.json` beside a FAISS file; one that knows nothing where there is none (an index of another origin)."""
     path = Path(index_path).parent / DESCRIPTION_FILE
-    return load_json(path) if path.is_file() else {}
+    values: dict[str, Any] = load_json(path) if path.is_file() else {}
+    names = {field.name for field in fields(IndexDescription)}
+    known = {name: value for name, value in values.items() if name in names and value is not None}
+    return IndexDescription(**known | {"parts": [DocumentsPart(**part) for part in known.get("parts", [])]})
 
 
-def encoder_mismatches(made_by: dict, question_encoder, name: str | None = None) -> list[str]:
-    """Signs that questions and passages are embedded by encoders that were not trained together.
-
-    DPR's published pairs are "single-nq" and "multiset"; across them up to 11 points of top-20 recall are lost.
-
-    Args:
-        made_by: the index's `index.json`; of another origin, {}.
-        question_encoder: its config.
-        name: where it is from; None for what the config says.
-    """
-    found = []
-    theirs = name or getattr(question_encoder, "name_or_path", None) or ""
-    passages_pair, questions_pair = (
-        re.findall("single-nq|multiset", source) for source in (made_by.get("encoder", ""), theirs)
-    )
-    if passages_pair and questions_pair and passages_pair != questions_pair:
-        found.append(
-            f"the passages' encoder {made_by['encoder']} is of the {passages_pair[0]} pair, the question encoder "
-            f"{theirs} of {questions_pair[0]}: retrieval will suffer; embed them with "
-            f"facebook/dpr-ctx_encoder-{questions_pair[0]}-base"
-        )
-    ours = {key: made_by[key] for key in ("pooling", "normalize") if key in made_by}
-    if ours and ours != (asked := pooling_of(question_encoder)):
-        found.append(f"passages are pooled by {ours}, questions by {asked}: retrieval will suffer")
-    return found
-
-
-def pooling_of(encoder) -> dict:
+def pooling_of(encoder) -> dict[str, Any]:
     """How an encoder with this config makes one vector; DPR's is the first token's."""
     if encoder.model_type == "pooled_encoder":
         return {"pooling": encoder.pooling, "normalize": encoder.normalize}

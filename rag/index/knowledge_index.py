@@ -8,22 +8,28 @@
 Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy. The id of
 a passage is its row number; -1 marks a slot for which no passage was found: a zero vector, empty title and text.
 
+A copy shares what is open, which nothing changes. A pickle has the paths of what lies in files and opens them again;
+only what is in memory travels with it.
+
 An index may be cut into shards, so that it can be larger than a machine: then its path is a folder with a FAISS file
 for each, named by the rows it holds. Rows are counted from 0 in every file.
 """
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import faiss
 import numpy as np
 
 from rag.errors import UserError, raise_problems
-from rag.index.columns import EmbeddingColumn, IndexVectors, TextColumn
+from rag.files import atomic_folder
+from rag.index.columns import EmbeddingColumn, IndexVectors
 from rag.index.device_search import DeviceSearch, DeviceUnavailableError
 from rag.index.faiss_mapping import map_index
-from rag.index.index_files import shard_files
+from rag.index.index_files import shard_files, write_faiss_index
+from rag.index.passage_rows import PassageDict, PassageRows
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +63,7 @@ class KnowledgeIndex:
         UserError: a column is missing, or dimension or count of passages, index and model do not fit each other.
     """
 
+    begun = frozenset({"embeddings", "device_search", "faiss_index", "rows"})  # what `_begin` makes
     extra_dimensions = 0  # of the FAISS index, beyond the vectors'
     reads_text = False  # whether questions are asked by `encode_questions`, not by a question encoder's vectors
 
@@ -66,25 +73,46 @@ class KnowledgeIndex:
         device: str | None = None, index_flag: str = "--index_path",
     ):  # fmt: skip
         check_columns(passages, PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2])
-        if passages._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
-            passages = passages.flatten_indices()
-        self.passages = passages.with_format(None).select_columns(["title", "text"])
-        self.titles, self.texts = (TextColumn(passages.data.column(name)) for name in ("title", "text"))
+        self.passage_rows = PassageRows(passages)
         self.vectors_from = vectors_from
-        self.embeddings: EmbeddingColumn | IndexVectors | None = None
-        if vectors_from == "passages":
-            self.embeddings = EmbeddingColumn(passages.data.column("embeddings"), vector_size)
         self.vector_size = vector_size
         self.index_path = index_path
         self.index_flag = index_flag
         self.effort = {"efSearch": ef_search, "nprobe": nprobe}
         self.device = device
         self.fallback: str | None = None
+        self.shard: int | None = None  # the one that is open; None for all
+        self._begin(faiss_index)
+
+    def _begin(self, faiss_index=None) -> None:
+        """What the files or the parts in memory give, made anew where this index was pickled."""
+        self.embeddings: EmbeddingColumn | IndexVectors | None = None
+        if self.vectors_from == "passages":
+            self.embeddings = EmbeddingColumn(self.passage_rows.column("embeddings"), self.vector_size)
         self.device_search: DeviceSearch | None = None
-        self.faiss_index = None
+        self.faiss_index: Any = None
         self.rows = range(len(self))  # those that are searched: of one shard fewer than all
         if faiss_index is not None:
             self._accept(faiss_index)
+
+    def __copy__(self) -> "KnowledgeIndex":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict) -> "KnowledgeIndex":
+        return self.__copy__()
+
+    def __getstate__(self) -> dict:
+        state = {name: value for name, value in self.__dict__.items() if name not in self.begun}
+        return state | {"faiss_index": None if self.index_path else self.faiss_index, "is_open": self.is_initialized()}
+
+    def __setstate__(self, state: dict) -> None:
+        faiss_index, is_open = state.pop("faiss_index"), state.pop("is_open")
+        self.__dict__.update(state)
+        self._begin(faiss_index)
+        if is_open:
+            self.init_index(self.shard)
 
     @classmethod
     def load_from_disk(cls, vector_size: int, passages_path, index_path, **search) -> "KnowledgeIndex":
@@ -110,6 +138,32 @@ class KnowledgeIndex:
         return cls(indexed_dataset, vector_size, faiss_index=indexed_dataset.get_index("embeddings").faiss_index)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the FAISS index is in no file, so that it ends with this process."""
+        return self.index_path is None and self.faiss_index is not None
+
+    def save(self, passages_path, index_path) -> None:
+        """Write passages and FAISS index for `load_from_disk`, each whole or not at all.
+
+        Args:
+            passages_path: the folder of the passages; what is there is replaced.
+            index_path: the FAISS file.
+        """
+        with atomic_folder(passages_path) as folder:
+            self.passage_rows.save(folder)
+        write_faiss_index(self.faiss_index, index_path)
+
+    @property
+    def dataset(self) -> datasets.Dataset:
+        """Every column of the passages, by row: `index.dataset[7]["text"]`; embeddings as float32 arrays."""
+        return self.passage_rows.dataset
+
+    @property
+    def passages(self) -> datasets.Dataset:
+        """Titles and texts by row."""
+        return self.dataset.with_format(None).select_columns(["title", "text"])
+
+    @property
     def num_shards(self) -> int:
         """FAISS files that the index consists of."""
         return len(self._files())
@@ -130,7 +184,7 @@ class KnowledgeIndex:
         files = self._files()
         self._check_rows(files)
         files = files if shard is None else [files[shard]]
-        self.rows = range(files[0][1], files[-1][2])
+        self.shard, self.rows = shard, range(files[0][1], files[-1][2])
         if self.device is not None and self.vectors_from == "passages":
             self._search_on_device()
         if self.device_search is None:
@@ -172,6 +226,7 @@ class KnowledgeIndex:
         return whole
 
     def _search_on_device(self) -> None:
+        assert self.embeddings is not None and self.device is not None
         try:
             self.device_search = DeviceSearch(
                 self.embeddings.blocks(rows=self.rows), len(self.rows), self.vector_size, self.device
@@ -209,7 +264,7 @@ class KnowledgeIndex:
         return problems
 
     def __len__(self) -> int:
-        return len(self.passages)
+        return len(self.passage_rows)
 
     def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B, n_docs) float32 and ids (B, n_docs) int64 of the largest inner products, best first."""
@@ -230,17 +285,19 @@ class KnowledgeIndex:
             ids (B, n_docs) int64, best first, and their embeddings (B, n_docs, d) float32.
         """
         _, doc_ids = self.search(question_hidden_states, n_docs)
+        assert self.embeddings is not None, "init_index comes first"
         return doc_ids, self.embeddings.gather(doc_ids)
 
-    def get_doc_dicts(self, doc_ids: np.ndarray) -> list[dict]:
-        """For each row of `doc_ids` (B, n_docs) a dict of the lists "title" and "text"; each passage is read once."""
-        rows = doc_ids.tolist()
-        wanted = list({doc_id: None for row in rows for doc_id in row})
-        titles, texts = (
-            dict(zip(wanted, column.gather(np.array(wanted, dtype=np.int64)), strict=True))
-            for column in (self.titles, self.texts)
-        )
-        return [{"title": [titles[i] for i in row], "text": [texts[i] for i in row]} for row in rows]
+    def get_doc_dicts(self, doc_ids) -> list[PassageDict]:
+        """For each row of `doc_ids` a dict with every column of its passages, in the order of the ids.
+
+        Titles and texts are read at once, all else when it is asked for: embeddings as an array (n_docs, d) float32, of
+        any other column a list.
+
+        Args:
+            doc_ids: (B, n_docs) whole numbers: an array, a tensor on any device, or lists.
+        """
+        return self.passage_rows.doc_dicts(id_lists(doc_ids), self.passage_rows.names)
 
     def settings(self) -> dict:
         """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe, vectors' origin."""
@@ -274,6 +331,11 @@ def _other_count(flag: str, path, found: int, expected: int) -> str:
     return (
         f"{flag} {path} holds {found} vectors, but there are {expected} passages; take the two that were built together"
     )
+
+
+def id_lists(doc_ids) -> list[list[int]]:
+    """Ids (B, n_docs) as lists, whatever holds them; a tensor may lie on a GPU."""
+    return doc_ids.tolist() if hasattr(doc_ids, "tolist") else [[int(doc_id) for doc_id in row] for row in doc_ids]
 
 
 def check_columns(passages, needed: tuple[str, ...]) -> None:

@@ -26,7 +26,8 @@ from rag.errors import UserError, file_problems, raise_problems
 from rag.files import new_digest
 from rag.index.arguments import index_effort
 from rag.index.dpr_tsv import DprRowError, dpr_rows
-from rag.index.knowledge_index import KnowledgeIndex
+from rag.index.knowledge_index import KnowledgeIndex, id_lists
+from rag.index.passage_rows import PassageDict
 
 INDEX_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index.dpr"
 IDS_FILE = "hf_bert_base.hnswSQ8_correct_phi_128.c_index.index_meta.dpr"
@@ -48,19 +49,23 @@ class LegacyIndex(KnowledgeIndex):
     """
 
     extra_dimensions = 1
+    begun = KnowledgeIndex.begun | {"order", "sorted_ids"}
 
     def __init__(self, passages: Dataset, passage_ids: np.ndarray, vector_size: int, index_path: str, **search):
         self.passage_ids = passage_ids  # as many as there are vectors
         super().__init__(passages, vector_size, index_path=index_path, vectors_from="index", **search)
-        ids_in_file = passages.data.column("id").to_numpy()
-        self.order = np.argsort(ids_in_file, kind="stable")  # rows by their id
-        self.sorted_ids = ids_in_file[self.order]
-        unknown = np.setdiff1d(passage_ids, ids_in_file)
+        unknown = np.setdiff1d(passage_ids, self.sorted_ids)
         if len(unknown):
             raise UserError(
                 f"--index_path {Path(index_path).parent}: {IDS_FILE} names {len(unknown)} passages, {unknown[0]} "
                 "first, that the file of passages lacks; take the files that were built together"
             )
+
+    def _begin(self, faiss_index=None) -> None:
+        super()._begin(faiss_index)
+        ids_in_file = self.passage_rows.column("id").to_numpy()
+        self.order = np.argsort(ids_in_file, kind="stable")  # rows by their id
+        self.sorted_ids = ids_in_file[self.order]
 
     def __len__(self) -> int:
         return len(self.passage_ids)
@@ -79,13 +84,16 @@ class LegacyIndex(KnowledgeIndex):
         found = places >= 0
         doc_ids = np.full(places.shape, -1, dtype=np.int64)
         doc_ids[found] = self.passage_ids[places[found]]
+        assert self.embeddings is not None, "init_index comes first"
         return doc_ids, self.embeddings.gather(places)
 
-    def get_doc_dicts(self, doc_ids: np.ndarray) -> list[dict]:
+    def get_doc_dicts(self, doc_ids) -> list[PassageDict]:
+        """Titles and texts, as transformers' legacy index has them."""
+        doc_ids = np.array(id_lists(doc_ids), dtype=np.int64)
         found = doc_ids >= 0
         rows = np.full(doc_ids.shape, -1, dtype=np.int64)
         rows[found] = self.order[np.searchsorted(self.sorted_ids, doc_ids[found])]
-        return super().get_doc_dicts(rows)
+        return self.passage_rows.doc_dicts(rows.tolist(), ("title", "text"))
 
 
 def open_legacy(config) -> LegacyIndex:
@@ -109,6 +117,7 @@ def open_legacy(config) -> LegacyIndex:
     if passages_file is None:
         problems.append(f"--index_path {folder} holds neither {PASSAGES_TSV} nor {PASSAGES_PICKLE}; put one there")
     raise_problems(problems)
+    assert passages_file is not None
     raise_problems(_trust_problems(folder / IDS_FILE))
     ids = _read_ids(folder / IDS_FILE)
     passages = _passages(passages_file)

@@ -11,7 +11,7 @@ import logging
 from rag.errors import UserError
 from rag.index.arguments import index_effort
 from rag.index.bm25 import open_bm25
-from rag.index.index_files import encoder_mismatches, read_description
+from rag.index.index_files import read_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.legacy_dpr import open_legacy
 from rag.index.wiki_dpr import open_wiki_dpr
@@ -24,7 +24,7 @@ def open_custom(config) -> KnowledgeIndex:
     index = KnowledgeIndex.load_from_disk(
         config.retrieval_vector_size, config.passages_path, config.index_path, **index_effort(config)
     )
-    for warning in encoder_mismatches(read_description(config.index_path), config.question_encoder):
+    for warning in read_description(config.index_path).encoder_mismatches(config.question_encoder):
         logger.warning(f"--index_path {config.index_path}: {warning}")
     return index
 

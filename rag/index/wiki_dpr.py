@@ -16,7 +16,7 @@ Where a passage's vector for the document scores comes from (`config.doc_vectors
 - the dummy dataset's 10,000 passages come with embeddings and without an index: one that compares all is made of them.
 
 `config.dataset_encoding` chooses the encoder pair: "nq" or "multiset"; left out, the one in the question encoder's
-name, else "nq", transformers' default. Licence of the data: CC BY-NC 4.0.
+name, else "nq", transformers' default. License of the data: CC BY-NC 4.0.
 """
 
 import logging
@@ -75,8 +75,8 @@ def open_wiki_dpr(config) -> KnowledgeIndex:
         index = {"faiss_index": _flat_index(passages, config.retrieval_vector_size)}
     else:
         index = {"index_path": str(folder / index_file)}
-    settings = {"vectors_from": vectors_from, "index_flag": "--dataset", **index_effort(config)}
-    return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **settings)
+    search = {"vectors_from": vectors_from, "index_flag": "--dataset", **index_effort(config)}
+    return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **search)
 
 
 def choose_encoding(config) -> str:
@@ -129,7 +129,7 @@ def _arrow_copy(parquet_bytes: int, vectors_from: str) -> dict[str, int]:
 def _complete_shards(folder: Path, pattern: str) -> list[str]:
     """The Parquet files, all of them: their names say how many there are."""
     shards = sorted(folder.glob(pattern))
-    expected = int(re.search(r"-of-(\d+)", shards[0].name)[1]) if shards else "any"
+    expected = int(re.findall(r"-of-(\d+)", shards[0].name)[0]) if shards else "any"
     if len(shards) != expected:
         raise UserError(
             f"--dataset {folder}: {len(shards)} of {expected} files {pattern} are there; fetch the others from the hub"
@@ -139,7 +139,7 @@ def _complete_shards(folder: Path, pattern: str) -> list[str]:
 
 def _passages(shards: list[str], split: str, vectors_from: str) -> datasets.Dataset:
     """The rows as a memory-mapped Arrow copy in the cache of `datasets`, made the first time."""
-    columns = ["title", "text"] + (["embeddings"] if vectors_from == "passages" else [])
+    columns = ["id", "title", "text"] + (["embeddings"] if vectors_from == "passages" else [])
     builder = datasets.load_dataset_builder("parquet", data_files={split: shards}, columns=columns)
     if not Path(builder.cache_dir).exists():
         needs = _arrow_copy(sum(os.path.getsize(shard) for shard in shards), vectors_from)
@@ -149,7 +149,7 @@ def _passages(shards: list[str], split: str, vectors_from: str) -> datasets.Data
 
 
 def _flat_index(passages: datasets.Dataset, dimension: int):
-    """The dummy dataset has no index: all of its few vectors are compared, whichever index is asked for."""
+    """The dummy dataset has no index: all of its few vectors are compared, whatever --index_name says."""
     index = faiss.IndexFlatIP(dimension)
     for block in EmbeddingColumn(passages.data.column("embeddings"), dimension).blocks():
         index.add(block)

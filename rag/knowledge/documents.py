@@ -46,7 +46,7 @@ class Document(NamedTuple):
     is_passage: bool = False
 
 
-class Fault(NamedTuple):
+class Problem(NamedTuple):
     """Attributes:
     place: file, and line or row from 1.
     reason: what is wrong there and what to do.
@@ -56,8 +56,8 @@ class Fault(NamedTuple):
     reason: str
 
 
-def read_documents(path: str | os.PathLike) -> Iterator[Document | Fault]:
-    """All documents of a file or folder in their order, a `Fault` in the place of each that cannot be one."""
+def read_documents(path: str | os.PathLike) -> Iterator[Document | Problem]:
+    """All documents of a file or folder in their order, a `Problem` in the place of each that cannot be one."""
     path = Path(path)
     if path.is_file():
         yield from _read_file(path)
@@ -65,16 +65,16 @@ def read_documents(path: str | os.PathLike) -> Iterator[Document | Fault]:
         yield from _read_dataset(path)
     elif (path / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
-        yield Fault(str(path), f"holds the splits {splits}; give the folder of one of them")
+        yield Problem(str(path), f"holds the splits {splits}; give the folder of one of them")
     elif path.is_dir():
         for entry in sorted(path.iterdir()):
             if not entry.name.startswith("."):
                 yield from read_documents(entry)
     else:
-        yield Fault(str(path), "does not exist; give a file or a folder of documents")
+        yield Problem(str(path), "does not exist; give a file or a folder of documents")
 
 
-def _read_file(path: Path) -> Iterator[Document | Fault]:
+def _read_file(path: Path) -> Iterator[Document | Problem]:
     kind = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
     if kind == ".parquet":
         read = _read_parquet
@@ -85,7 +85,7 @@ def _read_file(path: Path) -> Iterator[Document | Fault]:
     try:
         yield from read(path)
     except (OSError, pa.ArrowException) as error:
-        yield Fault(str(path), f"cannot be read to its end ({_one_line(error)}); make or fetch it again")
+        yield Problem(str(path), f"cannot be read to its end ({_one_line(error)}); make or fetch it again")
 
 
 # --- Text files -------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def _first_line(path: Path) -> list[str] | None:
         return None
 
 
-def _read_tsv(path: Path) -> Iterator[Document | Fault]:
+def _read_tsv(path: Path) -> Iterator[Document | Problem]:
     """Only \\n, \\r\\n and \\r end a line; quotation marks, `NA` and `null` are what they are."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
@@ -116,45 +116,45 @@ def _read_tsv(path: Path) -> Iterator[Document | Fault]:
             place = f"{path} line {number}"
             title, tab, text = line.partition("\t")
             if not line.strip():
-                yield Fault(place, "is empty; remove it")
+                yield Problem(place, "is empty; remove it")
             elif not tab:
-                yield Fault(place, "has no tab; write title, tab, text")
+                yield Problem(place, "has no tab; write title, tab, text")
             elif not text.strip():
-                yield Fault(place, "has no text behind the tab; write title, tab, text")
+                yield Problem(place, "has no text behind the tab; write title, tab, text")
             else:
                 yield _document(place, title, text)
 
 
-def _read_dpr(path: Path) -> Iterator[Document | Fault]:
+def _read_dpr(path: Path) -> Iterator[Document | Problem]:
     with open_text(path, newline="") as file:
         try:
             for number, _, text, title in dpr_rows(file):
                 yield _document(f"{path} line {number}", title, text, is_passage=True)
         except DprRowError as error:  # where the next row begins is not known
-            yield Fault(f"{path} line {error.line}", error.reason)
+            yield Problem(f"{path} line {error.line}", error.reason)
 
 
-def _read_json_lines(path: Path) -> Iterator[Document | Fault]:
+def _read_json_lines(path: Path) -> Iterator[Document | Problem]:
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             place = f"{path} line {number}"
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield Fault(place, f"is not JSON ({_one_line(error)}); write one object a line")
+                yield Problem(place, f"is not JSON ({_one_line(error)}); write one object a line")
                 continue
             if isinstance(row, dict):
                 yield _document(place, row.get("title"), row.get("text"))
             else:
-                yield Fault(place, 'is no object; write {"title": ..., "text": ...}')
+                yield Problem(place, 'is no object; write {"title": ..., "text": ...}')
 
 
 # --- Columns ----------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path) -> Iterator[Document | Fault]:
+def _read_parquet(path: Path) -> Iterator[Document | Problem]:
     if path.suffix in COMPRESSIONS:
-        yield Fault(str(path), "is a packed Parquet file, which is compressed within; unpack it")
+        yield Problem(str(path), "is a packed Parquet file, which is compressed within; unpack it")
         return
     with pq.ParquetFile(path) as file:
         columns = [name for name in TSV_HEADER if name in file.schema_arrow.names]
@@ -165,13 +165,13 @@ def _read_parquet(path: Path) -> Iterator[Document | Fault]:
             yield _no_text_column(path, file.schema_arrow.names)
 
 
-def _read_dataset(path: Path) -> Iterator[Document | Fault]:
+def _read_dataset(path: Path) -> Iterator[Document | Problem]:
     import datasets
 
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        yield Fault(str(path), f"is not a whole dataset ({_one_line(error)}); save it again")
+        yield Problem(str(path), f"is not a whole dataset ({_one_line(error)}); save it again")
         return
     columns = [name for name in TSV_HEADER if name in dataset.column_names]
     if "text" in columns:
@@ -180,7 +180,7 @@ def _read_dataset(path: Path) -> Iterator[Document | Fault]:
         yield _no_text_column(path, dataset.column_names)
 
 
-def _read_batches(path: Path, batches: Iterable) -> Iterator[Document | Fault]:
+def _read_batches(path: Path, batches: Iterable) -> Iterator[Document | Problem]:
     """Rows of Arrow tables or record batches."""
     number = 0
     for batch in batches:
@@ -191,27 +191,27 @@ def _read_batches(path: Path, batches: Iterable) -> Iterator[Document | Fault]:
             yield _document(f"{path} row {number}", title, text)
 
 
-def _no_text_column(path: Path, columns: list[str]) -> Fault:
-    return Fault(str(path), f"has no column text (found: {', '.join(columns)}); name the two title and text")
+def _no_text_column(path: Path, columns: list[str]) -> Problem:
+    return Problem(str(path), f"has no column text (found: {', '.join(columns)}); name the two title and text")
 
 
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 
-def _document(place: str, title, text, is_passage: bool = False) -> Document | Fault:
+def _document(place: str, title, text, is_passage: bool = False) -> Document | Problem:
     """A document of two values as they were read; no title is an empty one."""
     if not isinstance(title, str | None):
-        return Fault(place, f"has a title that is no string but {title!r:.40}")
+        return Problem(place, f"has a title that is no string but {title!r:.40}")
     if not isinstance(text, str | None):
-        return Fault(place, f"has a text that is no string but {text!r:.40}")
+        return Problem(place, f"has a text that is no string but {text!r:.40}")
     if text is None or not text.strip():
-        return Fault(place, "has no text")
+        return Problem(place, "has no text")
     document = Document(title or "", text, is_passage)
     try:
         document.title.encode()
         text.encode()
     except UnicodeEncodeError:
-        return Fault(place, "is not UTF-8; convert the file (iconv -t utf-8)")
+        return Problem(place, "is not UTF-8; convert the file (iconv -t utf-8)")
     return document
 
 

@@ -1,7 +1,9 @@
 """Which passages are the first of their kind: exact duplicates are known by 16 bytes each, not by their text.
 
-keep = first_of_equals(read_passages("my_documents.tsv"))                  # (N,) bool
-passages = itertools.compress(read_passages("my_documents.tsv"), keep)
+    keep = first_of_equals(read_passages("my_documents.tsv"))                  # (N,) bool
+    passages = itertools.compress(read_passages("my_documents.tsv"), keep)
+
+Two passages are equal where title and text are.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Passages and their embeddings, written shard by shard, so that a killed run goes on where it was.
+"""Passages and their embeddings, written shard by shard, so that a killed run resumes where it was.
 
     embedder = PassageEmbedder(encoder, tokenizer, batch_size=16)
     embed_passages(read_passages(path), count, embedder, Path("out/my_knowledge_dataset"), digest)
@@ -62,11 +62,11 @@ class PassageEmbedder:
         backbone = encoder.config if self.as_pair else encoder.config.backbone
         self.max_length = min(tokenizer.model_max_length, backbone.max_position_embeddings)
         self.cut = 0
-        # Each batch is padded on its own, after all were tokenised to be sorted: the slower way, which it warns of.
+        # Each batch is padded on its own, after all were tokenized to be sorted: the slower way, which it warns of.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
-    def settings(self, device: str | None = None) -> dict:
-        """What bears on the vectors, beside the encoder's weights; on another device, where it is given."""
+    def description(self, device: str | None = None) -> dict:
+        """Fields of `IndexDescription`: what bears on the vectors beside the encoder's weights, here or on `device`."""
         return {
             "input": "title, text" if self.as_pair else "title text",
             "max_length": self.max_length,
@@ -84,8 +84,10 @@ class PassageEmbedder:
 
     def __call__(self, passages: Passages) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers and their vectors (b, d) float32, a batch at a time; batches hold texts of like length."""
-        titles, texts = map(list, zip(*passages, strict=True))
-        if not self.as_pair:
+        texts: list[str] | None
+        if self.as_pair:
+            titles, texts = map(list, zip(*passages, strict=True))
+        else:
             titles, texts = [f"{title} {text}".strip() for title, text in passages], None
         # DPR was trained, and the public suite embeds, without telling title and text apart by token types.
         tokens = self.tokenizer(titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False)

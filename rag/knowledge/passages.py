@@ -3,20 +3,21 @@
     survey = survey_documents("my_documents.jsonl.zst")      # problems, counts and digest, in one pass
     for title, text in read_passages("my_documents.jsonl.zst"): ...
 
-documents.py says which files and folders are read.
+`documents` says which files and folders are read.
 """
 
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.files import new_digest
-from rag.knowledge.documents import Document, Fault, read_documents
+from rag.knowledge.documents import Document, Problem, read_documents
+from rag.knowledge.duplicates import first_of_equals
 
 WORDS_PER_PASSAGE = 100
 PROBLEMS_SHOWN = 10
@@ -27,7 +28,7 @@ class DocumentsSurvey:
     """What is in a file or folder of documents.
 
     Attributes:
-        problems: lines that name a fault each, ready for `raise_problems`.
+        problems: lines that name a problem each, ready for `raise_problems`.
         documents: how many there are.
         passages: pieces that they are cut into.
         text_bytes: of the passages and their titles, in UTF-8.
@@ -42,15 +43,15 @@ class DocumentsSurvey:
 
 
 def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
-    """Read all documents once and tell what is in them, the first ten faults among it."""
+    """Read all documents once and say what is in them, with the first ten problems."""
     survey = DocumentsSurvey()
     digest = new_digest()
-    faults = 0
+    problems = 0
     for item in read_documents(path):
-        if isinstance(item, Fault):
-            faults += 1
-            if faults <= PROBLEMS_SHOWN:
-                survey.problems.append(_problem(item))
+        if isinstance(item, Problem):
+            problems += 1
+            if problems <= PROBLEMS_SHOWN:
+                survey.problems.append(_message(item))
             continue
         survey.documents += 1
         title = item.title.encode()
@@ -59,19 +60,19 @@ def survey_documents(path: str | os.PathLike) -> DocumentsSurvey:
             digest.update(b"%d %d " % (len(title), len(text)) + title + text)
             survey.passages += 1
             survey.text_bytes += len(title) + len(text)
-    if faults > PROBLEMS_SHOWN:
-        survey.problems.append(f"--csv_path {path}: {faults - PROBLEMS_SHOWN} more lines like these")
-    if not faults and not survey.documents:
+    if problems > PROBLEMS_SHOWN:
+        survey.problems.append(f"--csv_path {path}: {problems - PROBLEMS_SHOWN} more lines like these")
+    if not problems and not survey.documents:
         survey.problems.append(f"--csv_path {path} holds no document; write a line `title TAB text` for each")
     survey.digest = digest.hexdigest()
     return survey
 
 
 def read_passages(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
-    """Title and text of each passage, in the order of the documents, which `survey_documents` found without fault."""
+    """Title and text of each passage, in the order of the documents, in which `survey_documents` saw no problem."""
     for item in read_documents(path):
-        if isinstance(item, Fault):
-            raise UserError(f"{_problem(item)} (it has changed since it was looked at)")
+        if isinstance(item, Problem):
+            raise UserError(f"{_message(item)} (it has changed since it was looked at)")
         for passage in cut(item):
             yield item.title, passage
 
@@ -95,8 +96,28 @@ class PassageSource:
         return self.survey.passages if self.keep is None else int(self.keep.sum())
 
     def passages(self) -> Iterator[tuple[str, str]]:
+        """Title and text of each passage that is taken."""
         passages = read_passages(self.path)
         return passages if self.keep is None else itertools.compress(passages, self.keep)
+
+
+def open_source(path: str, known: Iterable[tuple[str, str]] | None = None) -> PassageSource:
+    """Survey documents and print what is in them.
+
+    Args:
+        known: leave out passages that equal one of these, or an earlier one of the documents; None takes all.
+
+    Raises:
+        UserError: something is wrong with the documents.
+    """
+    survey = survey_documents(path)
+    raise_problems(survey.problems)
+    print(f"{path}: {survey.documents:,} documents, {survey.passages:,} passages")
+    source = PassageSource(path, survey)
+    if known is not None:
+        source.keep = first_of_equals(read_passages(path), known)
+        print(f"{survey.passages - source.count:,} exact duplicates among them are left out")
+    return source
 
 
 def cut(document: Document) -> list[str]:
@@ -126,5 +147,5 @@ def split_documents(documents: dict[str, list[str | None]]) -> dict[str, list[st
     return {"title": [title for title, _ in rows], "text": [passage for _, passage in rows]}
 
 
-def _problem(fault: Fault) -> str:
-    return f"--csv_path {fault.place}: {fault.reason}"
+def _message(problem: Problem) -> str:
+    return f"--csv_path {problem.place}: {problem.reason}"

@@ -1,11 +1,11 @@
 """Passages embedded by several processes at once: on this node, one a GPU, or wherever a Ray cluster has room.
 
-    with encoding_workers(args, embedder, encoder_digest) as workers:
+    with encoding_workers(embedder, plan, resources) as workers:
         embed_passages(passages, workers, folder, digest, shards)
 
 One process reads the documents and writes the shards; the workers get texts and give vectors back, so that nodes need
 no common disk for them. Two shards a worker are under way at a time. Each worker loads the encoder once, by its name,
-and refuses to go on with other weights than the first process has. Ray is an optional package.
+and refuses other weights than the first process has. Ray is an optional package.
 """
 
 import multiprocessing
@@ -25,35 +25,37 @@ import torch
 
 from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
-from rag.knowledge.arguments import ENCODER_FLAG, KnowledgeArguments
+from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.embedding import PassageEmbedder, Passages
 from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 
 SHARDS_A_WORKER = 2  # one is encoded while the next one is on its way
 RETRIES = 3  # of a shard whose Ray worker, or node, died
-GOES_ON = "the same command goes on with the shards that are left"
+RESUMES = "the same command resumes with the shards that are left"
 
 
-def encoding_device(args: KnowledgeArguments) -> str:
-    """Where passages are embedded: cuda or cpu."""
-    if args.distributed == "ray" and args.gpus_per_task is not None:
-        return "cuda" if args.gpus_per_task > 0 else "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class EncodingResources:
+    """Where passages are embedded.
 
+    Attributes:
+        distributed: "ray" for the nodes of a Ray cluster; None for this node.
+        processes: of this node; None for one a GPU, or one.
+        ray_address: as `RayConnection`'s.
+        gpus_per_task: share of a GPU that a task on Ray reserves; None for 1 if this node has any, else 0.
+    """
 
-def encoding_workers(args: KnowledgeArguments, embedder: PassageEmbedder, encoder_digest: str):
-    """A context that gives what embeds the shards: the embedder itself, where one process is to do it."""
-    processes = args.num_encoding_processes or max(torch.cuda.device_count(), 1)
-    if args.distributed is None and processes == 1:
-        return nullcontext(embedder)
-    device = encoding_device(args)
-    plan = EncoderPlan(
-        args.dpr_ctx_encoder_model_name, args.ctx_encoder_pooling, encoder_digest, args.batch_size, device
-    )
-    if args.distributed is None:
-        return NodeWorkers(embedder, plan, processes)
-    gpus = args.gpus_per_task if args.gpus_per_task is not None else float(device == "cuda")
-    return RayWorkers(embedder, plan, args.ray_address, gpus)
+    distributed: str | None = None
+    processes: int | None = None
+    ray_address: str = "auto"
+    gpus_per_task: float | None = None
+
+    @property
+    def device(self) -> str:
+        """cuda or cpu."""
+        if self.distributed == "ray" and self.gpus_per_task is not None:
+            return "cuda" if self.gpus_per_task > 0 else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class EncoderPlan:
     digest: str
     batch_size: int
     device: str
+
+
+def encoding_workers(embedder: PassageEmbedder, plan: EncoderPlan, resources: EncodingResources):
+    """A context that gives what embeds the shards: the embedder itself, where one process is to do it."""
+    processes = resources.processes or max(torch.cuda.device_count(), 1)
+    if resources.distributed is None:
+        return nullcontext(embedder) if processes == 1 else NodeWorkers(embedder, plan, processes)
+    gpus = resources.gpus_per_task if resources.gpus_per_task is not None else float(plan.device == "cuda")
+    return RayWorkers(embedder, plan, resources.ray_address, gpus)
 
 
 def embed_shard(plan: EncoderPlan, shard: Passages) -> tuple[np.ndarray, int]:
@@ -168,7 +179,7 @@ class NodeWorkers(Workers):
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 f"one of {self.processes} processes that encode was killed, as happens when memory runs out; give "
-                f"fewer --num_encoding_processes or a smaller --batch_size: {GOES_ON}"
+                f"fewer --num_encoding_processes or a smaller --batch_size: {RESUMES}"
             ) from error
 
     def _submit(self, shard: Passages):
@@ -249,7 +260,7 @@ class RayWorkers(Workers):
         except ray.exceptions.RayError as error:  # a worker or its node has died too often
             raise UserError(
                 f"--distributed ray: of {1 + RETRIES} tries to encode a shard the last one ended so: "
-                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {GOES_ON}"
+                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {RESUMES}"
             ) from error
 
     def _size(self) -> int:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -129,7 +130,7 @@ def _model_type_of(config: PreTrainedConfig, path: str, flag: str) -> str:
     raise UserError(f"{flag} {path} is a {config.model_type} model, neither RAG nor an encoder-decoder generator")
 
 
-def override_config(config: PreTrainedConfig, settings: dict) -> None:
+def override_config(config: PreTrainedConfig, overrides: dict) -> None:
     """Set what is not None; settings that RagConfig does not have go to the generator's config.
 
     Raises:
@@ -137,7 +138,7 @@ def override_config(config: PreTrainedConfig, settings: dict) -> None:
     """
     problems = []
     generator = config.generator if isinstance(config, RagConfig) else config
-    for name, value in settings.items():
+    for name, value in overrides.items():
         if value is None:
             continue
         for target, key in ((config, name), (generator, name), (generator, SETTING_ALIASES.get(name, name))):
@@ -171,9 +172,9 @@ def compose_rag(model_type: str, question_encoder, generator, config: RagConfig 
             None takes RagConfig's defaults.
     """
     _complete(generator.config)
-    settings = {} if config is None else config.to_dict()
+    retrieval = {} if config is None else config.to_dict()
     parts = {"question_encoder": question_encoder.config.to_dict(), "generator": generator.config.to_dict()}
-    config = RagConfig(**settings | parts | {"retrieval_vector_size": encoder_dimension(question_encoder)})
+    config = RagConfig(**retrieval | parts | {"retrieval_vector_size": encoder_dimension(question_encoder)})
     for name in (*SPECIAL_TOKENS, "vocab_size"):
         setattr(config, name, getattr(generator.config, name, None))
     _complete(config)
@@ -191,8 +192,8 @@ def restore_generation_settings(model: PreTrainedModel, path: str, cache_dir: st
     if saved is None:  # older checkpoints keep them in the generator's part of config.json
         saved = _read_json(path, "config.json", cache_dir).get("generator", {})
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
-    settings = {name: value for name, value in saved.items() if name in known and value is not None}
-    generator.generation_config.update(**settings)
+    generation_kwargs = {name: value for name, value in saved.items() if name in known and value is not None}
+    generator.generation_config.update(**generation_kwargs)
     model.generation_config = generator.generation_config
     return model
 
@@ -259,7 +260,7 @@ def load_encoder(
     Args:
         role: "question" or "context": which of DPR's two classes a DPR checkpoint is loaded into.
         pooling: "auto" takes a DPR or pooled encoder as it is, a sentence-transformers folder as its authors meant it
-            and any other encoder by its first token; "cls", "mean" and "max" pool so, without normalising.
+            and any other encoder by its first token; "cls", "mean" and "max" pool so, without normalizing.
 
     Raises:
         UserError: there is no such encoder, it lacks weights, or it cannot be pooled so.
@@ -293,19 +294,19 @@ def encoder_dimension(encoder: PreTrainedModel) -> int:
 
 
 def _pooling_of_sentence_transformer(path: str, cache_dir, flag: str) -> tuple[str, bool]:
-    """How the authors pool, and whether they normalise; ("cls", False) for a plain encoder."""
+    """How the authors pool, and whether they normalize; ("cls", False) for a plain encoder."""
     modules = _read_json(path, "modules.json", cache_dir)
     if modules is None:
         return "cls", False
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{flag} {path} has the layers {', '.join(kinds)}; only Pooling and Normalize can be read")
-    settings = _read_json(path, modules[kinds.index("Pooling")]["path"] + "/config.json", cache_dir)
+    pooling_config = _read_json(path, modules[kinds.index("Pooling")]["path"] + "/config.json", cache_dir)
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
-    modes = [mode for mode, on in settings.items() if mode.startswith("pooling_mode_") and on]
-    pooling = settings.get("pooling_mode", names.get(modes[0]) if len(modes) == 1 else None)
+    modes = [mode for mode, on in pooling_config.items() if mode.startswith("pooling_mode_") and on]
+    pooling = pooling_config.get("pooling_mode", names.get(modes[0]) if len(modes) == 1 else None)
     if pooling not in POOLINGS:
-        raise UserError(f"{flag} {path} pools by {settings}; only one of {', '.join(POOLINGS)} can be read")
+        raise UserError(f"{flag} {path} pools by {pooling_config}; only one of {', '.join(POOLINGS)} can be read")
     return pooling, "Normalize" in kinds
 
 
@@ -368,7 +369,7 @@ def _hub_access(path: str) -> dict:
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
-def _read_json(path: str, name: str, cache_dir: str | None = None) -> dict | list | None:
+def _read_json(path: str, name: str, cache_dir: str | None = None) -> Any:
     """A JSON file of the checkpoint at `path` (folder or hub name); None where it has none."""
     file = cached_file(
         path,

@@ -44,6 +44,7 @@ class PooledEncoderConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
+        assert isinstance(self.backbone, PreTrainedConfig)
         return self.backbone.hidden_size
 
 

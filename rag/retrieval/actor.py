@@ -15,29 +15,32 @@ import faiss
 import numpy as np
 
 from rag.index.sources import open_index
-from rag.retrieval.remote import search_to_send
+from rag.retrieval.remote import search_to_send, top_docs
 
 
 def index_config(config) -> SimpleNamespace:
     """A `RagConfig` in plain values, which an actor reads without importing transformers."""
-    return json.loads(config.to_json_string(use_diff=False), object_hook=lambda values: SimpleNamespace(**values))
+    plain = json.loads(config.to_json_string(use_diff=False), object_hook=lambda values: SimpleNamespace(**values))
+    plain.question_encoder.name_or_path = config.question_encoder.name_or_path  # a property, no value
+    return plain
 
 
 class RayRetriever:
     """One index, opened with the first call.
 
-    To survive its restarts an actor needs its config here; what `create_rag_retriever` gives it ends with them.
+    To survive its restarts an actor needs config or index here; what `create_rag_retriever` gives it ends with them.
 
     Args:
         config: `RagConfig`, or what `index_config` makes of it.
         workers_on_node: actors among which the node's cores are shared.
         shard: number of the one shard of the index that is held; None for all.
+        index: `KnowledgeIndex` or any of transformers' interface, in place of the one that the config describes.
     """
 
-    def __init__(self, config=None, workers_on_node: int = 1, shard: int | None = None):
+    def __init__(self, config=None, workers_on_node: int = 1, shard: int | None = None, index=None):
         self.config = config
         self.shard = shard
-        self.index = None
+        self.index = index
         # Ray sets OMP_NUM_THREADS to 1 for an actor that reserves no more cores.
         faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_on_node))
 
@@ -50,7 +53,7 @@ class RayRetriever:
             self.index = open_index(config) if index is None else index
 
     def init_retrieval(self) -> str | None:
-        """Open the index; a second call does nothing, so that it also asks whether the actor is ready.
+        """Open the index; a second call does nothing but answer, so that it also shows that the actor is ready.
 
         Returns:
             Why a device that was to search does not, if so.
@@ -60,7 +63,7 @@ class RayRetriever:
             self.index.init_index(*([] if self.shard is None else [self.shard]))  # transformers' take no argument
         return getattr(self.index, "fallback", None)
 
-    def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """One search for the whole batch.
 
         Args:
@@ -68,22 +71,22 @@ class RayRetriever:
             n_docs: passages a question.
 
         Returns:
-            doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32, or None in place of these where the
-            caller's own memory-mapped passages hold them.
+            doc_ids (B, n_docs) int64 and their embeddings (B, n_docs, d) float32.
         """
         self.init_retrieval()
-        return search_to_send(self.index, question_hidden_states, n_docs)[1:]
+        return top_docs(self.index, question_hidden_states, n_docs)
 
     def search(
         self, queries: bytes, dimension: int, n_docs: int
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
-        """`retrieve` as the suite's own ranks call it.
+        """`retrieve` for ranks that have mapped the same passages: embeddings travel only where these lack them.
 
         Args:
             queries: bytes of a float32 array (B, dimension), which Ray passes on in less time than the array.
 
         Returns:
-            scores (B, n_docs) float32 where one shard of several is held, else None; and what `retrieve` returns.
+            scores (B, n_docs) float32 where one shard of several is held, else None; doc_ids (B, n_docs) int64; and
+            their embeddings (B, n_docs, d) float32, or None where the passages hold them.
         """
         self.init_retrieval()
         array = np.frombuffer(queries, dtype=np.float32).reshape(-1, dimension)

@@ -1,8 +1,8 @@
 """Ray actors that hold the same passages: the least busy one answers, and one that died is passed over.
 
 pool = ActorPool(actors, timeout=600)
-asked = pool.ask(queries.tobytes(), dimension, n_docs)
-scores, doc_ids, vectors = pool.answer(asked, deadline)
+pending = pool.begin(queries.tobytes(), dimension, n_docs)
+scores, doc_ids, vectors = pool.finish(pending, deadline)
 """
 
 import logging
@@ -26,7 +26,7 @@ class ActorPool:
     """Actors that hold the same passages, any of which may answer.
 
     Args:
-        actors: handles, the first is this rank's own.
+        actors: handles, this rank's preferred one first.
         timeout: seconds an answer may take, the restart of dead actors included; for the messages.
     """
 
@@ -37,44 +37,46 @@ class ActorPool:
         self.timeout = timeout
         self.seconds: deque[float] = deque(maxlen=32)  # what the last answers took
 
-    def ask(self, *question) -> "Asked":
-        """Begin `RayRetriever.search(*question)` in this rank's own actor."""
-        return self._ask(self.actors[0], question)
+    def begin(self, *arguments) -> "PendingSearch":
+        """Begin `RayRetriever.search(*arguments)` in this rank's preferred actor."""
+        return self._begin(self.actors[0], arguments)
 
-    def _ask(self, actor, question: tuple) -> "Asked":
-        return Asked(actor, question, time.monotonic(), self.searches[actor].remote(*question))
+    def _begin(self, actor, arguments: tuple) -> "PendingSearch":
+        return PendingSearch(actor, arguments, time.monotonic(), self.searches[actor].remote(*arguments))
 
-    def answer(self, asked: "Asked", deadline: float) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
-        """What `RayRetriever.search` returned, in the least busy actor where the asked one is busy, or has died."""
+    def finish(
+        self, pending: "PendingSearch", deadline: float
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """What `RayRetriever.search` returns, from the least busy actor where the first one is busy or has died."""
         import ray
 
         while True:
             try:
-                found = self._first_answer(asked, deadline)
+                answer = self._first_answer(pending, deadline)
             except ray.exceptions.GetTimeoutError as error:
                 raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s") from error
             except ray.exceptions.RayActorError as error:
-                logger.warning(f"a retrieval worker died, another is asked: {first_line(error)}")
-                asked = self._ask(self._least_busy(self.actors, [], deadline), asked.question)
+                logger.warning(f"a retrieval worker died, another one searches: {first_line(error)}")
+                pending = self._begin(self._least_busy(self.actors, [], deadline), pending.arguments)
                 continue
-            self.seconds.append(time.monotonic() - asked.start)
-            return found
+            self.seconds.append(time.monotonic() - pending.start)
+            return answer
 
-    def _first_answer(self, asked: "Asked", deadline: float):
-        """The answer of the actor that was asked or, where it lets us wait, of another one if that comes first."""
+    def _first_answer(self, pending: "PendingSearch", deadline: float):
+        """The answer of the search's actor or, where it takes long, of another one if that comes first."""
         import ray
 
         patience = SHORTEST_PATIENCE + 4 * statistics.median(self.seconds or [0])
         if len(self.actors) > 1 and time.monotonic() + patience < deadline:
             try:
-                return ray.get(asked.answer, timeout=patience)
+                return ray.get(pending.answer, timeout=patience)
             except ray.exceptions.GetTimeoutError:
-                others = [actor for actor in self.actors if actor is not asked.actor]
-            if (free := self._least_busy(others, [asked.answer], deadline)) is not None:
-                answers = [asked.answer, self._ask(free, asked.question).answer]
+                others = [actor for actor in self.actors if actor is not pending.actor]
+            if (free := self._least_busy(others, [pending.answer], deadline)) is not None:
+                answers = [pending.answer, self._begin(free, pending.arguments).answer]
                 ready, _ = ray.wait(answers, num_returns=1, timeout=max(deadline - time.monotonic(), 0))
                 return ray.get(ready or answers, timeout=0)[0]
-        return ray.get(asked.answer, timeout=max(deadline - time.monotonic(), 0))
+        return ray.get(pending.answer, timeout=max(deadline - time.monotonic(), 0))
 
     def _least_busy(self, actors: list, answers: list, deadline: float):
         """The actor that answers first, None where one of `answers` comes before.
@@ -102,17 +104,22 @@ class ActorPool:
 
 
 @dataclass
-class Asked:
-    """A search that has begun in an actor, and Ray's reference to its answer."""
+class PendingSearch:
+    """A search that has begun in an actor."""
 
     actor: object
-    question: tuple
-    start: float
-    answer: object
+    arguments: tuple  # of `RayRetriever.search`
+    start: float  # by `time.monotonic`
+    answer: object  # Ray's reference to it
 
 
-def ask_all(actors: list, method: str, *args, timeout: float) -> list:
-    """What a method of every actor returns; their mistakes of the user's come back as such."""
+def call_all(actors: list, method: str, *args, timeout: float) -> list:
+    """What a method of every actor returns.
+
+    Raises:
+        UserError: an actor raised it.
+        TimeoutError: they did not all answer in time.
+    """
     import ray
 
     try:

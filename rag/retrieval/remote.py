@@ -25,10 +25,14 @@ def search_to_send(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray 
     """
     if isinstance(index, KnowledgeIndex) and index.vectors_from == "passages":
         return *index.search(queries, n_docs), None
+    return None, *top_docs(index, queries, n_docs)
+
+
+def top_docs(index, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+    """`index.get_top_docs` as doc_ids (B, n_docs) int64 and embeddings (B, n_docs, d) float32, also for B = 0."""
     doc_ids, vectors = index.get_top_docs(queries, n_docs)
     shape = (len(queries), n_docs)  # transformers' legacy index loses it where there are no queries
     return (
-        None,
         np.asarray(doc_ids, dtype=np.int64).reshape(shape),
         np.asarray(vectors, dtype=np.float32).reshape(*shape, queries.shape[1]),
     )

@@ -8,6 +8,7 @@ A subclass changes only where the search runs (`_search`); passage text is read 
 
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,14 +23,18 @@ from rag.index.sources import open_index
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
+# What `save_pretrained` writes of an index in memory, named as transformers' retriever names it.
+PASSAGES_FOLDER, INDEX_FILE = "hf_dataset", "hf_dataset_index.faiss"
 
 
 class RagKnowledgeRetriever(RagRetriever):
     """`transformers.RagRetriever` over a memory-mapped `KnowledgeIndex`.
 
     Returns what transformers' own returns, but contexts are padded to the longest of the batch instead of
-    `max_combined_length`, a batch is searched in one call, and a slot for which no passage was found has id -1 and no
-    text. Arguments as transformers'.
+    `max_combined_length`, a batch is searched in one call whatever `config.retrieval_batch_size` is, and a slot for
+    which no passage was found has id -1 and no text. Arguments as transformers'.
+
+    A deep copy shares the open index; a pickle opens its files again.
     """
 
     @staticmethod
@@ -71,6 +76,21 @@ class RagKnowledgeRetriever(RagRetriever):
         config.index_name = "custom"
         return KnowledgeIndex.from_dataset(indexed_dataset, config.retrieval_vector_size)
 
+    def save_pretrained(self, save_directory) -> None:
+        """Write config and tokenizers and, where they are in memory alone, passages and index beside them.
+
+        The config then has the paths of these, as it has with transformers' retriever.
+
+        Args:
+            save_directory: folder, made if need be.
+        """
+        folder = Path(save_directory).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.index, KnowledgeIndex) and self.config.index_name == "custom" and self.index.in_memory:
+            self.index.save(folder / PASSAGES_FOLDER, folder / INDEX_FILE)
+            self.config.passages_path, self.config.index_path = str(folder / PASSAGES_FOLDER), str(folder / INDEX_FILE)
+        super().save_pretrained(save_directory)
+
     def init_retrieval(self) -> None:
         """Open the index; a second call does nothing."""
         if not self.index.is_initialized():
@@ -84,8 +104,9 @@ class RagKnowledgeRetriever(RagRetriever):
             n_docs: passages a question.
 
         Returns:
-            retrieved_doc_embeds (B, n_docs, d) float32, doc_ids (B, n_docs) int64, and B dicts of the lists "title" and
-            "text". Where too few passages were found: id -1, a zero vector, empty strings.
+            retrieved_doc_embeds (B, n_docs, d) float32, doc_ids (B, n_docs) int64, and B dicts with every column of
+            the passages, of which all but title and text are read when they are asked for. Where too few passages were
+            found: id -1, a zero vector, empty strings.
         """
         queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
         doc_ids, doc_embeds = self._search(queries, n_docs)
@@ -98,22 +119,37 @@ class RagKnowledgeRetriever(RagRetriever):
     def postprocess_docs(self, docs, input_strings, prefix, n_docs, return_tensors=None):
         """Generator inputs "prefix title / text // question", (B * n_docs, S), a question's documents in a row.
 
-        Token ids and mask, int64: as torch tensors for return_tensors "pt", else as numpy arrays.
+        Args:
+            docs: B dicts of the lists "title" and "text".
+            input_strings: B questions.
+            prefix: before each context; None for none.
+            n_docs: documents a question.
+            return_tensors: "pt" for torch tensors, "np" for arrays, None for lists.
+
+        Returns:
+            Token ids and mask, int64, padded to the longest context.
+
+        Raises:
+            ValueError: `return_tensors` is another one.
         """
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f'return_tensors {return_tensors!r} is none of "pt", "np" and None')
         contexts = [
             self._context(title, text, question, prefix or "")
-            for question, found in zip(input_strings, docs, strict=True)
-            for title, text in zip(found["title"][:n_docs], found["text"][:n_docs], strict=True)
+            for question, passages in zip(input_strings, docs, strict=True)
+            for title, text in zip(passages["title"][:n_docs], passages["text"][:n_docs], strict=True)
         ]
-        rows = self._tokenise(contexts, self.config.max_combined_length)
+        rows = self._tokenize(contexts, self.config.max_combined_length)
         # 300 is no multiple of 8
         input_ids, mask = _padded(
             rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, self.config.max_combined_length)
         )
+        if return_tensors is None:
+            return input_ids.tolist(), mask.tolist()
         return (torch.from_numpy(input_ids), torch.from_numpy(mask)) if return_tensors == "pt" else (input_ids, mask)
 
-    def _tokenise(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """The tokens of each text. A fast tokenizer is asked for ids alone: all else takes as long again."""
+    def _tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """The tokens of each text. A fast tokenizer gives ids alone: all else takes as long again."""
         tokenizer = self.generator_tokenizer
         if not tokenizer.is_fast:
             return tokenizer(texts, max_length=max_length, truncation=True)["input_ids"]
@@ -139,12 +175,12 @@ def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np
 
 
 def reads_text(retriever: RagRetriever) -> bool:
-    """Whether the index reads the questions' words (BM25), so that no question encoder is asked, nor trained."""
+    """Whether the index reads the questions' words (BM25), so that no question encoder runs or trains."""
     return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
 
 
 def question_vectors(question_encoder, retriever: RagRetriever, tokens, questions: list[str]) -> torch.Tensor:
-    """What B questions ask the index with, (B, d), on the device of the tokens.
+    """The query vectors of B questions, (B, d), on the device of the tokens.
 
     Args:
         tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
@@ -171,7 +207,7 @@ class RetrievedContexts:
         doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder, or
             BM25 scores; -inf in a slot without a passage, so that it gets no probability.
         doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
-        docs: B dicts of the lists "title" and "text".
+        docs: B dicts of the passages' columns, among them the lists "title" and "text".
     """
 
     input_ids: torch.Tensor
@@ -184,7 +220,7 @@ class RetrievedContexts:
 def retrieve_contexts(
     rag, retriever: RagRetriever, input_ids, attention_mask, n_docs=None, texts: list[str] | None = None
 ) -> RetrievedContexts:
-    """Encode the questions, fetch their passages, tokenise the contexts (the first half of `RagModel.forward`).
+    """Encode the questions, fetch their passages, tokenize the contexts (the first half of `RagModel.forward`).
 
     Args:
         rag: a `RagModel`; gradients reach its question encoder through `doc_scores`.

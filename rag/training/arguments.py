@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import RagArgumentParser
 from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
 from rag.errors import raise_problems
@@ -31,24 +32,24 @@ class ModelArguments:
     """What is trained."""
 
     _argument_group_name = "model"
-    model_name_or_path: str = field(metadata={"help": "Checkpoint to start from: a folder or a name on the hub."})
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = _flag(
+    model_name_or_path: str = required_flag("Checkpoint to start from: a folder or a name on the hub.")
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = flag(
         None, "Left out, it is read from the checkpoint's config; bart and t5 train a bare, closed-book generator."
     )
-    config_name: str | None = _flag(None, "Config to use instead of the checkpoint's: a folder or a name.")
-    tokenizer_name: str | None = _flag(None, "Tokenizer to use instead of the checkpoint's: a folder or a name.")
-    cache_dir: str | None = _flag(None, "Where downloads are kept; left out, the Hugging Face cache.")
-    encoder_layerdrop: float | None = _flag(None, "Probability of leaving out an encoder layer; the checkpoint's.")
-    decoder_layerdrop: float | None = _flag(None, "Probability of leaving out a decoder layer; the checkpoint's.")
-    dropout: float | None = _flag(None, "Dropout probability of the generator; left out, the checkpoint's.")
-    attention_dropout: float | None = _flag(None, "Dropout probability of its attention; left out, the checkpoint's.")
-    label_smoothing: float = _flag(0.0, "Share of the probability spread over the vocabulary; 0 is the plain loss.")
-    freeze_question_encoder: bool = _flag(False, "Leave the question encoder as it is: a remedy for collapse.")
-    freeze_embeds: bool = _flag(False, "Leave the generator's word and position embeddings as they are.")
-    gradient_checkpointing: bool = _flag(
+    config_name: str | None = flag(None, "Config to use instead of the checkpoint's: a folder or a name.")
+    tokenizer_name: str | None = flag(None, "Tokenizer to use instead of the checkpoint's: a folder or a name.")
+    cache_dir: str | None = flag(None, "Where downloads are kept; left out, the Hugging Face cache.")
+    encoder_layerdrop: float | None = flag(None, "Probability of leaving out an encoder layer; the checkpoint's.")
+    decoder_layerdrop: float | None = flag(None, "Probability of leaving out a decoder layer; the checkpoint's.")
+    dropout: float | None = flag(None, "Dropout probability of the generator; left out, the checkpoint's.")
+    attention_dropout: float | None = flag(None, "Dropout probability of its attention; left out, the checkpoint's.")
+    label_smoothing: float = flag(0.0, "Share of the probability spread over the vocabulary; 0 is the plain loss.")
+    freeze_question_encoder: bool = flag(False, "Leave the question encoder as it is: a remedy for collapse.")
+    freeze_embeds: bool = flag(False, "Leave the generator's word and position embeddings as they are.")
+    gradient_checkpointing: bool = flag(
         False, "Recompute the generator's activations in the backward pass: less memory."
     )
-    compile: bool = _flag(False, "torch.compile the generator: minutes at the start; see benchmarks/README.md.")
+    compile: bool = flag(False, "torch.compile the generator: minutes at the start; see benchmarks/README.md.")
 
 
 @dataclass
@@ -56,15 +57,15 @@ class RetrievalArguments(SearchArguments):
     """Where passages come from."""
 
     _argument_group_name = "retrieval"
-    n_docs: int | None = _flag(None, "Passages retrieved a question; left out, the checkpoint's.")
-    max_combined_length: int | None = _flag(None, "Tokens of passage and question together; the checkpoint's.")
-    distributed_retriever: Literal["pytorch", "ray", "local"] = _flag(
+    n_docs: int | None = flag(None, "Passages retrieved a question; left out, the checkpoint's.")
+    max_combined_length: int | None = flag(None, "Tokens of passage and question together; the checkpoint's.")
+    distributed_retriever: Literal["pytorch", "ray", "local"] = flag(
         "pytorch", "pytorch: process 0 searches for all; ray: Ray's processes do; local: each process for itself."
     )
-    ray_address: str = _flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
-    num_retrieval_workers: int = _flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
-    retrieval_worker_gpus: float = _flag(0.0, "Share of a GPU for each of them, which then searches on it.")
-    distributed_port: int = _flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
+    ray_address: str = flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
+    num_retrieval_workers: int = flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
+    retrieval_worker_gpus: float = flag(0.0, "Share of a GPU for each of them, which then searches on it.")
+    distributed_port: int = flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
 
 
 @dataclass
@@ -72,20 +73,20 @@ class DataArguments:
     """Examples and batches."""
 
     _argument_group_name = "data"
-    data_dir: str = field(metadata={"help": "Folder of train|val|test .source and .target, one example a line."})
-    max_source_length: int = _flag(128, "Question tokens kept; questions are short.")
-    max_target_length: int = _flag(25, "Answer tokens kept in training; answers are short.")
-    val_max_target_length: int = _flag(25, "Answer tokens kept and generated in validation; as in training.")
-    test_max_target_length: int = _flag(25, "Answer tokens kept and generated in the test; as in training.")
-    n_train: int = _flag(-1, "Training examples used, from the first; -1 is all.")
-    n_val: int = _flag(-1, "Validation examples used, from the first; -1 is all.")
-    n_test: int = _flag(-1, "Test examples used, from the first; -1 is all.")
-    prefix: str = _flag("", "Put before every question (T5: 'question: '); eval_rag.py must be given the same.")
-    train_batch_size: int = _flag(32, "Questions a process takes at a time in training.")
-    eval_batch_size: int = _flag(32, "Questions a process takes at a time in validation and test.")
-    num_workers: int = _flag(4, "Processes that read and tokenise ahead; 0 does it in the training process.")
-    group_by_length: bool = _flag(False, "Batches of questions of similar length: less padding, less random batches.")
-    num_beams: int = _flag(
+    data_dir: str = required_flag("Folder of train|val|test .source and .target, one example a line.")
+    max_source_length: int = flag(128, "Question tokens kept; questions are short.")
+    max_target_length: int = flag(25, "Answer tokens kept in training; answers are short.")
+    val_max_target_length: int = flag(25, "Answer tokens kept and generated in validation; as in training.")
+    test_max_target_length: int = flag(25, "Answer tokens kept and generated in the test; as in training.")
+    n_train: int = flag(-1, "Training examples used, from the first; -1 is all.")
+    n_val: int = flag(-1, "Validation examples used, from the first; -1 is all.")
+    n_test: int = flag(-1, "Test examples used, from the first; -1 is all.")
+    prefix: str = flag("", "Put before every question (T5: 'question: '); eval_rag.py must be given the same.")
+    train_batch_size: int = flag(32, "Questions a process takes at a time in training.")
+    eval_batch_size: int = flag(32, "Questions a process takes at a time in validation and test.")
+    num_workers: int = flag(4, "Processes that read and tokenize ahead; 0 does it in the training process.")
+    group_by_length: bool = flag(False, "Batches of questions of similar length: less padding, less random batches.")
+    num_beams: int = flag(
         1, "Beams of generation in validation and test; 1 (greedy) is what Lewis et al. test question answering with."
     )
 
@@ -95,36 +96,36 @@ class TrainingArguments:
     """How the weights change."""
 
     _argument_group_name = "training"
-    learning_rate: float = _flag(5e-5, "Peak learning rate.")
-    question_encoder_learning_rate: float | None = _flag(None, "The question encoder's; left out, --learning_rate.")
-    decoder_learning_rate: float | None = _flag(None, "The generator's decoder's; left out, --learning_rate.")
-    lr_scheduler: Literal["linear", "cosine", "cosine_w_restarts", "polynomial"] = _flag(
+    learning_rate: float = flag(5e-5, "Peak learning rate.")
+    question_encoder_learning_rate: float | None = flag(None, "The question encoder's; left out, --learning_rate.")
+    decoder_learning_rate: float | None = flag(None, "The generator's decoder's; left out, --learning_rate.")
+    lr_scheduler: Literal["linear", "cosine", "cosine_w_restarts", "polynomial"] = flag(
         "linear", "How the learning rate goes down after the warm-up."
     )
-    warmup_steps: int = _flag(0, "Optimizer steps over which the learning rate rises from 0.")
-    weight_decay: float = _flag(0.0, "Decay a step, times the learning rate; never of biases and norms.")
-    adam_epsilon: float = _flag(1e-8, "Term that keeps AdamW from dividing by zero.")
-    adafactor: bool = _flag(False, "Adafactor instead of AdamW: less memory.")
-    max_grad_norm: float = _flag(
+    warmup_steps: int = flag(0, "Optimizer steps over which the learning rate rises from 0.")
+    weight_decay: float = flag(0.0, "Decay a step, times the learning rate; never of biases and norms.")
+    adam_epsilon: float = flag(1e-8, "Term that keeps AdamW from dividing by zero.")
+    adafactor: bool = flag(False, "Adafactor instead of AdamW: less memory.")
+    max_grad_norm: float = flag(
         1.0,
         "Gradients of a larger norm are scaled down to it; 0 leaves them. --gradient_clip_val is another name for it.",
         aliases=["--gradient_clip_val", "--gradient-clip-val"],
     )
-    num_train_epochs: int = _flag(
+    num_train_epochs: int = flag(
         3,
         "Times every training example is seen; --max_steps may end it earlier. --max_epochs is another name for it.",
         aliases=["--max_epochs", "--max-epochs"],
     )
-    gradient_accumulation_steps: int = _flag(
+    gradient_accumulation_steps: int = flag(
         1,
         "Batches whose gradients make one optimizer step. --accumulate_grad_batches is another name for it.",
         aliases=["--accumulate_grad_batches", "--accumulate-grad-batches"],
     )
-    seed: int = _flag(42, "Seed of the order of examples, of dropout and of new weights.")
-    early_stopping_patience: int = _flag(-1, "Validations without a better EM before training stops; -1 never stops.")
-    fp16: bool = _flag(False, "Mixed precision with float16 (--precision 16-mixed); needs a GPU.")
-    bf16: bool = _flag(False, "Mixed precision with bfloat16 (--precision bf16-mixed).")
-    fp16_opt_level: str | None = _flag(
+    seed: int = flag(42, "Seed of the order of examples, of dropout and of new weights.")
+    early_stopping_patience: int = flag(-1, "Validations without a better EM before training stops; -1 never stops.")
+    fp16: bool = flag(False, "Mixed precision with float16 (--precision 16-mixed); needs a GPU.")
+    bf16: bool = flag(False, "Mixed precision with bfloat16 (--precision bf16-mixed).")
+    fp16_opt_level: str | None = flag(
         None, "Without effect: it was Apex's, which torch's own mixed precision replaced."
     )
 
@@ -134,31 +135,31 @@ class RunArguments:
     """What is done, where it is written, on what it runs."""
 
     _argument_group_name = "run"
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, metrics and logs."})
-    overwrite_output_dir: bool = _flag(False, "Remove the run that the folder holds and start afresh.")
-    do_train: bool = _flag(False, "Train; what happens when neither --do_train nor --do_predict is given.")
-    do_predict: bool = _flag(False, "Test the best checkpoint after training, or the model as it is without training.")
-    resume_from_checkpoint: str | None = _flag(
-        None, "Lightning checkpoint to go on from; left out, --output_dir's last.ckpt, a new run where there is none."
+    output_dir: str = required_flag("Folder for checkpoints, metrics and logs.")
+    overwrite_output_dir: bool = flag(False, "Remove the run that the folder holds and start afresh.")
+    do_train: bool = flag(False, "Train; what happens when neither --do_train nor --do_predict is given.")
+    do_predict: bool = flag(False, "Test the best checkpoint after training, or the model as it is without training.")
+    resume_from_checkpoint: str | None = flag(
+        None, "Lightning checkpoint to resume from; left out, --output_dir's last.ckpt, a new run where there is none."
     )
-    save_interval: float = _flag(
+    save_interval: float = flag(
         30.0, "Minutes between writings of last.ckpt inside an epoch, which is the work a kill can cost; 0 is off."
     )
-    logger_name: Literal["default", "wandb", "wandb_shared"] = _flag(
+    logger_name: Literal["default", "wandb", "wandb_shared"] = flag(
         "default", "default writes training_log.jsonl; wandb and wandb_shared send to Weights & Biases."
     )
-    profile: bool = _flag(False, "Write the time each part of the training took to --output_dir.")
-    gpus: str | None = _flag(
+    profile: bool = flag(False, "Write the time each part of the training took to --output_dir.")
+    gpus: str | None = flag(
         None, "Number of GPUs (0 is the CPU, -1 all of them) or their numbers (0,1); left out, --accelerator decides."
     )
-    num_processes: int | None = _flag(
+    num_processes: int | None = flag(
         None, "Processes that train on the CPU: another name for --accelerator cpu --devices N (Lightning 1)."
     )
-    distributed_backend: Literal["ddp", "ddp_cpu", "ddp_spawn"] | None = _flag(
+    distributed_backend: Literal["ddp", "ddp_cpu", "ddp_spawn"] | None = flag(
         None,
         "Another name for --strategy ddp (ddp, ddp_spawn) and for --accelerator cpu (ddp_cpu), as of Lightning 1.",
     )
-    n_tpu_cores: int | None = _flag(None, "Without effect: use --accelerator tpu --devices N.")
+    n_tpu_cores: int | None = flag(None, "Without effect: use --accelerator tpu --devices N.")
 
     def __post_init__(self):
         self.do_train = self.do_train or not self.do_predict
@@ -190,8 +191,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """Read the command line; raises one `UserError` for all settings that are out of range or contradict each other."""
     parser = RagArgumentParser(*GROUPS, description=description)
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
-    *groups, rest = parser.parse(argv)
-    args = FinetuneArguments(*groups, trainer=TrainerArguments(**vars(rest)))
+    model, retrieval, data, training, run, rest = parser.parse(argv)
+    args = FinetuneArguments(model, retrieval, data, training, run, TrainerArguments(**vars(rest)))
     require_sound(args)
     return args
 
@@ -199,8 +200,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 def require_sound(args: FinetuneArguments) -> None:
     """Raise one `UserError` for all settings that are out of range or contradict each other."""
     raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
-    for flag, given in _settings_without_effect(args).items():
-        logger.warning(f"--{flag} {given} has no effect; see --help")
+    for name, given in _flags_without_effect(args).items():
+        logger.warning(f"--{name} {given} has no effect; see --help")
 
 
 AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
@@ -230,7 +231,7 @@ def _range_problems(args: FinetuneArguments) -> list[str]:
     ]
 
 
-def _group_of(args: FinetuneArguments, group: type) -> Any:
+def _group_of(args: FinetuneArguments, group: Any) -> Any:
     return getattr(args, group._argument_group_name)
 
 
@@ -303,15 +304,15 @@ def _run_problems(run: RunArguments) -> list[str]:
     problems = []
     resumed = run.resume_from_checkpoint
     if resumed is not None and not Path(resumed).is_file():
-        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to go on from last.ckpt")
+        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to resume from last.ckpt")
     if resumed is not None and run.overwrite_output_dir:
-        problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint goes on with; give one")
+        problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint resumes; give one")
     if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
         problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
     return problems
 
 
-def _settings_without_effect(args: FinetuneArguments) -> dict[str, Any]:
+def _flags_without_effect(args: FinetuneArguments) -> dict[str, Any]:
     values = {
         "fp16_opt_level": args.training.fp16_opt_level,
         "n_tpu_cores": args.run.n_tpu_cores,

@@ -1,6 +1,8 @@
 """What any finetuning module needs of Lightning: optimizer and schedule, seeded steps, norms in the log, rows gathered.
 
-class MyModule(BaseTransformer): ...
+    class MyModule(BaseTransformer): ...
+
+The subclass brings the model and its steps.
 """
 
 import argparse
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch.nn.utils import get_total_norm
 
 from rag.models.checkpoints import load_model
@@ -72,17 +75,18 @@ class BaseTransformer(pl.LightningModule):
         Other datasets of a subclass give, as `Seq2SeqDataset` does, items with "source", "target" and "index" and have
         its `collate_fn`.
         """
-        return self.trainer.datamodule.get_dataset(type_path)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # its data connector sets it
+        return data.get_dataset(type_path)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return int(self.trainer.estimated_stepping_batches)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         self.opt = build_optimizer(self, self.args.training, fused=self.device.type in ("cpu", "cuda"))
         return {"optimizer": self.opt, "lr_scheduler": self.get_lr_scheduler()}
 
-    def get_lr_scheduler(self) -> dict[str, Any]:
+    def get_lr_scheduler(self) -> LRSchedulerConfigType:
         """The schedule of `self.opt`, as Lightning wants it."""
         training = self.args.training
         # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.
@@ -105,7 +109,8 @@ class BaseTransformer(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log learning rates and, before they are clipped, the gradients' norms."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        if (self.trainer.global_step + 1) % every != 0:
             return
         gradients: dict[str, list[torch.Tensor]] = {"": []}
         for group in optimizer.param_groups:

@@ -1,7 +1,9 @@
-"""Which examples make which batch on which rank, in an order that a resumed run goes on with.
+"""Which examples make which batch on which rank, in an order that a resumed run keeps.
 
-sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
-loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)
+    sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
+    loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)
+
+The order depends on seed and epoch alone, whatever the number of ranks.
 """
 
 import random
@@ -70,11 +72,11 @@ class GlobalBatchSampler:
             return order
         generator = random.Random(f"{self.seed} {self.epoch}")
         generator.shuffle(order)
-        return self._by_length(order, generator) if self.lengths else order
+        return self._by_length(order, self.lengths, generator) if self.lengths else order
 
-    def _by_length(self, order: list[int], generator: random.Random) -> list[int]:
+    def _by_length(self, order: list[int], lengths: list[int], generator: random.Random) -> list[int]:
         size, pool = self.global_batch_size, self.global_batch_size * self.POOL
-        pools = [sorted(order[i : i + pool], key=lambda index: self.lengths[index]) for i in range(0, len(order), pool)]
+        pools = [sorted(order[i : i + pool], key=lambda index: lengths[index]) for i in range(0, len(order), pool)]
         by_length = [index for pool in pools for index in pool]
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
         whole = len(order) // size  # the last, smaller batch stays the last
@@ -106,9 +108,10 @@ class ResumableDataLoader(DataLoader):
     `begin` is set, what that begins, as "contexts".
     """
 
+    batch_sampler: GlobalBatchSampler
     begin: Callable[[dict[str, Any]], Future] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own iterator's class
         sampler = self.batch_sampler
         batches = super().__iter__()  # begins with the first batch asked for, after Lightning has set the epoch
         for batch in batches if self.begin is None else begun_ahead(batches, self.begin):

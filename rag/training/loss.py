@@ -1,4 +1,4 @@
-"""The training objective: negative log-likelihood of an answer, marginalised over the retrieved passages.
+"""The training objective: negative log-likelihood of an answer, marginalized over the retrieved passages.
 
 RAG-Sequence  -log sum_z p(z|x) prod_t p(y_t | x, z, y_<t)         (Lewis et al. 2020, section 2.1)
 RAG-Token     -sum_t log sum_z p(z|x) p(y_t | x, z, y_<t)
@@ -22,7 +22,7 @@ def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[
     """What the decoder reads and what it is to say, each step, for right-padded answers `labels` (B, T).
 
     The decoder starts from the generator's `decoder_start_token_id`, in training as in generation; an answer whose
-    tokeniser already puts that token first (BERT's [CLS]) is not given a second one.
+    tokenizer already puts that token first (BERT's [CLS]) is not given a second one.
 
     Returns:
         decoder_input_ids (B, T') and targets (B, T'), the inputs moved one to the left and padded; T' is T or T + 1.
@@ -50,16 +50,16 @@ def rag_sequence_nll(
     Returns:
         (B,) float32 (float64 of a model in float64), nats.
     """
-    n_docs, weight = doc_scores.shape[1], output_layer[0]
+    n_docs, (weight, bias) = doc_scores.shape[1], output_layer
     document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1)  # (B, n_docs)
     targets = targets.repeat_interleave(n_docs, dim=0)
     is_pad = targets == pad_token_id
-    logprobs, normaliser = target_logprobs(hidden, *output_layer, targets)  # (B * n_docs, T)
+    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets)  # (B * n_docs, T)
     nll = -(logprobs.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
     if not label_smoothing:
         return nll
     # transformers adds the document's log-probability to every word of one position before it sums over them.
-    smooth = _logit_sum(hidden, *output_layer) - len(weight) * normaliser
+    smooth = _logit_sum(hidden, *output_layer) - len(weight) * normalizer
     smooth = smooth.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs)
     smooth_nll = -(smooth + len(weight) * document_logprobs).logsumexp(1)
     return _smoothed(nll, smooth_nll, label_smoothing, len(weight))
@@ -72,13 +72,14 @@ def rag_token_nll(
     batch, n_docs = doc_scores.shape
     document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1).unsqueeze(-1)  # (B, n_docs, 1)
     is_pad = targets == pad_token_id
-    logprobs, normaliser = target_logprobs(hidden, *output_layer, targets.repeat_interleave(n_docs, dim=0))
+    weight, bias = output_layer
+    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets.repeat_interleave(n_docs, dim=0))
     marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
     nll = -marginal.masked_fill(is_pad, 0.0).sum(1)
     if not label_smoothing:
         return nll
     # Smoothing spreads over the marginal distribution, of which every word is needed, a part of them at a time.
-    priors = (document_logprobs - normaliser.view(batch, n_docs, -1)).unsqueeze(-1)  # (B, n_docs, T, 1)
+    priors = (document_logprobs - normalizer.view(batch, n_docs, -1)).unsqueeze(-1)  # (B, n_docs, T, 1)
     hidden = hidden.view(batch, n_docs, *hidden.shape[1:])
     smooth = sum(
         checkpoint(_sum_of_marginal_logprobs, hidden, *part, priors, use_reentrant=False)
@@ -102,16 +103,16 @@ def _logit_sum(hidden, weight, bias) -> torch.Tensor:
 def sequence_nll(logits, targets, pad_token_id: int, label_smoothing: float = 0.0) -> torch.Tensor:
     """Loss of a generator without retrieval: logits (B, T, V), targets (B, T) to (B,) float32, nats.
 
-    Only the normaliser is computed over the vocabulary: no second copy of the logits is kept for the backward pass.
+    Only the normalizer is computed over the vocabulary: no second copy of the logits is kept for the backward pass.
     """
     logits = full_precision(logits)
-    normaliser = logits.logsumexp(-1)  # (B, T)
+    normalizer = logits.logsumexp(-1)  # (B, T)
     is_pad = targets == pad_token_id
-    nll = (normaliser - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).masked_fill(is_pad, 0.0).sum(1)
+    nll = (normalizer - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).masked_fill(is_pad, 0.0).sum(1)
     if not label_smoothing:
         return nll
     vocabulary = logits.shape[-1]
-    smooth_nll = (vocabulary * normaliser - logits.sum(-1)).masked_fill(is_pad, 0.0).sum(1)
+    smooth_nll = (vocabulary * normalizer - logits.sum(-1)).masked_fill(is_pad, 0.0).sum(1)
     return _smoothed(nll, smooth_nll, label_smoothing, vocabulary)
 
 
@@ -123,7 +124,7 @@ def _smoothed(nll, smooth_nll, label_smoothing: float, vocabulary: int):
 
 
 def target_logprobs(hidden, weight, bias, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target, and the log-normaliser of its distribution, both (N, T) float32.
+    """Log-probability of each target, and the log-normalizer of its distribution, both (N, T) float32.
 
     The logits (N, T, V) never exist in whole: they are made for a part of the vocabulary at a time, and once more in
     the backward pass.
@@ -143,30 +144,30 @@ def target_logprobs(hidden, weight, bias, targets) -> tuple[torch.Tensor, torch.
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """hidden (R, d), weight (V, d), bias (V), targets (R) to log-probabilities (R) and log-normalisers (R)."""
+    """hidden (R, d), weight (V, d), bias (V), targets (R) to log-probabilities (R) and log-normalizers (R)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         target_logits = full_precision(hidden.new_zeros(len(hidden)))
-        normalisers = []
+        normalizers = []
         for logits, place, is_here, _ in _parts_of_logits(hidden, weight, bias, targets):
             target_logits += logits.gather(1, place).squeeze(1).masked_fill(~is_here, 0.0)
             highest = logits.amax(1, keepdim=True)
             # In place, where logsumexp would make a copy and, on a CPU, take several times as long.
-            normalisers.append(logits.sub_(highest).exp_().sum(1).log_() + highest.squeeze(1))
-        normaliser = torch.stack(normalisers).logsumexp(0)
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        return target_logits - normaliser, normaliser
+            normalizers.append(logits.sub_(highest).exp_().sum(1).log_() + highest.squeeze(1))
+        normalizer = torch.stack(normalizers).logsumexp(0)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        return target_logits - normalizer, normalizer
 
     @staticmethod
-    def backward(ctx, logprob_gradient, normaliser_gradient):
-        """d logprob / d logit is 1 at the target less the probability, d normaliser / d logit the probability."""
-        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+    def backward(ctx, logprob_gradient, normalizer_gradient):
+        """d logprob / d logit is 1 at the target less the probability, d normalizer / d logit the probability."""
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
         hidden_gradient = full_precision(torch.zeros_like(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for logits, place, is_here, words in _parts_of_logits(hidden, weight, bias, targets):
-            probabilities = logits.sub_(normaliser.unsqueeze(1)).exp_()
-            gradient = probabilities.mul_((normaliser_gradient - logprob_gradient).unsqueeze(1))
+            probabilities = logits.sub_(normalizer.unsqueeze(1)).exp_()
+            gradient = probabilities.mul_((normalizer_gradient - logprob_gradient).unsqueeze(1))
             gradient.scatter_add_(1, place, logprob_gradient.masked_fill(~is_here, 0.0).unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
             hidden_gradient += gradient @ weight[words]

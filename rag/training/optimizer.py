@@ -1,7 +1,9 @@
 """AdamW or Adafactor over the parts of a model, each with its learning rate, and the schedules.
 
-optimizer = build_optimizer(module, args.training)
-schedule = SCHEDULES[args.training.lr_scheduler](optimizer, warmup_steps, steps)
+    optimizer = build_optimizer(module, args.training)
+    schedule = SCHEDULES[args.training.lr_scheduler](optimizer, warmup_steps, steps)
+
+Biases and norms never decay.
 """
 
 from typing import Any

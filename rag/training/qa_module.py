@@ -88,7 +88,7 @@ class GenerativeQAModule(BaseTransformer):
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # of a path, not of an open file
         cls,
         checkpoint_path: str | os.PathLike,
         map_location: Any = None,
@@ -205,8 +205,8 @@ class GenerativeQAModule(BaseTransformer):
         return (self.negative_log_likelihood(batch, self.args.model.label_smoothing)[0].mean(),)
 
     def _retrieve(self, batch: dict) -> RetrievedContexts:
-        tokens = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
-        return retrieve_contexts(self.model.rag, self.retriever, *tokens, texts=batch.get("source"))
+        input_ids, attention_mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        return retrieve_contexts(self.model.rag, self.retriever, input_ids, attention_mask, texts=batch.get("source"))
 
     def can_retrieve_ahead(self, device: torch.device) -> bool:
         """Whether the next batch's passages are known before this step's update, and searching leaves the device free.
@@ -247,7 +247,8 @@ class GenerativeQAModule(BaseTransformer):
 
     def _log_retrieval(self, batch: dict, contexts: RetrievedContexts) -> None:
         """The signs of collapse, over the batch of all ranks. Collective."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        if (self.trainer.global_step + 1) % every != 0:
             return
         ids = zip(batch["index"], contexts.doc_ids.tolist(), strict=True)
         rows = self.gather_rows([{"index": index, "doc_ids": doc_ids} for index, doc_ids in ids])
@@ -296,7 +297,7 @@ class GenerativeQAModule(BaseTransformer):
             self.rows.append(row)
 
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
-        settings = {"num_beams": self.args.data.num_beams, "min_length": 1, "max_length": max_length}
+        settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, "min_length": 1, "max_length": max_length}
         if contexts is None:
             return self.generator.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings

@@ -244,7 +244,7 @@ def test_an_interrupted_job_leaves_no_process_and_is_continued(rag_folder, data,
     job.send_signal(signal.SIGINT)
     _, err = job.communicate(timeout=60)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert err.count("eval_rag.py: interrupted; run the same command again to go on") == 1
+    assert err.count("eval_rag.py: interrupted; run the same command again to resume") == 1
     lines = read_lines(tmp_path / "many")
     alone(flags(rag_folder, data, tmp_path / "one", "e2e", "--eval_batch_size", "1"))
     assert 4 <= len(lines) < 8 * times

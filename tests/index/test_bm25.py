@@ -187,7 +187,7 @@ def test_passages_that_are_appended_are_found_too(flags, tmp_path):
 
 def test_a_killed_build_leaves_nothing_that_looks_whole(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bm25, "write_description", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(bm25, "save_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         open_index(config)
     assert not (tmp_path / "passages_bm25").exists()
     opened(config)

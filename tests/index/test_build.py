@@ -10,9 +10,10 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from rag.index import build as index_build
-from rag.index.build import EmbeddingFiles, IndexPlan, build_index, exact_scores, extend_index, measure, recall
+from rag.index.build import EmbeddingFiles, IndexPlan, build_index, extend_index
 from rag.index.index_files import shard_files
 from rag.index.knowledge_index import KnowledgeIndex
+from rag.index.recall import exact_scores, measure_efforts, recall
 from rag.knowledge.embedding import shards_of
 from tests.conftest import assert_equal_but_for_rounding
 
@@ -80,7 +81,9 @@ def test_kinds(vectors, passages_path, queries, tmp_path, factory, kind, least, 
     build_index(vectors, plan, path, "digest")
     assert list(tmp_path.iterdir()) == [path] and path.is_dir() == (shards > 1)
     best = exact_scores(vectors, queries, 5)
-    rows = measure(lambda **effort: KnowledgeIndex.load_from_disk(D, passages_path, path, **effort), queries, best)
+    rows = measure_efforts(
+        lambda **effort: KnowledgeIndex.load_from_disk(D, passages_path, path, **effort), queries, best
+    )
     assert rows[-1]["recall"] >= least and all(row["queries_per_second"] > 0 for row in rows)
     shares = [row["recall"] for row in rows]
     assert shares == sorted(set(shares))  # measuring ends where more effort finds no more

@@ -34,15 +34,18 @@ def test_answers_are_those_of_faiss_over_the_same_halves(monkeypatch, chunk, n_d
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
 
-def test_float32_differs_only_where_half_precision_ties():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_float32_differs_only_where_half_precision_ties(device):
     embeddings, queries = vectors(0, 5000), vectors(1, 64)
     exact = faiss.IndexFlatIP(48)
     exact.add(embeddings)
     expected_scores, expected_rows = exact.search(queries, 5)
-    _, rows = on_cpu(embeddings).search(queries, 5)
+    _, rows = DeviceSearch([embeddings], len(embeddings), 48, device).search(queries, 5)
     true_scores = np.einsum("bd,bnd->bn", queries, embeddings[rows])
-    # A coordinate is rounded by 2**-11 of itself, a product's sum by no more than that share of its parts.
-    largest = np.abs(queries) @ np.abs(embeddings).max(0) * 2.0**-10
+    # A coordinate is rounded by 2**-11 of itself, a product's sum by no more than that share of its parts. A GPU takes
+    # the queries in half precision, too.
+    rounding = 2.0**-10 if device == "cpu" else 2.0**-9
+    largest = np.abs(queries) @ np.abs(embeddings).max(0) * rounding
     assert (np.abs(true_scores - expected_scores) <= largest[:, None]).all()
     assert (rows == expected_rows).mean() > 0.99
 

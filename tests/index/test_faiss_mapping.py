@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
+from rag.index import faiss_mapping
 from rag.index.faiss_mapping import map_index
 
 ROWS, DIMENSION = 600, 16
@@ -54,6 +55,28 @@ def test_an_hnsw_index_is_the_one_of_the_file_without_faiss_walking_over_it(
         assert np.array_equal(ours, theirs)
     rows = np.arange(ROWS)
     assert np.array_equal(index.reconstruct_batch(rows), read.reconstruct_batch(rows))
+
+
+def test_the_installed_faiss_is_one_that_was_tested():
+    assert faiss.__version__ in faiss_mapping.TESTED_FAISS_VERSIONS
+
+
+def test_every_index_of_another_faiss_is_opened_by_it(random, tmp_path, monkeypatch):
+    vectors = random.standard_normal((ROWS, DIMENSION), dtype=np.float32)
+    path = written(tmp_path / "index.faiss", "HNSW8,Flat", METRICS[0], vectors)
+    expected = map_index(path).search(vectors[:20], 3)
+
+    def refuse(path):
+        raise AssertionError("its layout is not known")
+
+    monkeypatch.setattr(faiss_mapping, "_map_hnsw", refuse)
+    monkeypatch.setattr(faiss, "__version__", "1.16.0")
+    for ours, theirs in zip(map_index(path).search(vectors[:20], 3), expected, strict=True):
+        assert np.array_equal(ours, theirs)
+    path.write_bytes(path.read_bytes()[:-1])
+    for broken in (path, tmp_path / "none.faiss"):
+        with pytest.raises(RuntimeError):
+            map_index(broken)
 
 
 @pytest.mark.parametrize(

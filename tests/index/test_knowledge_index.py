@@ -9,7 +9,15 @@ import pytest
 from rag.errors import UserError
 from rag.index.build import build_faiss_index
 from rag.index.columns import EmbeddingColumn, TextColumn
-from rag.index.index_files import read_description, shard_files, shard_path, write_description, write_faiss_index
+from rag.index.index_files import (
+    DocumentsPart,
+    IndexDescription,
+    read_description,
+    shard_files,
+    shard_path,
+    write_description,
+    write_faiss_index,
+)
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.remote import best_of_shards
 from tests.conftest import DIMENSION, PASSAGES, assert_equal_but_for_rounding
@@ -124,11 +132,17 @@ def test_shards_that_do_not_belong_together_are_refused(shards, tmp_path):
 
 
 def test_documents_of_missing_ids_are_empty(index):
+    vectors = index.embeddings.gather
     assert index.get_doc_dicts(np.array([[1, -1], [1, 0]])) == [
-        {"title": ["london", ""], "text": [PASSAGES[1][1], ""]},
-        {"title": ["london", "paris"], "text": [PASSAGES[1][1], PASSAGES[0][1]]},
+        {"title": ["london", ""], "text": [PASSAGES[1][1], ""], "embeddings": vectors(np.array([1, -1]))},
+        {
+            "title": ["london", "paris"],
+            "text": [PASSAGES[1][1], PASSAGES[0][1]],
+            "embeddings": vectors(np.array([1, 0])),
+        },
     ]
-    assert index.get_doc_dicts(np.array([[-1]])) == [{"title": [""], "text": [""]}]
+    empty = {"title": [""], "text": [""], "embeddings": np.zeros((1, DIMENSION), np.float32)}
+    assert index.get_doc_dicts(np.array([[-1]])) == [empty]
 
 
 def test_settings_name_kind_and_effort(index):
@@ -185,6 +199,10 @@ def test_a_failed_write_leaves_the_old_index(tmp_path):
 
 
 def test_description_beside_the_index(tmp_path):
-    assert read_description(tmp_path / "i.faiss") == {}
-    write_description(tmp_path, {"dimension": 3})
-    assert read_description(tmp_path / "i.faiss") == {"dimension": 3}
+    assert read_description(tmp_path / "i.faiss") == IndexDescription()
+    part = DocumentsPart("d.tsv", "0123", drop_duplicates=False, documents=2, passages=3)
+    description = IndexDescription(dimension=3, normalize=False, parts=[part], recall=[{"recall": 1.0}])
+    write_description(tmp_path, description)
+    assert read_description(tmp_path / "i.faiss") == description
+    (tmp_path / "index.json").write_text('{"dimension": 3, "of_a_later_version": 1}')
+    assert read_description(tmp_path / "i.faiss") == IndexDescription(dimension=3)

@@ -1,11 +1,11 @@
 """Settings that cannot be meant are told together, before anything is read."""
 
 from rag.command_line.parser import parse_into
-from rag.knowledge.arguments import KnowledgeArguments, settings_problems
+from rag.knowledge.arguments import KnowledgeArguments, flag_problems
 
 
 def problems(*words) -> list[str]:
-    return [line.split()[0].rstrip(":") for line in settings_problems(parse_into(KnowledgeArguments, argv=list(words)))]
+    return [line.split()[0].rstrip(":") for line in flag_problems(parse_into(KnowledgeArguments, argv=list(words)))]
 
 
 def test_all_problems_at_once(tmp_path):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rag.errors import UserError
-from rag.knowledge.documents import Document, Fault, read_documents
+from rag.knowledge.documents import Document, Problem, read_documents
 from rag.knowledge.passages import read_passages, survey_documents
 from tests.conftest import ROOT
 
@@ -129,7 +129,7 @@ def test_passages_of_dpr_stay_whole(tmp_path):
 
 def reasons(path):
     return [
-        (item.place.removeprefix(str(path)), item.reason) for item in read_documents(path) if isinstance(item, Fault)
+        (item.place.removeprefix(str(path)), item.reason) for item in read_documents(path) if isinstance(item, Problem)
     ]
 
 
@@ -174,8 +174,8 @@ def test_columns_that_lack(tmp_path):
     pq.write_table(pa.table({"text": ["no title"]}), tmp_path / "c.parquet")
     datasets.Dataset.from_dict({"text": ["no title"]}).save_to_disk(tmp_path / "d")
     assert list(read_documents(tmp_path)) == [
-        Fault(f"{tmp_path}/a.parquet", "has no column text (found: title, body); name the two title and text"),
-        Fault(f"{tmp_path}/b", "has no column text (found: body); name the two title and text"),
+        Problem(f"{tmp_path}/a.parquet", "has no column text (found: title, body); name the two title and text"),
+        Problem(f"{tmp_path}/b", "has no column text (found: body); name the two title and text"),
         Document("", "no title"),
         Document("", "no title"),
     ]

@@ -62,11 +62,11 @@ def test_kinds_of_index(flags, tmp_path, capsys, settings, name):
     vectors = index.embeddings.gather(np.arange(11))
     _, ids = index.search(vectors, 11)
     products = vectors @ vectors.T
-    if "IVF" not in read_description(knowledge.index_path)["factory"]:  # which looks into one of two lists
+    if "IVF" not in read_description(knowledge.index_path).factory:  # which looks into one of two lists
         np.testing.assert_allclose(
             np.take_along_axis(products, ids, axis=1), -np.sort(-products, axis=1), rtol=1e-2, atol=0.5
         )
-    rows = read_description(knowledge.index_path)["recall"]
+    rows = read_description(knowledge.index_path).recall
     assert rows[-1]["recall"] >= 0.9 and rows[0]["queries_per_second"] > 0
     assert "of the 5 best for 11 pieces of 10 words it finds" in capsys.readouterr().out
     assert run(flags, **settings).reused
@@ -83,7 +83,7 @@ def test_another_kind_takes_the_place_of_the_first(flags, tmp_path, monkeypatch,
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "my_knowledge_dataset", "my_knowledge_dataset_hnsw_index.faiss", "index.json"
     }  # fmt: skip
-    assert "recall" not in read_description(tmp_path / "out" / "any")
+    assert read_description(tmp_path / "out" / "any").recall is None
 
 
 def test_what_killed_runs_have_left_is_removed(flags, tmp_path):
@@ -113,7 +113,7 @@ def test_documents_are_added(flags, more_path, tmp_path, shards, capsys):
     scores, _ = index.search(vectors, 1)
     np.testing.assert_allclose(scores[:, 0], (vectors @ vectors.T).max(axis=1), rtol=1e-4)
     description = read_description(knowledge.index_path)
-    assert [part["passages"] for part in description["parts"]] == [11, 5] and description["passages"] == 16
+    assert [part.passages for part in description.parts] == [11, 5] and description.passages == 16
     # Neither command does anything again, and the first one does not undo the second.
     before = contents(tmp_path / "out")
     capsys.readouterr()
@@ -132,7 +132,7 @@ def kill(monkeypatch, moment: str) -> None:
         "embedding": (PassageEmbedder, "_encode"),
         "indexing": (EmbeddingFiles, "blocks"),
         "before the dataset grows": (knowledge_folder, "add_shards"),
-        "before index.json": (knowledge_folder, "_finish"),
+        "before index.json": (knowledge_folder.KnowledgeFolder, "_finish"),
     }
     owner, name = places.get(moment, (knowledge_folder, "add_shards"))
     original = getattr(owner, name)

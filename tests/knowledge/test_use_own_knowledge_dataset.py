@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from transformers import RagSequenceForGeneration, RagTokenizer
 from consolidate_rag_checkpoint import main as consolidate
 from consolidate_rag_checkpoint import parse_args as parse_consolidate
 from rag.errors import UserError
-from rag.index.index_files import encoder_mismatches, read_description, write_description
+from rag.index.index_files import IndexDescription, read_description, write_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 from rag.knowledge import embedding
@@ -65,8 +66,8 @@ def test_passages_index_and_description(flags, tmp_path, capsys):
         "metric": "inner product",
         "factory": "HNSW8,Flat",
     }
-    assert expected.items() <= description.items()
-    assert set(description["versions"]) == {"torch", "transformers", "datasets", "faiss-cpu"}
+    assert expected.items() <= asdict(description).items()
+    assert set(description.versions) == {"torch", "transformers", "datasets", "faiss-cpu"}
     printed = capsys.readouterr().out
     assert (
         f"Next: python finetune_rag.py --index_name custom --passages_path {out}/my_knowledge_dataset "
@@ -100,7 +101,7 @@ def test_a_second_run_reuses_the_first(flags, tmp_path, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     # Another m needs another index, of the same vectors.
     knowledge = run(flags, **{"--m": 4})
-    assert not knowledge.reused and read_description(knowledge.index_path)["factory"] == "HNSW4,Flat"
+    assert not knowledge.reused and read_description(knowledge.index_path).factory == "HNSW4,Flat"
     # A lost or half-made index is made again.
     (tmp_path / "out" / "index.json").unlink()
     assert not run(flags, **{"--m": 4}).reused
@@ -218,18 +219,20 @@ def test_too_small_a_disk_or_memory_is_told_in_bytes(flags, monkeypatch, tmp_pat
 
 def test_encoders_that_were_not_trained_together_are_warned_of(rag_folder, knowledge, tmp_path, caplog):
     config = load_model(str(rag_folder)).config
-    made_by = {"encoder": "facebook/dpr-ctx_encoder-multiset-base", "pooling": "cls", "normalize": False}
+    encoder = "facebook/dpr-ctx_encoder-multiset-base"
+    description = IndexDescription(encoder=encoder, pooling="cls", normalize=False)
     question_encoder = config.question_encoder
-    (warning,) = encoder_mismatches(made_by, question_encoder, "facebook/dpr-question_encoder-single-nq-base")
+    (warning,) = description.encoder_mismatches(question_encoder, "facebook/dpr-question_encoder-single-nq-base")
     assert "of the multiset pair" in warning and "facebook/dpr-ctx_encoder-single-nq-base" in warning
-    assert encoder_mismatches(made_by, question_encoder) == encoder_mismatches({}, question_encoder) == []
+    assert description.encoder_mismatches(question_encoder) == []
+    assert IndexDescription().encoder_mismatches(question_encoder) == []
     question_encoder._name_or_path = "facebook/dpr-question_encoder-multiset-base"
-    assert encoder_mismatches(made_by, question_encoder) == []
-    (warning,) = encoder_mismatches(made_by | {"pooling": "mean"}, question_encoder)
+    assert description.encoder_mismatches(question_encoder) == []
+    (warning,) = replace(description, pooling="mean").encoder_mismatches(question_encoder)
     assert warning.startswith("passages are pooled by {'pooling': 'mean'")
     # Whoever opens the index is told.
     folder = shutil.copytree(Path(knowledge["index_path"]).parent, tmp_path / "copy")
-    write_description(folder, made_by | {"normalize": True})
+    write_description(folder, replace(description, normalize=True))
     config.index_name, config.passages_path, config.index_path = (
         "custom", str(folder / "my_knowledge_dataset"), str(folder / Path(knowledge["index_path"]).name)
     )  # fmt: skip
@@ -248,7 +251,7 @@ def test_pooling_as_the_authors_meant_and_its_mismatch(tmp_path, csv_path, flags
     rag = consolidate(parse_consolidate(list(map(str, words))))
     own = {ENCODER_FLAG: tmp_path / "bert", "--rag_model_name": rag}
     knowledge = run(flags, **own, **{"--ctx_encoder_pooling": "mean"})
-    assert read_description(knowledge.index_path)["pooling"] == "mean"
+    assert read_description(knowledge.index_path).pooling == "mean"
     assert "Warning" not in capsys.readouterr().out
     run(flags | {"--output_dir": tmp_path / "cls"}, **own)
     assert "Warning: passages are pooled by {'pooling': 'cls'" in capsys.readouterr().out

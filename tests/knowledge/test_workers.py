@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -14,11 +15,10 @@ from datasets import load_from_disk
 
 from rag.errors import UserError
 from rag.knowledge import workers as workers_module
-from rag.knowledge.workers import EncoderPlan, NodeWorkers, RayWorkers, encoding_device, encoding_workers
+from rag.knowledge.workers import EncoderPlan, EncodingResources, NodeWorkers, RayWorkers, encoding_workers
 from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 from tests.conftest import PASSAGES, ROOT, assert_equal_but_for_rounding
 from tests.knowledge.test_use_own_knowledge_dataset import run
-from use_own_knowledge_dataset import parse_args
 
 
 @pytest.fixture
@@ -139,20 +139,19 @@ def test_ray_workers_that_die_too_often_are_told(embedder, plan, monkeypatch):
         embedded(workers)
 
 
-def test_who_embeds(embedder, plan, flags):
-    def workers(*words):
-        args = parse_args(["--dpr_ctx_encoder_model_name", plan.name, *words])
-        return encoding_device(args), encoding_workers(args, embedder, plan.digest)
+def test_who_embeds(embedder, plan):
+    def workers(**resources):
+        resources = EncodingResources(**resources)
+        return encoding_workers(embedder, replace(plan, device=resources.device), resources)
 
-    device, one = workers()
-    with one as workers_or_embedder:
-        assert workers_or_embedder is embedder and device == "cpu"
-    with workers("--num_encoding_processes", "3")[1] as several:
+    with workers() as workers_or_embedder:
+        assert workers_or_embedder is embedder and EncodingResources().device == "cpu"
+    with workers(processes=3) as several:
         assert isinstance(several, NodeWorkers) and several.processes == 3
-    device, on_ray = workers("--distributed", "ray", "--gpus_per_task", "0.5")
-    assert (device, on_ray.plan.device, on_ray.gpus_a_task) == ("cuda", "cuda", 0.5)
-    device, on_ray = workers("--distributed", "ray")
-    assert (device, on_ray.gpus_a_task) == ("cpu", 0)
+    on_ray = workers(distributed="ray", gpus_per_task=0.5)
+    assert (on_ray.plan.device, on_ray.gpus_a_task) == ("cuda", 0.5)
+    on_ray = workers(distributed="ray")
+    assert (on_ray.plan.device, on_ray.gpus_a_task) == ("cpu", 0)
 
 
 ORPHANING = """

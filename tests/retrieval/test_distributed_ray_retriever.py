@@ -1,24 +1,30 @@
 """Ray actors search for all: the same results as one process, dead and busy actors, nothing left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+from transformers.models.rag.retrieval_rag import CustomHFIndex
 
 from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever, RetrievalWorkers
+from rag.distributed import ray_cluster
 from rag.distributed.ray_cluster import RayConnection, _running_cluster
 from rag.errors import UserError
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, ROOT
 from tests.distributed.many_ranks import run_ranks
 from tests.retrieval.test_distributed_pytorch_retriever import device_config, legacy_config, rag_config, write_shards  # noqa: F401
 
 ray = pytest.importorskip("ray")
+ray_constants = pytest.importorskip("ray._private.ray_constants")
 
 
 def queries_of(seed: int, rows: int) -> np.ndarray:
@@ -35,12 +41,15 @@ def actors_of(retriever) -> list:
 
 
 def ray_processes() -> set[str]:
-    """Ray's processes on this machine, whoever started them."""
+    """Ray's processes on this machine, whoever started them, but for those of tests that run beside these."""
+    beside = {process.pid for process in psutil.Process().parent().children()} - {os.getpid()}
     found = set()
     for process in psutil.process_iter(["name", "cmdline"]):
         words = " ".join(process.info["cmdline"] or [])
         if process.info["name"] in ("raylet", "gcs_server") or words.startswith("ray::") or "rag_ray_" in words:
-            found.add(f"{process.pid} {words[:80]}")
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if beside.isdisjoint(parent.pid for parent in process.parents()):
+                    found.add(f"{process.pid} {words[:80]}")
     return found
 
 
@@ -101,6 +110,20 @@ def test_other_indexes_give_what_one_process_gives(kind, request, retriever):
             same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
 
 
+def test_workers_search_an_index_that_is_given(config, knowledge, alone, retriever):
+    elsewhere = rag_config(index_name="custom", passages_path="nowhere", index_path="nowhere")  # is not read
+    paths = (knowledge["passages_path"], knowledge["index_path"])
+    expected = alone.retrieve(queries_of(3, 4), 3)
+    with RetrievalWorkers(1) as workers:
+        for actors, kind in ((workers, CustomHFIndex), ([ray.remote(RayRetriever).remote()], KnowledgeIndex)):
+            index = kind.load_from_disk(DIMENSION, *paths)
+            given = RagRayDistributedRetriever(elsewhere, None, None, actors, index=index)
+            given.init_retrieval()
+            same(given.retrieve(queries_of(3, 4), 3), expected)
+            with pytest.raises(ValueError, match="in memory"):
+                RagRayDistributedRetriever(elsewhere, None, None, actors, index=alone.index)
+
+
 @pytest.mark.parametrize("num_workers", [3, 5])
 def test_actors_with_a_shard_each_find_what_one_index_does(config, alone, retriever, tmp_path, num_workers):
     sharded = rag_config(
@@ -146,7 +169,7 @@ def test_a_killed_actor_costs_a_moment_and_comes_back(retriever, alone):
     same(retriever.retrieve(queries, 3), expected)
 
 
-def test_a_busy_actor_is_not_asked(retriever):
+def test_a_busy_actor_is_passed_over(retriever):
     for actor in actors_of(retriever):
         busy = actor.__ray_call__.remote(lambda self: time.sleep(2))
         start = time.monotonic()
@@ -179,7 +202,7 @@ def test_the_users_mistakes_are_told(config, knowledge, alone, retriever, tmp_pa
     with pytest.raises(UserError, match="--num_retrieval_workers 0"):
         RetrievalWorkers(0)
     with pytest.raises(UserError, match="in memory"):
-        RagRayDistributedRetriever(config, None, None, [], index=alone.index)
+        RagRayDistributedRetriever(config, None, None, actors_of(retriever), index=alone.index)
     with RetrievalWorkers(1, gpus_each=64) as workers, pytest.raises(UserError, match="--retrieval_worker_gpus 64"):
         workers.connect(config)
     broken = tmp_path / "broken.faiss"
@@ -189,6 +212,51 @@ def test_the_users_mistakes_are_told(config, knowledge, alone, retriever, tmp_pa
     with pytest.raises(UserError, match=r"--ray_address 127.0.0.1:9: .*ray start --head"):
         RayConnection("127.0.0.1:9")._connect("127.0.0.1:9")
     assert ray.is_initialized()  # a connection that was there before stays
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """`RayConnection._start` without Ray's processes; gives what was left running."""
+    running = []
+    monkeypatch.setattr(ray_cluster, "_init_ray", lambda **settings: running.append(settings["_temp_dir"]))
+    monkeypatch.setattr(ray, "shutdown", running.clear)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "none")  # no token is made
+    # Is restored after the test.
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
+    return running
+
+
+@pytest.mark.parametrize("value", [None, "moved"])
+def test_a_cluster_of_our_own_is_refused_where_ray_has_no_switch_for_the_loopback(start, monkeypatch, value):
+    if value is None:
+        monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    else:
+        monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", value)
+    with pytest.raises(UserError, match=r"--ray_address auto: .*ENABLE_RAY_CLUSTER is gone.*ray start --head") as error:
+        RayConnection("auto")._start(1)
+    assert "\n" not in str(error.value)
+    assert start == []
+    ray_cluster._on_loopback(False)  # needs no switch: other people's clusters are joined as before
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3:6379", "node7:6379", "[fe80::1]:6379"])
+def test_a_cluster_of_our_own_that_others_could_reach_is_ended(start, monkeypatch, address):
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    connection = RayConnection("auto")
+    with pytest.raises(UserError, match=r"--ray_address auto: .*it listens on .*:6379"):
+        connection._start(1)
+    assert start == [] and connection.folder is None and not connection.opened
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "[::1]:6379"])
+def test_a_cluster_of_our_own_on_the_loopback_stays(start, monkeypatch, address):
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    connection = RayConnection("auto")
+    assert connection._start(1) == address
+    [folder] = start
+    assert os.path.isdir(folder)
+    connection.close()
+    assert start == [] and not os.path.exists(folder)
 
 
 def two_ranks(rank: int, config) -> tuple:

@@ -88,17 +88,19 @@ def outcome(out: Path) -> dict:
     }
 
 
-def assert_same(found: dict, expected: dict, **tolerance) -> None:
+def assert_same(found: dict, expected: dict, rtol: float, atol: float) -> None:
     assert found["files"] == expected["files"]
     assert found["answers"] == expected["answers"]
     for name, values in expected["log"].items():
         assert values, name
-        np.testing.assert_allclose(found["log"][name], values, err_msg=name, **tolerance)
+        # Of the question encoder's gradients most cancels: they are rounded as what they are the difference of.
+        terms = max(expected["log"]["grad_norm"]) if name == "grad_norm_question_encoder" else 0.0
+        np.testing.assert_allclose(found["log"][name], values, rtol, atol + rtol * terms, err_msg=name)
     for split, rows in expected["metrics"].items():
         for row, other in zip(found["metrics"][split], rows, strict=True):
             assert row == pytest.approx(other, rel=1e-3), split
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, msg=name, **tolerance)
+        torch.testing.assert_close(found["weights"][name], weight, msg=name, rtol=rtol, atol=atol)
 
 
 def frozen_of(outcome: dict) -> dict:
@@ -321,7 +323,7 @@ def test_a_lost_rank_or_ctrl_c_ends_all_and_leaves_nothing(job):
     elastic.kill_rank_one()
     os.killpg(interrupted.process.pid, signal.SIGINT)  # as a terminal does
     assert (killed.end(), interrupted.end(), elastic.end()) == (1, 130, 1)
-    message = "finetune_rag.py: interrupted; run the same command again to go on"
+    message = "finetune_rag.py: interrupted; run the same command again to resume"
     assert interrupted.output().splitlines()[-1] == message and "Traceback" not in interrupted.output()
 
 

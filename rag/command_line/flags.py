@@ -1,0 +1,24 @@
+"""One flag of a command line, as a field of a dataclass.
+
+    @dataclass
+    class EvalArguments:
+        num_beams: int = flag(4, "Beams of generation; 1 is greedy.")
+        model_name_or_path: str = required_flag("Checkpoint to measure: a folder or a name on the hub.")
+
+`HfArgumentParser` reads name, type and default from the field, and the help from its metadata.
+"""
+
+from dataclasses import field
+from typing import Any
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A flag that may be left out. `metadata` is `HfArgumentParser`'s, such as `aliases`; a list is copied."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def required_flag(help: str) -> Any:
+    """A flag that must be given."""
+    return field(metadata={"help": help})
