@@ -89,9 +89,7 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         index = None if indexed_dataset is None else cls._index_of(config, indexed_dataset)
         return cls(config, *tokenizers, actor_handles, index)
 
-    get_tokenizers = Replaced(
-        "it calls a method that transformers does not have; `from_pretrained` reads both tokenizers"
-    )
+    get_tokenizers = Replaced("transformers has no such method to call; `from_pretrained` reads both tokenizers")
 
     def init_retrieval(self) -> None:
         """Have the workers open the index; a second call does nothing. Collective with a `RetrievalWorkers`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from pytorch_lightning.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch.nn.utils import get_total_norm
 
 from rag.models.checkpoints import load_model
@@ -75,7 +75,8 @@ class BaseTransformer(pl.LightningModule):
         Other datasets of a subclass give, as `Seq2SeqDataset` does, items with "source", "target" and "index" and have
         its `collate_fn`.
         """
-        return self.trainer.datamodule.get_dataset(type_path)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # its data connector sets it
+        return data.get_dataset(type_path)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
@@ -85,7 +86,7 @@ class BaseTransformer(pl.LightningModule):
         self.opt = build_optimizer(self, self.args.training, fused=self.device.type in ("cpu", "cuda"))
         return {"optimizer": self.opt, "lr_scheduler": self.get_lr_scheduler()}
 
-    def get_lr_scheduler(self) -> dict[str, Any]:
+    def get_lr_scheduler(self) -> LRSchedulerConfigType:
         """The schedule of `self.opt`, as Lightning wants it."""
         training = self.args.training
         # A warm-up that is longer than the training ends with it; the decay after it must not divide by zero.

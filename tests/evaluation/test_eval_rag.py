@@ -5,9 +5,11 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
+from transformers import RagSequenceForGeneration
 
 import eval_rag
 from rag.errors import UserError
@@ -15,6 +17,7 @@ from rag.evaluation import predictors
 from rag.evaluation.gold import parse_qa_line
 from rag.files import load_json, read_lines, write_lines
 from rag.models.checkpoints import save_model
+from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
 
 ASKED, ANSWERS = zip(*QUESTIONS, strict=True)
@@ -148,6 +151,46 @@ def test_retrieval_equals_a_search_by_hand(run, rag_folder, files, question_enco
     assert [record["doc_ids"] for record in records] == found
 
 
+def test_one_file_of_titles_is_scored_at_any_k(run, rag_folder, files, request):
+    """As many titles as --n_docs says; a smaller k, and another n_docs, are scored from them without the model."""
+    run(rag_folder, "pages", "five", n_docs=5)
+    wide = run(rag_folder, "pages", n_docs=6, k=[2, 6], answers_path=files / "qa")
+    assert {len(line.split("\t")) for line in read_lines(files / "predictions.txt")} == {6}
+    request.getfixturevalue("no_model")
+    again = run(rag_folder, "pages", n_docs=5, k=[1, 2], answers_path=files / "qa")
+    assert again["precision_at_2"] == wide["precision_at_2"] and again["recall_at_2"] == wide["recall_at_2"]
+    # Only the first five titles count for what was asked for, as in a file of five.
+    assert again["mrr"] == run(rag_folder, "pages", "five", n_docs=5)["mrr"]
+    assert load_json(files / "predictions.txt.scores.json")["settings"]["n_docs"] == 6
+    with pytest.raises(UserError, match=r"was made with n_docs 6 \(now 7\); .*--recalculate"):
+        run(rag_folder, "pages", n_docs=5, k=[7], answers_path=files / "qa")
+
+
+def test_k_above_n_docs_retrieves_k(run, rag_folder, files):
+    run(rag_folder, "pages", n_docs=2, k=[1, 4])
+    assert {len(line.split("\t")) for line in read_lines(files / "predictions.txt")} == {4}
+
+
+def test_a_killed_retrieval_is_continued_with_as_many_titles_as_it_began_with(run, rag_folder, files):
+    run(rag_folder, "pages", "whole", n_docs=6)
+    run(rag_folder, "pages", n_docs=6)
+    for end in ("", ".jsonl"):
+        write_lines(read_lines(files / f"predictions.txt{end}")[:4], files / f"predictions.txt{end}")
+    with pytest.raises(UserError, match=r"n_docs 6 \(now 7\)"):
+        run(rag_folder, "pages", n_docs=7)
+    run(rag_folder, "pages", n_docs=5)
+    for end in ("", ".jsonl"):
+        assert read_lines(files / f"predictions.txt{end}") == read_lines(files / f"whole{end}")
+
+
+def test_another_programs_file_of_titles_is_scored_up_to_as_many_as_it_has(run, rag_folder, files, no_model):
+    path = files / "predictions.txt"
+    path.write_text("\n".join(f"{answer}\tx\tanother" for answer in ANSWERS))  # no line end behind the last
+    assert run(rag_folder, "pages", k=[1, 3], n_docs=5) == {"precision_at_1": 1, "precision_at_3": 2 / 3, "mrr": 1}
+    with pytest.raises(UserError, match=r"has 3 titles a line at most, too few for --k 4; give --recalculate"):
+        run(rag_folder, "pages", k=[1, 4])
+
+
 def test_more_passages_are_asked_for_than_there_are(run, rag_folder, files):
     scores = run(rag_folder, "pages", k=[20])
     assert scores["precision_at_20"] == 1 / 20 and scores["mrr"] > 0
@@ -176,6 +219,40 @@ def test_what_is_printed(run, rag_folder, capsys):
     run(rag_folder, print_docs=True, print_predictions=True)
     second = capsys.readouterr().out
     assert second.splitlines()[1:] == first.splitlines()
+
+
+# --- Functions that other code imports --------------------------------------------------------------------------------
+
+
+def test_two_files_are_scored_as_the_public_suite_does(files, caplog):
+    caplog.set_level("INFO")
+    write_lines(["The Paris!", "london town", "", "x", "y", "Madrid", "lisbon", "oslo oslo"], files / "answers")
+    scores = eval_rag.get_scores(Namespace(gold_data_mode="ans"), files / "answers", files / "ans")
+    assert scores == {"em": 3 / 8, "f1": pytest.approx((3 + 2 / 3 + 2 / 3) / 8)}
+    assert "EM: 37.50" in caplog.text and "F1: 54.17" in caplog.text
+    assert eval_rag.get_scores(Namespace(gold_data_mode="qa"), files / "answers", files / "qa")["em"] == 3 / 8
+    write_lines([f"x\t{answer}" for answer in ANSWERS], files / "titles")
+    expected = {"precision_at_1": 0, "precision_at_2": 1 / 2, "mrr": 1 / 2}
+    assert eval_rag.get_precision_at_k(Namespace(k=[1, 2]), files / "titles", files / "pages") == expected
+    assert eval_rag.get_precision_at_k(Namespace(k=2), files / "titles", files / "pages")["precision_at_2"] == 1 / 2
+    with pytest.raises(UserError, match="has 2 titles a line at most, too few for --k 3"):
+        eval_rag.get_precision_at_k(Namespace(k=3), files / "titles", files / "pages")
+    write_lines(ANSWERS[1:], files / "short")
+    with pytest.raises(UserError, match=r"short has 7 lines and .*ans 8"):
+        eval_rag.get_scores(Namespace(gold_data_mode="ans"), files / "short", files / "ans")
+
+
+def test_batches_are_answered_by_a_model_that_has_its_retriever(run, rag_folder, files):
+    assert eval_rag.infer_model_type(str(rag_folder)) == "rag_sequence"
+    run(rag_folder)
+    run(rag_folder, "pages", "titles")
+    retriever = RagKnowledgeRetriever.from_pretrained(rag_folder, n_docs=3)
+    model = RagSequenceForGeneration.from_pretrained(rag_folder, retriever=retriever, n_docs=3).eval()
+    words = ["--model_name_or_path", rag_folder, "--evaluation_set", files / "q", "--gold_data_path", files / "ans",
+             "--num_beams", 2, "--max_length", 8, "--n_docs", 3]  # fmt: skip
+    args = eval_rag.get_args([str(word) for word in words])
+    assert eval_rag.evaluate_batch_e2e(args, model, ASKED[:3]) == read_lines(files / "predictions.txt")[:3]
+    assert eval_rag.evaluate_batch_retrieval(args, model, ASKED[:3]) == read_lines(files / "titles")[:3]
 
 
 # --- Reuse, continuation, refusal -------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from rag.errors import UserError
 from rag.index.columns import EmbeddingColumn
 from rag.knowledge import embedding
-from rag.knowledge.embedding import PassageEmbedder, ShardPlan, _publish, embed_passages, is_complete, partial_folder
+from rag.knowledge.embedding import (
+    PassageEmbedder,
+    ShardPlan,
+    _publish,
+    embed,
+    embed_passages,
+    is_complete,
+    partial_folder,
+)
 from rag.models.checkpoints import load_encoder
 from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig
 from tests.conftest import DIMENSION, PASSAGES
@@ -52,6 +60,15 @@ def assert_float32_of(vectors, expected):
     """Vectors float32 are those that were computed in float64, but for the last bit."""
     assert vectors.dtype == np.float32 and expected.dtype == np.float64
     np.testing.assert_allclose(vectors, expected, rtol=2**-23, atol=1e-10)
+
+
+def test_a_batch_of_documents_is_embedded_in_its_order(embedder, bert_tokenizer, context_encoder_folder, passages):
+    titles, texts = map(list, zip(*passages[:9], strict=True))
+    encoder = load_encoder(str(context_encoder_folder), "context")
+    found = embed({"title": titles, "text": texts}, encoder, bert_tokenizer)
+    np.testing.assert_allclose(found["embeddings"], one_by_one(embedder, passages[:9]), rtol=1e-4, atol=1e-5)
+    assert found["embeddings"].dtype == np.float32 and encoder.dtype == torch.float32
+    assert embed({"title": [], "text": []}, encoder, bert_tokenizer)["embeddings"].shape == (0, DIMENSION)
 
 
 def test_rows_are_in_order_and_do_not_depend_on_their_batch(embedder, passages, small_shards, tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rag.knowledge.passages import read_passages, split_text, survey_documents
+from rag.knowledge.passages import read_passages, split_documents, split_text, survey_documents
 
 
 @pytest.fixture
@@ -80,6 +80,19 @@ def test_passages_of_a_hundred_words_keep_every_character_but_the_space_between_
         assert all(passage in text for passage in passages)
         assert re.sub(r"\s", "", "".join(passages)) == re.sub(r"\s", "", text)
     assert split_text(" \t ") == []
+
+
+def test_a_text_is_split_at_any_character_and_number_of_words():
+    assert split_text("a b\tc  d", n=2) == ["a b", "c  d"]
+    assert split_text("a b, c d,, e,", n=2, character=",") == ["a b, c d", "e"]
+    assert split_text("one. two. three", 1, ".") == ["one", "two", "three"]
+
+
+def test_documents_are_split_with_their_titles():
+    documents = {"title": ["long", None, "none"], "text": ["word " * 101, "short", None]}
+    split = split_documents(documents)
+    assert split["title"] == ["long", "long", ""]
+    assert [len(text.split()) for text in split["text"]] == [100, 1, 1]
 
 
 def test_the_title_goes_with_every_passage(write):

@@ -18,6 +18,7 @@ from transformers import (
     RagTokenizer,
 )
 
+import consolidate_rag_checkpoint
 from consolidate_rag_checkpoint import main, parse_args
 from rag.errors import UserError
 from rag.models import checkpoints
@@ -162,3 +163,11 @@ def test_the_command_line(bart_folder, question_encoder_folder, tmp_path):
     assert json.loads((tmp_path / "rag" / "config.json").read_text())["architectures"] == ["RagSequenceForGeneration"]
     again = subprocess.run([*command, bart_folder], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and "Traceback" not in again.stderr and "--dest" in again.stderr
+
+
+def test_other_code_gives_the_settings_in_the_public_order(bart_folder, question_encoder_folder, tmp_path):
+    dest = tmp_path / "rag"
+    dest.mkdir()  # as the public suite does first
+    parts = (str(bart_folder), str(question_encoder_folder))
+    assert consolidate_rag_checkpoint.consolidate("rag_token", *parts, dest, None, *parts) == dest
+    assert type(load_model(str(dest))).__name__ == "RagTokenForGeneration"

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import callbacks_rag
-from tests.training.lightning_toy import At, Killed, ToyModule, fit, toy_args
+from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
+from rag.errors import UserError
+from rag.public_names import Replaced
+from tests.training.lightning_toy import At, Killed, ToyModule, ToyTokenizer, fit, toy_args
 
 
 def files(folder: Path) -> set[str]:
@@ -226,3 +229,63 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             fit(toy_args(tmp_path), [0.1, 0.2])
     assert files(tmp_path) == {"metrics.json", "training_log.jsonl"}
+
+
+# --- Callbacks for other modules and Trainers -------------------------------------------------------------------------
+
+
+class LossModule(ToyModule):
+    """Logs `val_loss`, the lower the better, and has nothing to export."""
+
+    export = Replaced("nothing is exported")
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("val_loss", -self.trainer.callback_metrics["val_em"])
+
+
+def train_with(args, module, *callbacks):
+    trainer = build_trainer(args, list(callbacks), build_logger(args))
+    trainer.fit(module, datamodule=Seq2SeqDataModule(args.data, args.training.seed, ToyTokenizer()))
+    return trainer
+
+
+def test_the_best_three_by_the_metric_that_is_named(tmp_path):
+    args = toy_args(tmp_path, *epochs(5))
+    out = tmp_path / "out"
+    best = callbacks_rag.get_checkpoint_callback(out, "loss")
+    train_with(args, LossModule(args, [0.5, 0.1, 0.4, 0.2, 0.3]), best)
+    assert {path.name for path in out.glob("checkpoint*")} == {f"checkpoint{n}.ckpt" for n in (1, 3, 5)}
+    assert best.best_model_path == str(out / "checkpoint1.ckpt") and best.kept[0]["score"] == pytest.approx(-0.5)
+    again = callbacks_rag.get_checkpoint_callback(str(out), "em")
+    trainer = train_with(args, ToyModule(args, [0.5, 0.1, 0.4, 0.2, 0.3]), again)
+    assert trainer.checkpoint_callback is again and again.best_model_path == str(out / "checkpoint1.ckpt")
+
+
+def test_a_metric_that_is_not_logged_is_named(tmp_path):
+    args = toy_args(tmp_path)
+    with pytest.raises(UserError, match=r"kept by val_rouge2, which the module does not log; it logs .*val_em"):
+        train_with(args, ToyModule(args), callbacks_rag.get_checkpoint_callback(tmp_path / "out", "rouge2"))
+
+
+@pytest.mark.parametrize(("metric", "module_class"), [("em", ToyModule), ("loss", LossModule)])
+def test_it_stops_early_by_the_metric_that_is_named(metric, module_class, tmp_path):
+    args = toy_args(tmp_path, *epochs(5))
+    stop = callbacks_rag.get_early_stopping_callback(metric, 2)
+    best = callbacks_rag.get_checkpoint_callback(tmp_path / "out", metric)
+    train_with(args, module_class(args, [0.1, 0.5, 0.4, 0.3, 0.9]), stop, best)
+    assert best.validations == 4
+
+
+def test_sizes_and_learning_rates_are_logged_beside_metrics_json(tmp_path):
+    args = toy_args(tmp_path, *epochs(1))
+    module = ToyModule(args, [0.1, 0.2])
+    module.linear.bias.requires_grad_(False)
+    callbacks = [callbacks_rag.Seq2SeqLoggingCallback(), callbacks_rag.get_checkpoint_callback(tmp_path / "out", "em")]
+    trainer = train_with(args, module, *callbacks)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert {"step": 0, "n_params": 9, "mp": 9e-6, "grad_mp": 8e-6} in rows
+    rates = [row["lr_group_0"] for row in rows if "lr_group_0" in row]
+    assert len(rates) == trainer.global_step == 6 and rates == sorted(rates, reverse=True)
+    assert [row["step_count"] for row in _validations(tmp_path)] == [1]
+    assert callbacks_rag.count_trainable_parameters(module) == 8
