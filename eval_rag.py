@@ -206,7 +206,7 @@ def predict_missing(
 
     def load():
         if ranks.rank != 0:
-            check_same_files(args, settings, ranks.rank)
+            require_same_files(args, settings, ranks.rank)
         return load_predictor(args, settings["model_type"])
 
     predict, index = ranks.all_or_none("loading the model", load)
@@ -232,7 +232,7 @@ def predict_missing(
         ranks.in_rounds(f"{desc.lower()}, round", rounds, answer, take)
 
 
-def check_same_files(args: EvalArguments, settings: dict[str, Any], rank: int) -> None:
+def require_same_files(args: EvalArguments, settings: dict[str, Any], rank: int) -> None:
     """Another machine may have other files under the same names."""
     own = prediction_settings(args)
     if changed := differences(settings, own):

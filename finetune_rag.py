@@ -23,7 +23,7 @@ from rag.public_names import module_getattr
 from rag.training.arguments import FinetuneArguments
 from rag.training.arguments import parse_args as parse_finetune_args
 from rag.training.namespaces import finetune_arguments
-from utils_rag import check_data_files, save_git_info
+from utils_rag import data_file_problems, save_git_info
 
 # What an earlier run in the same folder must agree with, for this one to be its continuation. Left out: what changes
 # neither weights nor order of examples, and how long to train.
@@ -63,7 +63,7 @@ def main(args: FinetuneArguments | Namespace) -> dict[str, float]:
 
 def _data_problems(args: FinetuneArguments) -> list[str]:
     splits = ["train", "val"] if args.run.do_train else []
-    return check_data_files(args.data.data_dir, splits + (["test"] if args.run.do_predict else []))
+    return data_file_problems(args.data.data_dir, splits + (["test"] if args.run.do_predict else []))
 
 
 def _continuation_problems(args: FinetuneArguments) -> list[str]:
@@ -108,8 +108,8 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     with ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
         module = GenerativeQAModule(args, model, tokenizer, retriever)
         tokenizers = (module.question_tokenizer, module.answer_tokenizer)
-        begin = module.begin_retrieval if module.can_retrieve_ahead(trainer.strategy.root_device) else None
-        data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, begin)
+        prefetch = module.prefetch_retrieval if module.can_prefetch(trainer.strategy.root_device) else None
+        data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, prefetch)
         metrics, tested = {}, args.run.resume_from_checkpoint
         described = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
         if trainer.is_global_zero and not described:  # a test leaves the description of the run that trained
@@ -139,11 +139,11 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
     if model.config.model_type != "rag":
         yield None
         return
-    from rag.retrieval.retriever import check_n_docs
+    from rag.retrieval.retriever import require_n_docs
 
     parts = (model.config, tokenizer.question_encoder, tokenizer.generator)
     with RETRIEVERS[args.retrieval.distributed_retriever](args, parts) as retriever:
-        check_n_docs(retriever.index, model.config.n_docs)
+        require_n_docs(retriever.index, model.config.n_docs)
         yield retriever
 
 

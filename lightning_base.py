@@ -55,14 +55,16 @@ __getattr__ = module_getattr(__name__, replaced=REPLACED)
 class Seq2SeqDataModule(pl.LightningDataModule):
     """The three splits of `--data_dir` as batches of `Seq2SeqDataset`; the training ones with a "loss_weight" (float).
 
-    `begin` is called with each training batch while the one before is trained on (`ResumableDataLoader.begin`).
+    `prefetch` is called with each training batch while the one before is trained on (`ResumableDataLoader.prefetch`).
     Validation and test come in the order of the file. Rows made of a batch keep its "index", so that
     `BaseTransformer.gather_rows` can leave out what a rank was given only to keep step.
     """
 
-    def __init__(self, data: DataArguments, seed: int, tokenizer: Any, target_tokenizer: Any = None, begin: Any = None):
+    def __init__(
+        self, data: DataArguments, seed: int, tokenizer: Any, target_tokenizer: Any = None, prefetch: Any = None
+    ):
         super().__init__()
-        self.data, self.seed, self.begin = data, seed, begin
+        self.data, self.seed, self.prefetch = data, seed, prefetch
         self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
         self.datasets: dict[str, Seq2SeqDataset] = {}
 
@@ -95,7 +97,7 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         # --overfit_batches wants the same batches every epoch
         seed = self.seed if self.trainer.overfit_batches == 0 else None
         loader = self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
-        loader.begin = self.begin
+        loader.prefetch = self.prefetch
         return loader
 
     def val_dataloader(self) -> DataLoader:

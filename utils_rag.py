@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 __all__ = [
     "Seq2SeqDataset",
     "calculate_exact_match",
-    "check_data_files",
+    "data_file_problems",
     "encode_line",
     "exact_match_score",
     "f1_score",
@@ -47,7 +47,7 @@ __all__ = [
 # --- The finetuning dataset -------------------------------------------------------------------------------------------
 
 
-def check_data_files(data_dir: str | os.PathLike, splits: Iterable[str]) -> list[str]:
+def data_file_problems(data_dir: str | os.PathLike, splits: Iterable[str]) -> list[str]:
     """What is wrong with `{split}.source` and `{split}.target`, one line a problem, before anything heavy is loaded."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -114,7 +114,7 @@ class Seq2SeqDataset:
         end = None if n_obs is None or n_obs < 0 else n_obs
         self.sources = [prefix + line for line in read_lines(Path(data_dir) / f"{type_path}.source")[:end]]
         self.targets = read_lines(Path(data_dir) / f"{type_path}.target")[:end]
-        assert len(self.sources) == len(self.targets), "check_data_files comes first"
+        assert len(self.sources) == len(self.targets), "data_file_problems comes first"
         self._warn_of_cut_targets(type_path)
 
     @staticmethod

@@ -359,4 +359,4 @@ def ahead(monkeypatch):
     """Retrieval for the next batch beside the step on a CPU, too, where it is not worth it."""
     from rag.training.qa_module import GenerativeQAModule
 
-    monkeypatch.setattr(GenerativeQAModule, "can_retrieve_ahead", lambda module, device: module.asks_frozen)
+    monkeypatch.setattr(GenerativeQAModule, "can_prefetch", lambda module, device: module.question_encoder_is_frozen)

@@ -38,7 +38,7 @@ def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict
     config = rag_config(args)
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
-    index = retriever.index.settings()
+    index = retriever.index.description()
     model = load_model(args.model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
     if args.eval_mode == "retrieval":  # the generator stays where it is
         return partial(retrieve_passages, args, model.rag.question_encoder.to(device), retriever), index

@@ -37,7 +37,7 @@ from rag.errors import UserError
 from rag.files import atomic_folder, load_json, save_json
 from rag.index.arguments import index_effort
 from rag.index.index_files import DESCRIPTION_FILE
-from rag.index.knowledge_index import KnowledgeIndex, check_columns
+from rag.index.knowledge_index import KnowledgeIndex, require_columns
 from rag.index.passage_rows import fingerprint_of
 from rag.progress import progress
 
@@ -60,14 +60,14 @@ class Bm25Index(KnowledgeIndex):
     """
 
     reads_text = True
-    begun = KnowledgeIndex.begun | {"bm25", "words"}
+    opened_parts = KnowledgeIndex.opened_parts | {"bm25", "words"}
 
     def __init__(self, passages: datasets.Dataset, folder: Path):
         self.folder = folder
         super().__init__(passages, QUERY_SIZE, vectors_from="index")
 
-    def _begin(self, faiss_index=None) -> None:
-        super()._begin(faiss_index)
+    def _open_parts(self, faiss_index=None) -> None:
+        super()._open_parts(faiss_index)
         self.bm25: Any = None
         # A record batch of one column, mapped: every rank looks words up, also where it never searches.
         self.words = pa.ipc.open_file(pa.memory_map(str(self.folder / WORDS_FILE))).get_batch(0).column(0)
@@ -116,7 +116,7 @@ class Bm25Index(KnowledgeIndex):
         vectors[:, :, 0] = np.where(ids >= 0, scores, 0)
         return ids, vectors
 
-    def settings(self) -> dict:
+    def description(self) -> dict:
         return {"kind": "BM25", "passages": len(self), "words": len(self.words), **BM25_SETTINGS}
 
 
@@ -171,7 +171,7 @@ def open_bm25(config) -> Bm25Index:
         if value is not None:
             logger.warning(f"{name} {value} has no effect on BM25")
     passages = datasets.load_from_disk(str(path))
-    check_columns(passages, ("title", "text"))
+    require_columns(passages, ("title", "text"))
     wanted = {"kind": "bm25", "fingerprint": fingerprint_of(passages), "passages": len(passages), **BM25_SETTINGS}
     folder = _folder(config)
     if not _is_ready(folder, wanted):

@@ -113,7 +113,7 @@ class DeviceSearch:
                 return queries @ embeddings.float().T
             return torch.mm(queries.half(), embeddings.T, out_dtype=torch.float32)
 
-    def settings(self) -> dict:
+    def description(self) -> dict:
         """What bears on a score."""
         return {"kind": f"all embeddings, float16 on {self.device}"}
 

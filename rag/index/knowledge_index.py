@@ -63,7 +63,7 @@ class KnowledgeIndex:
         UserError: a column is missing, or dimension or count of passages, index and model do not fit each other.
     """
 
-    begun = frozenset({"embeddings", "device_search", "faiss_index", "rows"})  # what `_begin` makes
+    opened_parts = frozenset({"embeddings", "device_search", "faiss_index", "rows"})  # what `_open_parts` makes
     extra_dimensions = 0  # of the FAISS index, beyond the vectors'
     reads_text = False  # whether questions are asked by `encode_questions`, not by a question encoder's vectors
 
@@ -72,7 +72,7 @@ class KnowledgeIndex:
         vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
         device: str | None = None, index_flag: str = "--index_path",
     ):  # fmt: skip
-        check_columns(passages, PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2])
+        require_columns(passages, PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2])
         self.passage_rows = PassageRows(passages)
         self.vectors_from = vectors_from
         self.vector_size = vector_size
@@ -82,9 +82,9 @@ class KnowledgeIndex:
         self.device = device
         self.fallback: str | None = None
         self.shard: int | None = None  # the one that is open; None for all
-        self._begin(faiss_index)
+        self._open_parts(faiss_index)
 
-    def _begin(self, faiss_index=None) -> None:
+    def _open_parts(self, faiss_index=None) -> None:
         """What the files or the parts in memory give, made anew where this index was pickled."""
         self.embeddings: EmbeddingColumn | IndexVectors | None = None
         if self.vectors_from == "passages":
@@ -104,13 +104,13 @@ class KnowledgeIndex:
         return self.__copy__()
 
     def __getstate__(self) -> dict:
-        state = {name: value for name, value in self.__dict__.items() if name not in self.begun}
+        state = {name: value for name, value in self.__dict__.items() if name not in self.opened_parts}
         return state | {"faiss_index": None if self.index_path else self.faiss_index, "is_open": self.is_initialized()}
 
     def __setstate__(self, state: dict) -> None:
         faiss_index, is_open = state.pop("faiss_index"), state.pop("is_open")
         self.__dict__.update(state)
-        self._begin(faiss_index)
+        self._open_parts(faiss_index)
         if is_open:
             self.init_index(self.shard)
 
@@ -299,11 +299,11 @@ class KnowledgeIndex:
         """
         return self.passage_rows.doc_dicts(id_lists(doc_ids), self.passage_rows.names)
 
-    def settings(self) -> dict:
+    def description(self) -> dict:
         """What bears on a retrieval score and belongs beside it: kind, size, efSearch, nprobe, vectors' origin."""
         size = {"passages": len(self), "dimension": self.vector_size}
         if self.device_search is not None:
-            return self.device_search.settings() | size
+            return self.device_search.description() | size
         index = _one_of(self.faiss_index)
         if isinstance(index, faiss.IndexPreTransform):
             index = faiss.downcast_index(index.index)
@@ -338,7 +338,7 @@ def id_lists(doc_ids) -> list[list[int]]:
     return doc_ids.tolist() if hasattr(doc_ids, "tolist") else [[int(doc_id) for doc_id in row] for row in doc_ids]
 
 
-def check_columns(passages, needed: tuple[str, ...]) -> None:
+def require_columns(passages, needed: tuple[str, ...]) -> None:
     """Raise `UserError` if the passages lack a column."""
     missing = [name for name in needed if name not in passages.column_names]
     if missing:

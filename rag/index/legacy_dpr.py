@@ -49,7 +49,7 @@ class LegacyIndex(KnowledgeIndex):
     """
 
     extra_dimensions = 1
-    begun = KnowledgeIndex.begun | {"order", "sorted_ids"}
+    opened_parts = KnowledgeIndex.opened_parts | {"order", "sorted_ids"}
 
     def __init__(self, passages: Dataset, passage_ids: np.ndarray, vector_size: int, index_path: str, **search):
         self.passage_ids = passage_ids  # as many as there are vectors
@@ -61,8 +61,8 @@ class LegacyIndex(KnowledgeIndex):
                 "first, that the file of passages lacks; take the files that were built together"
             )
 
-    def _begin(self, faiss_index=None) -> None:
-        super()._begin(faiss_index)
+    def _open_parts(self, faiss_index=None) -> None:
+        super()._open_parts(faiss_index)
         ids_in_file = self.passage_rows.column("id").to_numpy()
         self.order = np.argsort(ids_in_file, kind="stable")  # rows by their id
         self.sorted_ids = ids_in_file[self.order]

@@ -50,7 +50,7 @@ def measure_efforts(open_index, queries: np.ndarray, best: np.ndarray) -> list[d
     """
     index = open_index()
     index.init_index()
-    setting = next((name for name in ("nprobe", "ef_search") if name in index.settings()), None)
+    setting = next((name for name in ("nprobe", "ef_search") if name in index.description()), None)
     rows: list[dict] = []
     for effort in [{setting: value} for value in EFFORTS[setting]] if setting else [{}]:
         index = open_index(**effort)

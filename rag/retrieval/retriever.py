@@ -191,7 +191,7 @@ def question_vectors(question_encoder, retriever: RagRetriever, tokens, question
     return question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
 
 
-def check_n_docs(index: Index, n_docs: int) -> None:
+def require_n_docs(index: Index, n_docs: int) -> None:
     """Raise `UserError` if an index holds fewer passages than are to be fetched for each question."""
     if isinstance(index, KnowledgeIndex) and n_docs > len(index):
         raise UserError(f"--n_docs {n_docs} is more than the {len(index)} passages of the index; ask for fewer")

@@ -84,13 +84,13 @@ class GlobalBatchSampler:
         return [index for batch in shuffled for index in batch]
 
 
-def begun_ahead(batches: Iterator[dict[str, Any]], begin: Callable[[dict[str, Any]], Future]) -> Iterator[dict]:
-    """The batches, each with a "contexts" that is done: it was begun while the batch before was worked on."""
+def prefetched(batches: Iterator[dict[str, Any]], prefetch: Callable[[dict[str, Any]], Future]) -> Iterator[dict]:
+    """The batches, each with a "contexts" that is done: it was started while the batch before was worked on."""
 
     def following() -> dict[str, Any] | None:
         batch = next(batches, None)
         if batch is not None:
-            batch["contexts"] = begin(batch)
+            batch["contexts"] = prefetch(batch)
         return batch
 
     batch = following()
@@ -105,16 +105,16 @@ class ResumableDataLoader(DataLoader):
     """A loader over a `GlobalBatchSampler` whose place in the epoch is saved with every Lightning checkpoint.
 
     Batches that have been read ahead do not count, only those handed out. Each gets its "loss_weight" and, where
-    `begin` is set, what that begins, as "contexts".
+    `prefetch` is set, what that starts, as "contexts".
     """
 
     batch_sampler: GlobalBatchSampler
-    begin: Callable[[dict[str, Any]], Future] | None = None
+    prefetch: Callable[[dict[str, Any]], Future] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own iterator's class
         sampler = self.batch_sampler
         batches = super().__iter__()  # begins with the first batch asked for, after Lightning has set the epoch
-        for batch in batches if self.begin is None else begun_ahead(batches, self.begin):
+        for batch in batches if self.prefetch is None else prefetched(batches, self.prefetch):
             batch["loss_weight"] = sampler.loss_weight(sampler.position)
             sampler.position += 1
             yield batch

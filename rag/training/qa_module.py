@@ -76,7 +76,9 @@ class GenerativeQAModule(BaseTransformer):
         self.question_tokenizer = tokenizer.question_encoder if self.rag_loss else tokenizer
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
         # BM25 does without the question encoder; parameters that get no gradient would keep other ranks waiting.
-        self.asks_frozen = bool(self.rag_loss) and (args.model.freeze_question_encoder or reads_text(retriever))
+        self.question_encoder_is_frozen = bool(self.rag_loss) and (
+            args.model.freeze_question_encoder or reads_text(retriever)
+        )
         self._freeze()
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
             self.generator.activation_checkpointing_enable()
@@ -84,7 +86,7 @@ class GenerativeQAModule(BaseTransformer):
             for part in (self.generator.get_encoder(), self.generator.get_decoder()):
                 part.compile(dynamic=True)  # every batch has lengths of its own
         self.thread = ThreadPoolExecutor(1)
-        self.begun: Future | None = None  # the retrieval of the next training batch
+        self.prefetching: Future | None = None  # the retrieval of the next training batch
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
@@ -139,7 +141,7 @@ class GenerativeQAModule(BaseTransformer):
         return self.model.generator if self.rag_loss else self.model
 
     def _freeze(self) -> None:
-        if self.asks_frozen:
+        if self.question_encoder_is_frozen:
             self.model.rag.question_encoder.requires_grad_(False)
         if self.args.model.freeze_embeds:
             for name, module in self.generator.named_modules():
@@ -156,7 +158,7 @@ class GenerativeQAModule(BaseTransformer):
     def train(self, mode: bool = True):
         """A frozen question encoder asks without dropout, so that a question finds the same passages each time."""
         super().train(mode)
-        if self.asks_frozen:
+        if self.question_encoder_is_frozen:
             self.model.rag.question_encoder.eval()
         return self
 
@@ -208,20 +210,20 @@ class GenerativeQAModule(BaseTransformer):
         input_ids, attention_mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
         return retrieve_contexts(self.model.rag, self.retriever, input_ids, attention_mask, texts=batch.get("source"))
 
-    def can_retrieve_ahead(self, device: torch.device) -> bool:
+    def can_prefetch(self, device: torch.device) -> bool:
         """Whether the next batch's passages are known before this step's update, and searching leaves the device free.
 
         On a CPU the two would share the cores: steps were measured to take 7% longer.
         """
-        return self.asks_frozen and device.type != "cpu"
+        return self.question_encoder_is_frozen and device.type != "cpu"
 
-    def begin_retrieval(self, batch: dict) -> Future:
+    def prefetch_retrieval(self, batch: dict) -> Future:
         """Retrieve for a batch in another thread, while the device works on the batch before.
 
         Collective where the retriever's `retrieve` is.
         """
-        self.begun = self.thread.submit(self._retrieve_unobserved, batch)
-        return self.begun
+        self.prefetching = self.thread.submit(self._retrieve_unobserved, batch)
+        return self.prefetching
 
     @torch.no_grad()
     def _retrieve_unobserved(self, batch: dict) -> RetrievedContexts:
@@ -260,7 +262,7 @@ class GenerativeQAModule(BaseTransformer):
         self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
         # Retriever and tokenizers serve one thread at a time, and a validation's workers are forked: with a tokenizer
         # that is at work in another thread, its lock would be copied as taken, for good.
-        wait([self.begun] if self.begun else [])
+        wait([self.prefetching] if self.prefetching else [])
 
     # --- Validation and test ------------------------------------------------------------------------------------------
 

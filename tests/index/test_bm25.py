@@ -154,7 +154,7 @@ def test_it_is_built_once_beside_the_passages_and_mapped(config, tmp_path, monke
     index = opened(config)
     maps = Path("/proc/self/maps").read_text()
     assert all(str(file) in maps for file in [*folder.glob("*.npy"), folder / "words.arrow"])
-    assert index.settings() == {
+    assert index.description() == {
         "kind": "BM25", "passages": 8, "words": len(index.words), "method": "lucene", "k1": 1.5, "b": 0.75
     }  # fmt: skip
     assert index.num_shards == 1 and len(index) == 8

@@ -89,7 +89,7 @@ def test_kinds(vectors, passages_path, queries, tmp_path, factory, kind, least, 
     assert shares == sorted(set(shares))  # measuring ends where more effort finds no more
     index = KnowledgeIndex.load_from_disk(D, passages_path, path)
     index.init_index()
-    assert index.settings()["kind"] == kind
+    assert index.description()["kind"] == kind
 
 
 def test_exact_scores_and_recall(vectors, queries):

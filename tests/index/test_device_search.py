@@ -75,7 +75,7 @@ def test_a_knowledge_index_on_a_device(knowledge):
     queries = vectors(2, 6, DIMENSION)
     for index in (with_faiss, on_device):
         index.init_index()
-    assert on_device.settings() == {
+    assert on_device.description() == {
         "kind": "all embeddings, float16 on cpu", "passages": len(PASSAGES), "dimension": DIMENSION,
     }  # fmt: skip
     assert on_device.faiss_index is None and on_device.fallback is None
@@ -89,4 +89,4 @@ def test_without_the_device_faiss_searches(knowledge, caplog):
     with caplog.at_level(logging.WARNING):
         index.init_index()
     assert "--index_device cuda:77: there is no such device" in caplog.text
-    assert "FAISS searches instead" in index.fallback and index.settings()["kind"] == "IndexHNSWFlat"
+    assert "FAISS searches instead" in index.fallback and index.description()["kind"] == "IndexHNSWFlat"

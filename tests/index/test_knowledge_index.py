@@ -91,7 +91,7 @@ def test_a_sharded_index_finds_the_same(index, shards, n_docs):
     scores, ids = index.search(queries, n_docs)
     together = KnowledgeIndex.load_from_disk(DIMENSION, **shards)
     together.init_index()
-    assert together.settings() == {"kind": "IndexFlatIP", "passages": 8, "dimension": DIMENSION, "shards": 3}
+    assert together.description() == {"kind": "IndexFlatIP", "passages": 8, "dimension": DIMENSION, "shards": 3}
     found_scores, found_ids = together.search(queries, n_docs)
     np.testing.assert_array_equal(found_ids, ids)
     present = ids >= 0
@@ -146,7 +146,7 @@ def test_documents_of_missing_ids_are_empty(index):
 
 
 def test_settings_name_kind_and_effort(index):
-    assert index.settings() == {"kind": "IndexHNSWFlat", "passages": 8, "dimension": DIMENSION, "ef_search": 16}
+    assert index.description() == {"kind": "IndexHNSWFlat", "passages": 8, "dimension": DIMENSION, "ef_search": 16}
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_slots_without_a_passage(pickled):
 def test_the_index_is_mapped_and_described(pickled):
     index = opened(pickled, ef_search=40)
     assert str(pickled / INDEX_FILE) in Path("/proc/self/maps").read_text()
-    assert len(index) == ROWS and index.settings() == {
+    assert len(index) == ROWS and index.description() == {
         "kind": "IndexHNSWSQ", "passages": ROWS, "dimension": DIMENSION, "ef_search": 40, "vectors_from": "index",
     }  # fmt: skip
 

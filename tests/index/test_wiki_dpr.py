@@ -122,7 +122,7 @@ def test_exact_reads_texts_only_and_takes_the_vectors_from_the_index(wiki, tmp_p
     assert index.get_doc_dicts(np.array([[0, -1]])) == [{"id": ["1", ""], "title": ["t1", ""], "text": ["text 1", ""]}]
     assert index.passages.column_names == ["title", "text"] and is_mapped(file)
     assert not index.embeddings.gather(np.array([[-1]])).any()
-    assert index.settings() == {
+    assert index.description() == {
         "kind": "IndexHNSWSQ", "passages": ROWS, "dimension": DIMENSION, "ef_search": 16, "vectors_from": "index",
     }  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_compressed_gives_what_transformers_gave(wiki):
         np.testing.assert_array_equal(ours, their)
     ids = np.array([[3, 699], [5, 5]])
     assert index.get_doc_dicts(ids) == theirs.get_doc_dicts(ids)
-    assert is_mapped(file) and index.settings()["kind"] == "IndexIVFPQ"
+    assert is_mapped(file) and index.description()["kind"] == "IndexIVFPQ"
 
 
 def test_compressed_can_do_with_the_vectors_of_its_index(wiki):
@@ -159,7 +159,7 @@ def test_the_dummy_dataset_needs_no_index(wiki, tmp_path, index_name):
     doc_ids, doc_embeds = index.get_top_docs(queries(), 5)
     np.testing.assert_array_equal(doc_ids, np.argsort(-queries() @ known.T, axis=1)[:, :5])
     np.testing.assert_array_equal(doc_embeds, known[doc_ids])
-    assert index.settings() == {"kind": "IndexFlatIP", "passages": DUMMY_ROWS, "dimension": DIMENSION}
+    assert index.description() == {"kind": "IndexFlatIP", "passages": DUMMY_ROWS, "dimension": DIMENSION}
 
 
 def test_a_second_opening_copies_nothing(wiki, monkeypatch):
@@ -192,8 +192,8 @@ def test_the_encoding_follows_the_question_encoder(wiki, caplog, encoder, chosen
 
 
 def test_search_effort_is_set_and_shown(wiki):
-    assert opened(wiki, ef_search=77).settings()["ef_search"] == 77
-    settings = opened(wiki, "compressed", ef_search=33, nprobe=5).settings()
+    assert opened(wiki, ef_search=77).description()["ef_search"] == 77
+    settings = opened(wiki, "compressed", ef_search=33, nprobe=5).description()
     assert (settings["ef_search"], settings["nprobe"]) == (33, 5)
 
 
@@ -365,7 +365,7 @@ def test_a_retriever_and_a_checkpoint_take_the_settings(wiki, checkpoint, tmp_pa
     save_model(model, tmp_path / "saved", load_tokenizer(str(checkpoint())))
     for path, settings in ((checkpoint(), chosen), (tmp_path / "saved", {})):
         index = RagKnowledgeRetriever.from_pretrained(path, **settings).index
-        assert index.settings()["ef_search"] == 50
+        assert index.description()["ef_search"] == 50
         np.testing.assert_allclose(index.embeddings.gather(np.arange(9)), vectors("multiset")[:9], atol=8 / 255)
 
 

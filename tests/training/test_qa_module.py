@@ -191,5 +191,5 @@ def test_what_goes_wrong_ahead_is_told(ahead, model_folder, data_dir, tmp_path, 
 def test_only_a_device_of_its_own_with_a_frozen_question_encoder_is_searched_beside(module_of):
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     learning, frozen = module_of("bart"), module_of("bart", "--freeze_question_encoder")
-    assert frozen.can_retrieve_ahead(cuda)
-    assert not frozen.can_retrieve_ahead(cpu) and not learning.can_retrieve_ahead(cuda)
+    assert frozen.can_prefetch(cuda)
+    assert not frozen.can_prefetch(cpu) and not learning.can_prefetch(cuda)

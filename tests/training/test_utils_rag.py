@@ -16,7 +16,7 @@ from rag.errors import UserError
 from tests.conftest import ROOT
 from utils_rag import (
     Seq2SeqDataset,
-    check_data_files,
+    data_file_problems,
     encode_line,
     flatten_list,
     get_git_info,
@@ -149,16 +149,16 @@ def test_data_problems_are_named_together(tmp_path):
     (tmp_path / "train.source").write_text("a\n \n\u00a0\nd\n")
     (tmp_path / "train.target").write_text("a\nb\nc\n")
     (tmp_path / "val.source").write_text("")
-    problems = "\n".join(check_data_files(tmp_path, ["train", "val"]))
+    problems = "\n".join(data_file_problems(tmp_path, ["train", "val"]))
     assert "train.source: blank lines, 2 in all, the first is line 2" in problems
     assert "train.source has 4 lines but train.target has 3 lines" in problems
     assert "val.source is empty" in problems and "val.target is missing" in problems
     assert len(problems.splitlines()) == 4
-    assert "is not a folder" in check_data_files(tmp_path / "nowhere", ["train"])[0]
+    assert "is not a folder" in data_file_problems(tmp_path / "nowhere", ["train"])[0]
 
 
 def test_good_data_has_no_problem(data_dir):
-    assert check_data_files(data_dir, ["val"]) == []
+    assert data_file_problems(data_dir, ["val"]) == []
 
 
 def test_trim_batch_drops_common_padding():
