@@ -12,10 +12,11 @@ appears only when it is whole and its reload gave back the very weights of the t
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
+from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
@@ -24,30 +25,21 @@ from rag.files import atomic_folder
 
 @dataclass
 class ConsolidateArguments:
-    generator_name_or_path: str = field(metadata={"help": "Folder or hub name of an encoder-decoder model."})
-    question_encoder_name_or_path: str = field(metadata={"help": "Folder or hub name of an encoder."})
-    dest: str = field(metadata={"help": "Folder to write the checkpoint to; it must not exist or be empty."})
-    model_type: str = field(
-        default="rag_sequence",
-        metadata={"help": "Which RAG model to make.", "choices": ["rag_sequence", "rag_token"]},
+    generator_name_or_path: str = required_flag("Folder or hub name of an encoder-decoder model.")
+    question_encoder_name_or_path: str = required_flag("Folder or hub name of an encoder.")
+    dest: str = required_flag("Folder to write the checkpoint to; it must not exist or be empty.")
+    model_type: Literal["rag_sequence", "rag_token"] = flag("rag_sequence", "Which RAG model to make.")
+    generator_tokenizer_name_or_path: str | None = flag(None, "Tokenizer of the generator, where it is not beside it.")
+    question_encoder_tokenizer_name_or_path: str | None = flag(
+        None, "Tokenizer of the question encoder, where it is not beside it."
     )
-    generator_tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the generator, where it is not beside it."}
+    config_name_or_path: str | None = flag(
+        None, "RAG checkpoint whose settings (n_docs, separators, index) to take; else RagConfig's."
     )
-    question_encoder_tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the question encoder, where it is not beside it."}
-    )
-    config_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "RAG checkpoint whose settings (n_docs, separators, index) to take; else RagConfig's."},
-    )
-    question_encoder_pooling: str = field(
-        default="auto",
-        metadata={
-            "help": "How token vectors become one vector. auto: a DPR encoder as it is, a sentence-transformers model "
-            "as its authors meant, any other by its first token; the others do not normalise.",
-            "choices": ["auto", "cls", "mean", "max"],
-        },
+    question_encoder_pooling: Literal["auto", "cls", "mean", "max"] = flag(
+        "auto",
+        "How token vectors become one vector. auto: a DPR encoder as it is, a sentence-transformers model "
+        "as its authors meant, any other by its first token; the others do not normalise.",
     )
 
 

@@ -111,18 +111,18 @@ def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
 def evaluate(args: EvalArguments, data: EvalData, ranks) -> dict[str, float]:
     """Predict what is not predicted yet, score, print and write the scores of one checkpoint. Collective."""
     predictions = ranks.on_rank_zero("opening the predictions file", lambda: open_predictions(args, data))
-    done, settings = ranks.from_rank_zero(
-        "reading the predictions file", lambda: (len(predictions.lines), predictions.settings)
+    done, identity = ranks.from_rank_zero(
+        "reading the predictions file", lambda: (len(predictions.lines), predictions.identity)
     )
     if done < len(data.questions):
-        predict_missing(args, data, predictions, ranks, done, settings)
+        predict_missing(args, data, predictions, ranks, done, identity)
     return ranks.from_rank_zero("scoring", lambda: score(args, data, predictions))
 
 
 def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
     enough = {"n_docs": max(args.k)} if args.eval_mode == "retrieval" else {}
-    settings = prediction_settings(args)
-    predictions = Predictions(args.predictions_path, data.questions, settings, args.recalculate, enough)
+    identity = run_identity(args, model_type_of(args))
+    predictions = Predictions(args.predictions_path, data.questions, identity, args.recalculate, enough)
     if args.eval_mode == "retrieval" and not predictions.origin_known:
         require_titles(args.predictions_path, predictions.lines, max(args.k))
     if predictions.lines:
@@ -142,72 +142,81 @@ def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict
     return scores
 
 
-# --- Settings ---------------------------------------------------------------------------------------------------------
+# --- What made the predictions ----------------------------------------------------------------------------------------
 
 
-def prediction_settings(args: EvalArguments) -> dict[str, Any]:
+def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
     """All that the predictions depend on; read from files, without loading a model or an index."""
     from rag.evaluation.predictors import rag_config
-    from rag.models.checkpoints import RAG_TYPES, infer_model_type
 
-    settings = {
+    identity = {
         "eval_mode": args.eval_mode,
         "model_name_or_path": file_identity(args.model_name_or_path, CHECKPOINT_FILES),
-        "model_type": args.model_type or infer_model_type(args.model_name_or_path),
+        "model_type": model_type,
         "evaluation_set": file_identity(args.evaluation_set),
         "max_source_length": args.max_source_length,
         "prefix": args.prefix,
     }
-    if settings["model_type"] in RAG_TYPES:
+    if model_type.startswith("rag"):
         config = rag_config(args)
-        settings |= {"index_name": config.index_name, "n_docs": config.n_docs}
+        identity |= {"index_name": config.index_name, "n_docs": config.n_docs}
         for name in PATHS_READ.get(config.index_name, ()):
             path = getattr(config, name)
-            settings[name] = path and file_identity(path, PASSAGE_FILES if name == "passages_path" else ("*",))
+            identity[name] = path and file_identity(path, PASSAGE_FILES if name == "passages_path" else ("*",))
         names = SEARCH_FLAGS + (WIKI_FLAGS if config.index_name in ("exact", "compressed") else ())
-        settings |= {name: getattr(config, name, None) for name in names}
-    elif args.eval_mode == "retrieval":
-        raise UserError(
-            f"--model_name_or_path {args.model_name_or_path} is a {settings['model_type']} model, which retrieves "
-            "nothing; measure it with --eval_mode e2e"
-        )
+        identity |= {name: getattr(config, name, None) for name in names}
     if args.eval_mode == "e2e":
-        settings |= {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
-        if settings["model_type"] == "rag_sequence":
-            settings["decoding"] = args.decoding
-        elif args.decoding != "thorough":
-            raise UserError(
-                f"--decoding {args.decoding} is for rag_sequence; leave it out: --model_name_or_path "
-                f"{args.model_name_or_path} is a {settings['model_type']} model"
-            )
+        identity |= {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
+        if model_type == "rag_sequence":
+            identity["decoding"] = args.decoding
     elif args.answers_path is not None:
-        settings["answers_path"] = file_identity(args.answers_path)
-    return settings
+        identity["answers_path"] = file_identity(args.answers_path)
+    return identity
+
+
+def model_type_of(args: EvalArguments) -> str:
+    """--model_type, or what the checkpoint says.
+
+    Raises:
+        UserError: a flag does not fit the model.
+    """
+    from rag.models.checkpoints import RAG_TYPES, infer_model_type
+
+    model_type = args.model_type or infer_model_type(args.model_name_or_path)
+    model = f"--model_name_or_path {args.model_name_or_path} is a {model_type} model"
+    if args.eval_mode == "retrieval" and model_type not in RAG_TYPES:
+        raise UserError(f"{model}, which retrieves nothing; measure it with --eval_mode e2e")
+    if args.eval_mode == "e2e" and args.decoding != "thorough" and model_type != "rag_sequence":
+        raise UserError(f"--decoding {args.decoding} is for rag_sequence; leave it out: {model}")
+    return model_type
 
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
 
 
 def predict_missing(
-    args: EvalArguments, data: EvalData, predictions: Predictions | None, ranks, done: int, settings: dict[str, Any]
+    args: EvalArguments, data: EvalData, predictions: Predictions | None, ranks, done: int, identity: dict[str, Any]
 ) -> None:
     """Append the missing predictions, batch by batch; the ranks take the batches in turn. Collective.
 
     Args:
         predictions: rank 0's; None elsewhere.
         done: predictions made so far.
-        settings: those of the predictions, whose number of passages counts: a file with more is continued so.
+        identity: of the predictions, whose number of passages counts: a file with more is continued so.
     """
     import torch
 
-    from rag.evaluation.predictors import load_predictor
+    from rag.evaluation.predictors import load_predictor, rag_config
 
-    args = replace(args, n_docs=settings.get("n_docs", args.n_docs))
+    args = replace(args, n_docs=identity.get("n_docs", args.n_docs))
+    model_type = identity["model_type"]
 
     def load():
         if ranks.rank != 0:
-            require_same_files(args, settings, ranks.rank)
-        return load_predictor(args, settings["model_type"])
+            require_same_files(identity, run_identity(args, model_type), ranks.rank)
+        config = rag_config(args) if model_type.startswith("rag") else None
+        only_titles = args.eval_mode == "retrieval"
+        return load_predictor(args.model_name_or_path, model_type, args.answer_plan, config, args.device, only_titles)
 
     predict, index = ranks.all_or_none("loading the model", load)
     ranks.on_rank_zero("starting the predictions file", lambda: predictions.start(index))
@@ -220,8 +229,8 @@ def predict_missing(
             part = slice(batches[ranks.rank].start, batches[ranks.rank].stop)
             return predict(data.questions[part], data.answers and data.answers[part])
 
-    def take(batches: list[range], answered: list) -> None:
-        for batch, (lines, details) in zip(batches, answered[: len(batches)], strict=True):
+    def collect(batches: list[range], parts: list) -> None:
+        for batch, (lines, details) in zip(batches, parts[: len(batches)], strict=True):
             predictions.append(batch.start, lines, details)
 
     desc = "Answering" if args.eval_mode == "e2e" else "Retrieving"
@@ -229,13 +238,12 @@ def predict_missing(
         total = sum(map(len, batches))
         rounds = progress(rounds, total, desc, "questions", size=lambda batches: sum(map(len, batches)))
     with torch.inference_mode():
-        ranks.in_rounds(f"{desc.lower()}, round", rounds, answer, take)
+        ranks.in_rounds(f"{desc.lower()}, round", rounds, answer, collect)
 
 
-def require_same_files(args: EvalArguments, settings: dict[str, Any], rank: int) -> None:
+def require_same_files(expected: dict[str, Any], here: dict[str, Any], rank: int) -> None:
     """Another machine may have other files under the same names."""
-    own = prediction_settings(args)
-    if changed := differences(settings, own):
+    if changed := differences(expected, here):
         raise UserError(
             f"rank {rank} on {os.uname().nodename} does not see the files that rank 0 sees: {', '.join(changed)}; give "
             "paths that are the same on every node"
@@ -247,7 +255,7 @@ def require_same_files(args: EvalArguments, settings: dict[str, Any], rank: int)
 
 def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores: dict[str, float]) -> None:
     """Write the scores' file; print what was asked for, then the scores with the settings that made them."""
-    made_with = {"settings": predictions.settings if predictions.origin_known else None, "index": predictions.index}
+    made_with = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
     path = f"{args.predictions_path}.scores.json"
     gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
     save_json({"scores": scores, **gold, **made_with}, path)

@@ -14,12 +14,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ijson
 
+from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, file_problems, raise_problems
@@ -34,11 +35,9 @@ STRING_OR_CONSTANT = re.compile(rb'("(?:[^"\\]|\\.)*(?:"|\Z))|-?Infinity|NaN', r
 
 @dataclass
 class ParseArguments:
-    evaluation_set: str = field(metadata={"help": "File to write: a question a line."})
-    gold_data_path: str = field(metadata={"help": "File to write: the question's gold titles a line, tab-separated."})
-    src_path: str = field(
-        default="biencoder-nq-dev.json", metadata={"help": "DPR's relevance data, unzipped: a JSON array of records."}
-    )
+    evaluation_set: str = required_flag("File to write: a question a line.")
+    gold_data_path: str = required_flag("File to write: the question's gold titles a line, tab-separated.")
+    src_path: str = flag("biencoder-nq-dev.json", "DPR's relevance data, unzipped: a JSON array of records.")
 
 
 def parse_args(argv: list[str] | None = None) -> ParseArguments:
@@ -47,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> ParseArguments:
 
 def main(args: ParseArguments) -> dict[str, int]:
     """Write both files, whole or not at all; return the number of records written and skipped."""
-    check_arguments(args)
+    require_arguments(args)
     written = skipped = 0
     chunks = progress(read_chunks(args.src_path), os.path.getsize(args.src_path), "Parsing", "bytes", size=len)
     with atomic_write(args.evaluation_set) as questions, atomic_write(args.gold_data_path) as pages:
@@ -71,11 +70,11 @@ def main(args: ParseArguments) -> dict[str, int]:
     return {"written": written, "skipped": skipped}
 
 
-def check_arguments(args: ParseArguments) -> None:
+def require_arguments(args: ParseArguments) -> None:
     problems = file_problems("--src_path", args.src_path, "download and unzip DPR's biencoder-nq-dev.json.gz")
-    for flag, path in (("--evaluation_set", args.evaluation_set), ("--gold_data_path", args.gold_data_path)):
+    for name, path in (("--evaluation_set", args.evaluation_set), ("--gold_data_path", args.gold_data_path)):
         if Path(path).is_dir():
-            problems.append(f"{flag} {path} is a folder; name a file in it")
+            problems.append(f"{name} {path} is a folder; name a file in it")
     paths = [args.src_path, args.evaluation_set, args.gold_data_path]
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         problems.append("--src_path, --evaluation_set and --gold_data_path name one file twice; give three names")

@@ -8,9 +8,10 @@ The flags are checked before anything heavy is imported; `gold.py` reads the fil
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import parse_into
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
@@ -20,54 +21,62 @@ logger = logging.getLogger(__name__)
 AT_LEAST_ONE = ("n_docs", "eval_batch_size", "max_source_length", "num_beams", "max_length")
 
 
+@dataclass(frozen=True)
+class AnswerPlan:
+    """How questions are read and answers are searched for."""
+
+    prefix: str  # put before every question
+    max_source_length: int  # question tokens kept
+    n_docs: int  # passages a question
+    num_beams: int
+    decoding: str  # of RAG-Sequence: thorough or fast
+    min_length: int  # tokens of an answer
+    max_length: int
+
+
 @dataclass
 class EvalArguments(SearchArguments):
     """What is measured, on which questions, with which passages."""
 
-    model_name_or_path: str = field(metadata={"help": "Checkpoint to measure: a folder or a name on the hub."})
-    evaluation_set: str = field(metadata={"help": "File of questions, one a line."})
-    gold_data_path: str = field(metadata={"help": "File of the right answers or titles, a line a question."})
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = field(
-        default=None, metadata={"help": "Left out, it is read from the checkpoint; bart and t5 answer closed-book."}
+    model_name_or_path: str = required_flag("Checkpoint to measure: a folder or a name on the hub.")
+    evaluation_set: str = required_flag("File of questions, one a line.")
+    gold_data_path: str = required_flag("File of the right answers or titles, a line a question.")
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = flag(
+        None, "Left out, it is read from the checkpoint; bart and t5 answer closed-book."
     )
-    eval_mode: Literal["e2e", "retrieval"] = field(
-        default="e2e", metadata={"help": "e2e measures answers (EM, F1), retrieval passages (precision@k, MRR)."}
+    eval_mode: Literal["e2e", "retrieval"] = flag(
+        "e2e", "e2e measures answers (EM, F1), retrieval passages (precision@k, MRR)."
     )
-    gold_data_mode: Literal["qa", "ans"] = field(
-        default="qa", metadata={"help": "e2e: qa is `question TAB ['answer', ...]`, ans is one answer a line."}
+    gold_data_mode: Literal["qa", "ans"] = flag(
+        "qa", "e2e: qa is `question TAB ['answer', ...]`, ans is one answer a line."
     )
-    answers_path: str | None = field(
-        default=None,
-        metadata={"help": "retrieval: file of answers (qa), for recall@k: is an answer in one of k passages?"},
+    answers_path: str | None = flag(
+        None, "retrieval: file of answers (qa), for recall@k: is an answer in one of k passages?"
     )
-    predictions_path: str = field(
-        default="predictions.txt", metadata={"help": "File of predictions: written, continued or scored again."}
+    predictions_path: str = flag("predictions.txt", "File of predictions: written, continued or scored again.")
+    recalculate: bool = flag(False, "Overwrite the predictions that are there.")
+    eval_all_checkpoints: bool = flag(
+        False, "Measure every folder checkpoint* in --model_name_or_path, and print a table."
     )
-    recalculate: bool = field(default=False, metadata={"help": "Overwrite the predictions that are there."})
-    eval_all_checkpoints: bool = field(
-        default=False, metadata={"help": "Measure every folder checkpoint* in --model_name_or_path, and print a table."}
+    n_docs: int = flag(5, "Passages a question; retrieval takes a larger --k in its place.")
+    k: list[int] = flag([1], "retrieval: one or more k, scored from one predictions file.")
+    eval_batch_size: int = flag(8, "Questions at a time.")
+    max_source_length: int = flag(128, "Question tokens kept, as in finetune_rag.py.")
+    prefix: str = flag("", "Put before every question, as --prefix of finetune_rag.py was.")
+    num_beams: int = flag(4, "Beams of generation; 1 is greedy.")
+    decoding: Literal["thorough", "fast"] = flag(
+        "thorough", "rag_sequence: thorough scores every candidate under every passage, fast only where beams found it."
     )
-    n_docs: int = field(default=5, metadata={"help": "Passages a question; retrieval takes a larger --k in its place."})
-    k: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "retrieval: one or more k, scored from one predictions file."}
-    )
-    eval_batch_size: int = field(default=8, metadata={"help": "Questions at a time."})
-    max_source_length: int = field(default=128, metadata={"help": "Question tokens kept, as in finetune_rag.py."})
-    prefix: str = field(default="", metadata={"help": "Put before every question, as --prefix of finetune_rag.py was."})
-    num_beams: int = field(default=4, metadata={"help": "Beams of generation; 1 is greedy."})
-    decoding: Literal["thorough", "fast"] = field(
-        default="thorough",
-        metadata={
-            "help": "rag_sequence: thorough scores every candidate under every passage, fast only where beams found it."
-        },
-    )
-    min_length: int = field(default=1, metadata={"help": "Fewest tokens of an answer."})
-    max_length: int = field(default=50, metadata={"help": "Most tokens of an answer."})
-    print_predictions: bool = field(default=False, metadata={"help": "Print each question and its answer."})
-    print_docs: bool = field(default=False, metadata={"help": "Print titles and scores of each question's passages."})
-    device: str | None = field(
-        default=None, metadata={"help": "Where the model runs (cpu, cuda:1); left out, the GPU if there is one."}
-    )
+    min_length: int = flag(1, "Fewest tokens of an answer.")
+    max_length: int = flag(50, "Most tokens of an answer.")
+    print_predictions: bool = flag(False, "Print each question and its answer.")
+    print_docs: bool = flag(False, "Print titles and scores of each question's passages.")
+    device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
+
+    @property
+    def answer_plan(self) -> AnswerPlan:
+        names = [field.name for field in fields(AnswerPlan)]
+        return AnswerPlan(**{name: getattr(self, name) for name in names})
 
     @property
     def passages_per_question(self) -> int:

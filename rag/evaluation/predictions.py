@@ -1,7 +1,7 @@
 """Predictions that outlive a killed run: one line a question, appended batch by batch, and what made them beside it.
 
-    predictions = Predictions("predictions.txt", questions, settings)
-    predictions.start(index_settings)
+    predictions = Predictions("predictions.txt", questions, identity)
+    predictions.start(index_description)
     for batch in missing_batches(len(predictions.lines), len(questions), batch_size=8):
         lines, details = answer(questions[batch.start : batch.stop])
         predictions.append(batch.start, lines, details)
@@ -89,13 +89,13 @@ class Predictions:
     Args:
         path: the predictions file; need not exist.
         questions: all questions, in order.
-        settings: what the predictions depend on, as JSON can hold it; a file by its `file_identity`.
+        identity: what the predictions depend on, as JSON can hold it; a file by its `file_identity`.
         recalculate: throw away what is there.
         enough: the least number that will do of a setting that is one (`n_docs`): a complete file that was made with as
-            many, or more, is taken, and an unfinished one that was made with more than `settings` is continued so.
+            many, or more, is taken, and an unfinished one that was made with more than `identity` says is continued so.
 
     Attributes:
-        settings: those that the file was, or is to be, made with.
+        identity: what the file was, or is to be, made with.
         lines: the predictions made so far; line n answers question n.
         records: as many dicts: id (line number, from 1), question and the details of `append`; no details where another
             program made the line.
@@ -110,14 +110,14 @@ class Predictions:
         self,
         path: str,
         questions: list[str],
-        settings: dict[str, Any],
+        identity: dict[str, Any],
         recalculate: bool = False,
         enough: Mapping[str, int] | None = None,
     ):
         self.path = Path(path)
         self.settings_path, self.records_path = (Path(f"{path}.{end}") for end in ("settings.json", "jsonl"))
         self.questions = questions
-        self.settings = settings
+        self.identity = identity
         self.index: dict[str, Any] = {}
         self.origin_known = True
         # What is there is written over in `start` only, when the model has been loaded.
@@ -154,9 +154,9 @@ class Predictions:
         self.index = kept["index"]
         for name, least in enough.items():
             there = kept["settings"].get(name)
-            if there is not None and there >= (least if self.is_complete else self.settings[name]):
-                self.settings = self.settings | {name: there}
-        if changed := differences(kept["settings"], self.settings):
+            if there is not None and there >= (least if self.is_complete else self.identity[name]):
+                self.identity = self.identity | {name: there}
+        if changed := differences(kept["settings"], self.identity):
             raise UserError(
                 f"--predictions_path {self.path} was made with {', '.join(changed)}; "
                 "give another path, or --recalculate to overwrite it"
@@ -176,10 +176,10 @@ class Predictions:
         write_lines(self.lines, self.path)
         write_lines([json.dumps(record, ensure_ascii=False) for record in self.records], self.records_path)
         if self.origin_known:
-            save_json({"settings": self.settings, "index": index}, self.settings_path)
+            save_json({"settings": self.identity, "index": index}, self.settings_path)
 
     def append(self, start: int, predictions: list[str], details: list[dict]) -> None:
-        """Add a batch's predictions, a line each, and what is to be told of them; on disk when this returns.
+        """Add a batch's predictions, a line each, and their details; on disk when this returns.
 
         Args:
             start: number, from 0, of the batch's first question; lines that are there already are kept.

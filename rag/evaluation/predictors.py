@@ -1,7 +1,7 @@
-"""How `eval_rag.py` answers: from a batch of questions to lines of its predictions file, and what is told of each.
+"""How `eval_rag.py` answers: from a batch of questions to lines of its predictions file, and the details of each.
 
-    predict, index = load_predictor(args, "rag_sequence")  # args: EvalArguments; index: how it is searched
-    lines, details = predict(["where is oslo?"], None)     # ["norway"], [{"answer": "norway", "titles": [...], ...}]
+    predict, index = load_predictor(path, "rag_sequence", args.answer_plan, rag_config(args))
+    lines, details = predict(["where is oslo?"], None)   # ["norway"], [{"answer": "norway", "titles": [...], ...}]
 
 A RAG model answers from passages, or only retrieves them (--eval_mode retrieval); a bare generator answers closed-book.
 """
@@ -16,33 +16,45 @@ import torch
 from transformers import RagConfig
 
 from rag.errors import UserError
-from rag.evaluation.arguments import EvalArguments
+from rag.evaluation.arguments import AnswerPlan, EvalArguments
 from rag.evaluation.gold import strip_title
 from rag.generation.decoding import generate_answers
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
-from rag.models.checkpoints import RAG_TYPES, load_config, load_model, load_tokenizer
+from rag.models.checkpoints import load_config, load_model, load_tokenizer
 from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
 
 logger = logging.getLogger(__name__)
 
 
-def load_predictor(args: EvalArguments, model_type: str) -> tuple[Callable, dict[str, Any]]:
-    """A function from questions (and their answers, for recall) to lines and details, and how the index is searched."""
-    device = pick_device(args.device)
-    tokenizer = load_tokenizer(args.model_name_or_path, model_type)
-    if model_type not in RAG_TYPES:
-        model = load_model(args.model_name_or_path, model_type).to(device)
-        return partial(answer_closed_book, args, model, tokenizer), {}
-    # The index first: it opens in milliseconds, and tells what does not fit.
-    config = rag_config(args)
+def load_predictor(
+    model_name_or_path: str,
+    model_type: str,
+    plan: AnswerPlan,
+    config: RagConfig | None = None,
+    device: str | None = None,
+    retrieve_only: bool = False,
+) -> tuple[Callable, dict[str, Any]]:
+    """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
+
+    Args:
+        config: of a RAG model, with the index that it is to search; None for a closed-book generator.
+        device: as `pick_device`'s.
+        retrieve_only: lines are titles, not answers; the generator stays where it is.
+    """
+    where = pick_device(device)
+    tokenizer = load_tokenizer(model_name_or_path, model_type)
+    if config is None:
+        model = load_model(model_name_or_path, model_type).to(where)
+        return partial(answer_closed_book, plan, model, tokenizer), {}
+    # The index first: it opens in milliseconds, and says what does not fit.
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
     index = retriever.index.description()
-    model = load_model(args.model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
-    if args.eval_mode == "retrieval":  # the generator stays where it is
-        return partial(retrieve_passages, args, model.rag.question_encoder.to(device), retriever), index
-    return partial(answer_from_passages, args, model.to(device), retriever), index
+    model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
+    if retrieve_only:
+        return partial(retrieve_passages, plan, model.rag.question_encoder.to(where), retriever), index
+    return partial(answer_from_passages, plan, model.to(where), retriever), index
 
 
 def rag_config(args: EvalArguments) -> RagConfig:
@@ -67,58 +79,61 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} cannot be used: {error}; leave it out, or give cpu") from error
 
 
-def answer_from_passages(args, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
-    tokens = encode(args, retriever.question_encoder_tokenizer, questions, model.device)
-    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, args.n_docs, questions)
+def answer_from_passages(plan: AnswerPlan, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
+    tokens = encode(plan, retriever.question_encoder_tokenizer, questions, model.device)
+    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
     token_ids = generate_answers(
         model,
         contexts.input_ids,
         contexts.attention_mask,
         contexts.doc_scores,
-        n_docs=args.n_docs,
-        decoding=args.decoding,
-        **generation_settings(args, model.generator),
+        n_docs=plan.n_docs,
+        decoding=plan.decoding,
+        **generation_kwargs(plan, model.generator),
     )
     answers = decode(retriever.generator_tokenizer, token_ids)
-    passages = passages_found(contexts.doc_ids, contexts.docs, contexts.doc_scores.cpu().numpy())
-    return answers, [{"answer": answer, **found} for answer, found in zip(answers, passages, strict=True)]
+    passages = passage_details(contexts.doc_ids, contexts.docs, contexts.doc_scores.cpu().numpy())
+    return answers, [{"answer": answer, **details} for answer, details in zip(answers, passages, strict=True)]
 
 
-def answer_closed_book(args, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
-    tokens = encode(args, tokenizer, questions, model.device)
-    token_ids = model.generate(
-        tokens.input_ids, attention_mask=tokens.attention_mask, **generation_settings(args, model)
-    )
+def answer_closed_book(plan: AnswerPlan, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
+    tokens = encode(plan, tokenizer, questions, model.device)
+    token_ids = model.generate(tokens.input_ids, attention_mask=tokens.attention_mask, **generation_kwargs(plan, model))
     answers = decode(tokenizer, token_ids)
     return answers, [{"answer": answer} for answer in answers]
 
 
-def retrieve_passages(args, question_encoder, retriever, questions, answers) -> tuple[list[str], list[dict]]:
-    tokens = encode(args, retriever.question_encoder_tokenizer, questions, question_encoder.device)
+def retrieve_passages(
+    plan: AnswerPlan, question_encoder, retriever, questions, answers
+) -> tuple[list[str], list[dict]]:
+    tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
     vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
     embeddings, doc_ids, docs = retriever.retrieve(vectors, retriever.config.n_docs)  # (B, n, d), (B, n)
-    details = passages_found(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
-    lines = ["\t".join(one_line(strip_title(title)) for title in found["titles"]) for found in details]
+    details = passage_details(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
+    lines = ["\t".join(one_line(strip_title(title)) for title in detail["titles"]) for detail in details]
     if answers is not None:
-        for found, doc, right in zip(details, docs, answers, strict=True):
+        for detail, doc, right in zip(details, docs, answers, strict=True):
             ranks = (n for n, text in enumerate(doc["text"], start=1) if answer_recall_at_k([text], right, 1))
-            found["answer_rank"] = next(ranks, None)
+            detail["answer_rank"] = next(ranks, None)
     return lines, details
 
 
-def encode(args, tokenizer, questions: list[str], device):
+def encode(plan, tokenizer, questions: list[str], device):
     """input_ids and attention_mask, (B, S), padded to the longest."""
-    questions = [args.prefix + question for question in questions]
-    settings = {"max_length": args.max_source_length, "truncation": True, "padding": "longest"}
-    return tokenizer(questions, return_tensors="pt", **settings).to(device)
+    questions = [plan.prefix + question for question in questions]
+    tokens = tokenizer(
+        questions, max_length=plan.max_source_length, truncation=True, padding="longest", return_tensors="pt"
+    )
+    return tokens.to(device)
 
 
-def generation_settings(args: EvalArguments, generator) -> dict[str, Any]:
-    settings = {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
+def generation_kwargs(plan: AnswerPlan, generator) -> dict[str, Any]:
+    """Keyword arguments of `generate` and `generate_answers`."""
+    kwargs: dict[str, Any] = {"num_beams": plan.num_beams, "min_length": plan.min_length, "max_length": plan.max_length}
     bos = generator.config.bos_token_id
     if bos is not None:  # BART likes to repeat its first token
-        settings["bad_words_ids"] = [[bos, bos]]
-    return settings | {"early_stopping": False}
+        kwargs["bad_words_ids"] = [[bos, bos]]
+    return kwargs | {"early_stopping": False}
 
 
 def decode(tokenizer, token_ids) -> list[str]:
@@ -129,13 +144,13 @@ def one_line(text: str) -> str:
     return text.translate({ord(c): " " for c in "\t\r\n"})
 
 
-def passages_found(doc_ids, docs: list[dict], scores) -> list[dict]:
+def passage_details(doc_ids, docs: list[dict], scores) -> list[dict]:
     """Ids, titles and scores of the passages of each question; doc_ids and scores (B, n_docs)."""
     details = []
-    for ids, doc, own_scores in zip(doc_ids.tolist(), docs, scores.tolist(), strict=True):
-        found = [n for n, doc_id in enumerate(ids) if doc_id >= 0]
-        columns = {"doc_ids": ids, "titles": doc["title"], "scores": own_scores}
-        details.append({name: [column[n] for n in found] for name, column in columns.items()})
+    for ids, doc, doc_scores in zip(doc_ids.tolist(), docs, scores.tolist(), strict=True):
+        places = [n for n, doc_id in enumerate(ids) if doc_id >= 0]
+        columns = {"doc_ids": ids, "titles": doc["title"], "scores": doc_scores}
+        details.append({name: [column[n] for n in places] for name, column in columns.items()})
     return details
 
 
@@ -145,7 +160,7 @@ def passages_found(doc_ids, docs: list[dict], scores) -> list[dict]:
 def evaluate_batch_e2e(args: EvalArguments, rag_model, questions: list[str]) -> list[str]:
     """Answers of a RAG model that has its retriever (`from_pretrained(path, retriever=...)`), one of this suite."""
     with torch.inference_mode():
-        answers, _ = answer_from_passages(args, rag_model, rag_model.retriever, questions, None)
+        answers, _ = answer_from_passages(args.answer_plan, rag_model, rag_model.retriever, questions, None)
     if args.print_predictions:
         for question, answer in zip(questions, answers, strict=True):
             logger.info(f"Q: {question} - A: {answer}")
@@ -155,5 +170,7 @@ def evaluate_batch_e2e(args: EvalArguments, rag_model, questions: list[str]) -> 
 def evaluate_batch_retrieval(args: EvalArguments, rag_model, questions: list[str]) -> list[str]:
     """Tab-separated titles of the passages that the model's retriever finds, as many as its config's `n_docs`."""
     with torch.inference_mode():
-        lines, _ = retrieve_passages(args, rag_model.rag.question_encoder, rag_model.retriever, questions, None)
+        lines, _ = retrieve_passages(
+            args.answer_plan, rag_model.rag.question_encoder, rag_model.retriever, questions, None
+        )
     return lines

@@ -75,7 +75,7 @@ class BaseTransformer(pl.LightningModule):
         Other datasets of a subclass give, as `Seq2SeqDataset` does, items with "source", "target" and "index" and have
         its `collate_fn`.
         """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # its data connector sets it
+        data = self.trainer.datamodule
         return data.get_dataset(type_path)
 
     def total_steps(self) -> int:

@@ -90,7 +90,7 @@ class GenerativeQAModule(BaseTransformer):
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # of a path, not of an open file
+    def load_from_checkpoint(
         cls,
         checkpoint_path: str | os.PathLike,
         map_location: Any = None,

@@ -24,7 +24,7 @@ def is_real_run(trainer: pl.Trainer) -> bool:
 
 
 def _is_fast_dev_run(trainer: pl.Trainer) -> bool:
-    return trainer.fast_dev_run  # type: ignore[attr-defined]  # set when it is made
+    return trainer.fast_dev_run
 
 
 class MetricsWriter(Callback):
@@ -142,7 +142,7 @@ class Seq2SeqLoggingCallback(MetricsWriter):
         self._log(trainer, {"n_params": total, **millions})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+        every = trainer.log_every_n_steps
         if trainer.global_step % every == 0:
             groups = trainer.optimizers[0].param_groups
             self._log(trainer, {f"lr_group_{i}": group["lr"] for i, group in enumerate(groups)})
