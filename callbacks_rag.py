@@ -1,10 +1,12 @@
 """What happens around the training: the best checkpoints kept, an early stop, ranks that stop together, reports.
 
-callbacks = build_callbacks(args)
-trainer = build_trainer(args, callbacks, logger)   # lightning_base.py
-trainer.fit(module, datamodule=data)
-best = trainer.checkpoint_callback                 # BestCheckpoints
-trainer.test(datamodule=data, ckpt_path=best.best_model_path)
+    callbacks = build_callbacks(args)
+    trainer = build_trainer(args, callbacks, logger)   # lightning_base.py
+    trainer.fit(module, datamodule=data)
+    best = trainer.checkpoint_callback                 # BestCheckpoints
+    trainer.test(datamodule=data, ckpt_path=best.best_model_path)
+
+Names that the public suite has in this file are kept.
 """
 
 import os

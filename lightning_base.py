@@ -1,10 +1,12 @@
 """What any finetuning run needs of Lightning: batches that resume, checkpoints, loggers, the Trainer.
 
-args = parse_args(argv)
-module = GenerativeQAModule(args, model, tokenizer, retriever)
-data = Seq2SeqDataModule(args.data, args.training.seed, question_tokenizer, generator_tokenizer)
-trainer = build_trainer(args, callbacks=build_callbacks(args), logger=build_logger(args))
-trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
+    args = parse_args(argv)
+    module = GenerativeQAModule(args, model, tokenizer, retriever)
+    data = Seq2SeqDataModule(args.data, args.training.seed, question_tokenizer, generator_tokenizer)
+    trainer = build_trainer(args, callbacks=build_callbacks(args), logger=build_logger(args))
+    trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
+
+The module's base class is `rag.training.base_module.BaseTransformer`.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Metrics of answers and of retrieved passages, as fractions: pure functions, one question at a time.
 
-python -c "from rag.metrics import f1_score; print(f1_score('the old Eiffel Tower', 'Eiffel Tower'))"
+    python -c "from rag.metrics import f1_score; print(f1_score('the old Eiffel Tower', 'Eiffel Tower'))"
+
+Multiply by 100 where they are printed.
 """
 
 import re

@@ -1,8 +1,10 @@
 """Ray actors that hold the same passages: the least busy one answers, and one that died is passed over.
 
-pool = ActorPool(actors, timeout=600)
-pending = pool.begin(queries.tobytes(), dimension, n_docs)
-scores, doc_ids, vectors = pool.finish(pending, deadline)
+    pool = ActorPool(actors, timeout=600)
+    pending = pool.begin(queries.tobytes(), dimension, n_docs)
+    scores, doc_ids, vectors = pool.finish(pending, deadline)
+
+An actor that died is restarted by Ray while the others answer.
 """
 
 import logging
