@@ -7,7 +7,7 @@
     class Module:
         total_steps = Replaced("`trainer.estimated_stepping_batches` is that number")
 
-Nothing is imported before its name is used, so that `--help` stays light. docs/public_names.md has every name.
+Nothing is imported before its name is used, so that `--help` stays light. docs/differences.md has every name.
 """
 
 import importlib

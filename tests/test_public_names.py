@@ -53,11 +53,11 @@ NAMES = [(module, name) for module, names in PUBLIC_NAMES.items() for name in na
 
 
 def documented() -> dict[tuple[str, str], tuple[str, str]]:
-    """Status and note of each name, by module and name, as docs/public_names.md has them."""
+    """Status and note of each name, by module and name, as docs/differences.md has them."""
     rows, module = {}, ""
-    for line in (ROOT / "docs" / "public_names.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            module = line.removeprefix("## ")
+    for line in (ROOT / "docs" / "differences.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("### "):
+            module = line.removeprefix("### ")
         elif match := re.fullmatch(r"\| `([\w.]+)` \| (\w+) \|(.*)\|", line):
             rows[module, match[1]] = (match[2], match[3].strip())
     return rows
@@ -75,7 +75,7 @@ def test_the_table_has_every_name_and_counts_them():
     assert list(rows) == NAMES and len(NAMES) == 107
     statuses = [status for status, _ in rows.values()]
     assert set(statuses) == {"same", "changed", "gone"}
-    text = " ".join((ROOT / "docs" / "public_names.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "docs" / "differences.md").read_text(encoding="utf-8").split())
     counts = {status: statuses.count(status) for status in set(statuses)}
     assert f"its 107 names {counts['same']} are the same here, {counts['changed']} are here with" in text
     assert f"and {counts['gone']} are gone" in text

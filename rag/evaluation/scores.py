@@ -1,8 +1,10 @@
 """Scores of answers and of retrieved titles, line by line against what counts as right; fractions.
 
-score_answers(["norway"], [["norway", "the kingdom of norway"]])           # {"em": 1.0, "f1": 1.0}
-score_titles(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": 0.0, ...}
-get_scores(args, "predictions.txt", "test.qa")                             # of two files, as in the public suite
+    score_answers(["norway"], [["norway", "the kingdom of norway"]])           # {"em": 1.0, "f1": 1.0}
+    score_titles(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": 0.0, ...}
+    get_scores(args, "predictions.txt", "test.qa")                             # of two files, as in the public suite
+
+Line n of the predictions is scored against line n of the gold.
 """
 
 import logging

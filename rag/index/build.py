@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from rag.files import free_bytes, remove
 from rag.index.columns import EmbeddingColumn
+from rag.index.faiss_kinds import core_of
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import shard_files, shard_path, write_faiss_index
 from rag.progress import progress
@@ -138,14 +139,8 @@ class IndexPlan:
         return list(itertools.pairwise(ends))
 
 
-def _core(index):
-    """The index behind a rotation (OPQ, PCA)."""
-    index = faiss.downcast_index(index)
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-
-
 def _bytes_a_vector(index) -> int:
-    core = _core(index)
+    core = core_of(index)
     if hasattr(core, "hnsw"):
         return core.storage.sa_code_size() + 4 * core.hnsw.nb_neighbors(0)
     return core.sa_code_size() + (8 if isinstance(core, faiss.IndexIVF) else 0)
@@ -153,7 +148,7 @@ def _bytes_a_vector(index) -> int:
 
 def _centroids(index) -> int:
     """The most that any part of the index learns by k-means; 0 where none does."""
-    core = _core(index)
+    core = core_of(index)
     storage = faiss.downcast_index(core.storage) if hasattr(core, "hnsw") else core
     lists = core.nlist if isinstance(core, faiss.IndexIVF) else 0
     return max(lists, storage.pq.ksub if hasattr(storage, "pq") else 0)
@@ -254,7 +249,7 @@ def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_n
 def _read_unfinished(saved: Path, first: int):
     """An unfinished index, to which all but its `first` vectors were added, as if it had never been written."""
     index = faiss.read_index(str(saved))
-    core = _core(index)
+    core = core_of(index)
     if hasattr(core, "hnsw"):
         for _ in range(index.ntotal - first):  # a file holds no state of the random numbers, of which each took one
             core.hnsw.random_level()

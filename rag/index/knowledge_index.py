@@ -27,6 +27,7 @@ from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
 from rag.index.columns import EmbeddingColumn, IndexVectors
 from rag.index.device_search import DeviceSearch, DeviceUnavailableError
+from rag.index.faiss_kinds import core_of, describe_search
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import shard_files, write_faiss_index
 from rag.index.passage_rows import PassageDict, PassageRows
@@ -259,7 +260,7 @@ class KnowledgeIndex:
             try:
                 faiss.ParameterSpace().set_index_parameter(faiss_index, name, value)
             except RuntimeError:
-                kind = type(_one_of(faiss_index)).__name__
+                kind = type(core_of(faiss_index)).__name__
                 problems.append(f"{flag} {value}: an index of kind {kind} has no such setting; leave it out")
         return problems
 
@@ -304,27 +305,10 @@ class KnowledgeIndex:
         size = {"passages": len(self), "dimension": self.vector_size}
         if self.device_search is not None:
             return self.device_search.description() | size
-        index = _one_of(self.faiss_index)
-        if isinstance(index, faiss.IndexPreTransform):
-            index = faiss.downcast_index(index.index)
-        settings = {"kind": type(index).__name__} | size
-        if isinstance(self.faiss_index, faiss.IndexShards):
-            settings["shards"] = self.faiss_index.count()
-        graph = faiss.downcast_index(index.quantizer) if isinstance(index, faiss.IndexIVF) else index
-        if hasattr(graph, "hnsw"):
-            settings["ef_search"] = graph.hnsw.efSearch
-        if hasattr(index, "nprobe"):
-            settings["nprobe"] = index.nprobe
+        description = describe_search(self.faiss_index) | size
         if self.vectors_from == "index":
-            settings["vectors_from"] = "index"
-        return settings
-
-
-def _one_of(faiss_index):
-    """A FAISS index by its own class; of shards, which are all of one kind, the first."""
-    if isinstance(faiss_index, faiss.IndexShards):
-        faiss_index = faiss_index.at(0)
-    return faiss.downcast_index(faiss_index)
+            description["vectors_from"] = "index"
+        return description
 
 
 def _other_count(flag: str, path, vectors: int, expected: int) -> str:

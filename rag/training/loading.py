@@ -1,7 +1,9 @@
 """What a finetuning run begins with, and what one has left: model and tokenizer, weights and settings.
 
-model, tokenizer = load_model_and_tokenizer(args)
-args, weights = read_lightning_checkpoint("output/checkpoint3.ckpt")
+    model, tokenizer = load_model_and_tokenizer(args)
+    args, weights = read_lightning_checkpoint("output/checkpoint3.ckpt")
+
+Nothing is unpickled.
 """
 
 import os

@@ -1,9 +1,11 @@
 """`FinetuneArguments` of what other code holds: an argparse namespace, a flat dict, the settings in a checkpoint.
 
-parser = argparse.ArgumentParser()
-add_run_flags(add_flags(parser, ModelArguments, RetrievalArguments))
-args = finetune_arguments(parser.parse_args())
-args = group_settings(checkpoint["hyper_parameters"], passages_path="moved/here")
+    parser = argparse.ArgumentParser()
+    add_run_flags(add_flags(parser, ModelArguments, RetrievalArguments))
+    args = finetune_arguments(parser.parse_args())
+    args = group_settings(checkpoint["hyper_parameters"], passages_path="moved/here")
+
+Settings that the suite does not know are left out, with a warning.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """What a training says of itself: `metrics.json`, log lines, learning rates and sizes in the log.
 
-callbacks = [MetricsWriter(output_dir), ProgressLines()]
+    callbacks = [MetricsWriter(output_dir), ProgressLines()]
+
+Rank 0 writes; a resumed run drops what it makes again.
 """
 
 import os
