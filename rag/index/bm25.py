@@ -7,7 +7,7 @@
 
 A question travels as (1, id, id, ..., -1), float32: a one, the numbers of its words, filled up with -1. A passage that
 was found answers with (score, 0, ..., 0). Their inner product is the passage's BM25 score, as with any other index, so
-that all retrievers carry them as they carry vectors. Nothing is differentiable and no encoder is asked: a fixed
+that all retrievers carry them as they carry vectors. Nothing is differentiable and no encoder runs: a fixed
 retriever, whose scores are the logits of p(passage | question) (Lewis et al. 2020, section 4.5).
 
 Words are runs of two or more letters or digits, in lower case and without accents; 33 English ones that mean little
@@ -260,22 +260,22 @@ def _number_words(passages: datasets.Dataset) -> tuple[list[str], np.ndarray, np
 
     The second is one array for all passages: 4 bytes a word, where lists would take 8 and more.
     """
-    found: dict[str, int] = defaultdict(lambda: len(found))
+    number_of: dict[str, int] = defaultdict(lambda: len(number_of))
     numbers, lengths = array("i"), array("i")
     batches = passages.select_columns(["title", "text"]).with_format("arrow").iter(PASSAGES_AT_A_TIME)
     for batch in progress(batches, len(passages), "Indexing words", "passages", size=len):
         for title, text in zip(batch["title"].to_pylist(), batch["text"].to_pylist(), strict=True):
-            own = [found[word] for word in words_of(f"{title} {text}")]
-            numbers.extend(own)
-            lengths.append(len(own))
-    words = sorted(found)
+            word_numbers = [number_of[word] for word in words_of(f"{title} {text}")]
+            numbers.extend(word_numbers)
+            lengths.append(len(word_numbers))
+    words = sorted(number_of)
     place = np.empty(len(words), dtype=np.int32)
-    place[[found[word] for word in words]] = np.arange(len(words), dtype=np.int32)
+    place[[number_of[word] for word in words]] = np.arange(len(words), dtype=np.int32)
     return words, place[np.asarray(numbers)], np.asarray(lengths)
 
 
 class _Rows:
-    """The lists of numbers that bm25s reads, several times, each made when it is asked for."""
+    """The lists of numbers that bm25s reads, several times, each made as it is read."""
 
     def __init__(self, numbers: np.ndarray, lengths: np.ndarray):
         self.numbers = numbers

@@ -15,7 +15,7 @@ from rag.errors import UserError
 
 
 class _Views(dict):
-    """The views of a column's chunks by their number, made when they are asked for: Wikipedia has 20,000 chunks."""
+    """The views of a column's chunks by their number, made on first use: Wikipedia has 20,000 chunks."""
 
     def __init__(self, chunks: list, view):
         super().__init__()
@@ -84,7 +84,7 @@ class EmbeddingColumn(_Column):
         self.dimension = dimension
         super().__init__(column)
         if len(self):
-            self.chunks[0]  # a wrong dimension is told before anything else begins
+            self.chunks[0]  # reports a wrong dimension before anything else begins
 
     def _view(self, chunk) -> np.ndarray:
         """(rows, d), a view into the mapped file."""
@@ -132,9 +132,9 @@ class IndexVectors:
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
         vectors = np.zeros((*ids.shape, self.dimension), dtype=np.float32)
-        found = ids >= 0
-        if found.any():
-            vectors[found] = self.faiss_index.reconstruct_batch(ids[found])[:, : self.dimension]
+        present = ids >= 0
+        if present.any():
+            vectors[present] = self.faiss_index.reconstruct_batch(ids[present])[:, : self.dimension]
         return vectors
 
     def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:

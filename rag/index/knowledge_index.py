@@ -64,7 +64,7 @@ class KnowledgeIndex:
 
     begun = frozenset({"embeddings", "device_search", "faiss_index", "rows"})  # what `_begin` makes
     extra_dimensions = 0  # of the FAISS index, beyond the vectors'
-    reads_text = False  # whether questions are asked by `encode_questions`, not by a question encoder's vectors
+    reads_text = False  # whether `encode_questions` makes the queries, not a question encoder
 
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,
@@ -288,7 +288,7 @@ class KnowledgeIndex:
     def get_doc_dicts(self, doc_ids) -> list[PassageDict]:
         """For each row of `doc_ids` a dict with every column of its passages, in the order of the ids.
 
-        Titles and texts are read at once, all else when it is asked for: embeddings as an array (n_docs, d) float32, of
+        Titles and texts are read at once, all else on first use: embeddings as an array (n_docs, d) float32, of
         any other column a list.
 
         Args:
@@ -324,9 +324,9 @@ def _one_of(faiss_index):
     return faiss.downcast_index(faiss_index)
 
 
-def _other_count(flag: str, path, found: int, expected: int) -> str:
+def _other_count(flag: str, path, size: int, expected: int) -> str:
     return (
-        f"{flag} {path} holds {found} vectors, but there are {expected} passages; take the two that were built together"
+        f"{flag} {path} holds {size} vectors, but there are {expected} passages; take the two that were built together"
     )
 
 

@@ -81,17 +81,17 @@ class LegacyIndex(KnowledgeIndex):
             _, places = self.device_search.search(queries, n_docs)
         else:
             _, places = self.faiss_index.search(np.pad(queries, ((0, 0), (0, 1))), n_docs)
-        found = places >= 0
+        present = places >= 0
         doc_ids = np.full(places.shape, -1, dtype=np.int64)
-        doc_ids[found] = self.passage_ids[places[found]]
+        doc_ids[present] = self.passage_ids[places[present]]
         return doc_ids, self.embeddings.gather(places)
 
     def get_doc_dicts(self, doc_ids) -> list[PassageDict]:
         """Titles and texts, as transformers' legacy index has them."""
         doc_ids = np.array(id_lists(doc_ids), dtype=np.int64)
-        found = doc_ids >= 0
+        present = doc_ids >= 0
         rows = np.full(doc_ids.shape, -1, dtype=np.int64)
-        rows[found] = self.order[np.searchsorted(self.sorted_ids, doc_ids[found])]
+        rows[present] = self.order[np.searchsorted(self.sorted_ids, doc_ids[present])]
         return self.passage_rows.doc_dicts(rows.tolist(), ("title", "text"))
 
 

@@ -1,4 +1,4 @@
-"""The passages by row: titles and texts at once, every other column when it is asked for.
+"""The passages by row: titles and texts at once, every other column on first use.
 
     rows = PassageRows(dataset)
     docs = rows.doc_dicts([[7, 2], [0, -1]], rows.names)
@@ -6,8 +6,8 @@
     docs[0]["embeddings"]    # (2, d) float32, read now
     rows.dataset[7]          # every column of one passage
 
-A generator's contexts are made of titles and texts. The embeddings of five passages weigh as much as fifteen pages of
-text, so that reading them for every question that nobody asks about them would take longer than the search.
+A generator's contexts are made of titles and texts. To read all other columns for every question, too, would take
+longer than many a search.
 """
 
 import os
@@ -26,7 +26,7 @@ _UNREAD = object()  # stands for a column's values until they are read
 
 
 class PassageDict(MutableMapping, dict):
-    """A dict of the columns of some passages, of which a column is read when it is asked for.
+    """A dict of the columns of some passages, each column of which is read on first use.
 
     It equals the plain dict of the same columns, and it is pickled and copied as one.
 

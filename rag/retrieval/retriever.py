@@ -105,7 +105,7 @@ class RagKnowledgeRetriever(RagRetriever):
 
         Returns:
             retrieved_doc_embeds (B, n_docs, d) float32, doc_ids (B, n_docs) int64, and B dicts with every column of
-            the passages, of which all but title and text are read when they are asked for. Where too few passages were
+            the passages, of which all but title and text are read on first use. Where too few passages were
             found: id -1, a zero vector, empty strings.
         """
         queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
