@@ -410,14 +410,17 @@ def _(folder):
     require(scores[0] == scores[2] == 0, f"texts without the word have the scores {scores}")
 
 
-@row("argparse", "ArgumentParser._option_string_actions, argparse._ActionsContainer", "_option_string_actions",
-     "argparse._ActionsContainer")  # fmt: skip
+@row("argparse", "ArgumentParser._option_string_actions, ._add_action, argparse._ActionsContainer",
+     "_option_string_actions", "_add_action", "argparse._ActionsContainer")  # fmt: skip
 def _(folder):
     import argparse
 
     parser = argparse.ArgumentParser()
     require(isinstance(parser, argparse._ActionsContainer), "a parser is none")
     require("--help" in parser._option_string_actions, "it does not hold --help")
+    other = argparse.ArgumentParser(add_help=False)
+    other._add_action(parser._option_string_actions["--help"])
+    require("--help" in other._option_string_actions, "_add_action does not add an option")
 
 
 # --- The tests --------------------------------------------------------------------------------------------------------

@@ -41,6 +41,11 @@ def program_name() -> str:
     return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
 
 
+def options_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The options of a parser by each of their spellings."""
+    return parser._option_string_actions
+
+
 class RagArgumentParser(HfArgumentParser):
     """`HfArgumentParser` that reads defaults from `--config_file` and says in one line what is wrong.
 
@@ -66,7 +71,7 @@ class RagArgumentParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
         if unknown:  # it may be an empty word
-            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
+            close = difflib.get_close_matches(unknown[0].split("=")[0], options_of(self), n=1, cutoff=0.7)
             message += f"; did you mean {close[0]}?" if close else ""
         sys.stderr.write(f"{self.prog}: error: {message} (--help lists every flag)\n")
         sys.exit(2)
@@ -89,7 +94,7 @@ class RagArgumentParser(HfArgumentParser):
 
     def _refuse_two_values_of_one_setting(self, argv: list[str]) -> None:
         """Of a setting that has several names argparse would take the last value given, whatever the others."""
-        for action in dict.fromkeys(self._option_string_actions.values()):
+        for action in dict.fromkeys(options_of(self).values()):
             long_options = [option for option in action.option_strings if option.startswith("--")]
             names = dict.fromkeys(f"--{option[2:].replace('-', '_')}" for option in long_options)
             if len(names) == 1:

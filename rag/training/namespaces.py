@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from rag.command_line.parser import RagArgumentParser
+from rag.command_line.parser import RagArgumentParser, options_of
 from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
 from rag.errors import UserError
 from rag.training.arguments import (
@@ -81,10 +81,9 @@ def _group_of(group: type, given: dict[str, Any]) -> Any:
 
 def add_flags(parser: argparse.ArgumentParser, *groups: type) -> argparse.ArgumentParser:
     """Add the flags of dataclasses of settings to a plain parser, but for those that it has."""
-    for action in RagArgumentParser(*groups)._actions:
-        if action.dest not in ("help", "config_file") and not parser._option_string_actions.keys() & set(
-            action.option_strings
-        ):
+    for action in dict.fromkeys(options_of(RagArgumentParser(*groups)).values()):
+        is_there = options_of(parser).keys() & set(action.option_strings)
+        if action.dest not in ("help", "config_file") and not is_there:
             parser._add_action(action)
     return parser
 
@@ -96,6 +95,6 @@ def add_run_flags(parser: argparse.ArgumentParser, root_dir: str | None = None) 
         root_dir: without effect, as in the public suite, where this is `lightning_base.add_generic_args`.
     """
     add_flags(parser, DataArguments, TrainingArguments, RunArguments)
-    if "--accelerator" not in parser._option_string_actions:
+    if "--accelerator" not in options_of(parser):
         add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
     return parser
