@@ -99,9 +99,10 @@ class RagArgumentParser(HfArgumentParser):
             names = dict.fromkeys(f"--{option[2:].replace('-', '_')}" for option in long_options)
             if len(names) == 1:
                 continue
+            read: Any = action.type
             given = {name: text for name in names if (text := _value_of(name, argv)) is not None}
             with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):  # reported by the parsing
-                if len({action.type(text) for text in given.values()}) > 1:
+                if len({read(text) for text in given.values()}) > 1:
                     pairs = " and ".join(f"{name} {text}" for name, text in given.items())
                     self.error(f"{pairs} are one setting under two names; give one of them")
 
