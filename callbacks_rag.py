@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rag.errors import UserError
 from rag.files import atomic_folder, remove
-from rag.training.arguments import FinetuneArguments, trainer_settings
+from rag.training.arguments import FinetuneArguments, trainer_kwargs
 
 # Public names of this module, whose code is in rag/, beside others.
 from rag.training.reports import (
@@ -64,7 +64,7 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
     ]
     if args.training.early_stopping_patience >= 0:
         callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
-    if not trainer_settings(args)["enable_progress_bar"]:
+    if not trainer_kwargs(args)["enable_progress_bar"]:
         callbacks.append(ProgressLines())
     return [*callbacks, StopTogether()]
 

@@ -110,21 +110,21 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
         tokenizers = (module.question_tokenizer, module.answer_tokenizer)
         prefetch = module.prefetch_retrieval if module.can_prefetch(trainer.strategy.root_device) else None
         data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, prefetch)
-        metrics, tested = {}, args.run.resume_from_checkpoint
-        described = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
-        if trainer.is_global_zero and not described:  # a test leaves the description of the run that trained
-            _describe(args)
+        metrics, checkpoint_to_test = {}, args.run.resume_from_checkpoint
+        only_tests = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
+        if trainer.is_global_zero and not only_tests:  # a test leaves the description of the run that trained
+            write_run_description(args)
         if args.run.do_train:
             trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
             metrics |= trainer.callback_metrics
-            tested = trainer.checkpoint_callback.best_model_path or None
+            checkpoint_to_test = trainer.checkpoint_callback.best_model_path or None
         if args.run.do_predict:
-            trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)
+            trainer.test(module, datamodule=data, ckpt_path=checkpoint_to_test, verbose=False)
             metrics |= trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _describe(args: FinetuneArguments) -> None:
+def write_run_description(args: FinetuneArguments) -> None:
     """What made the results, beside them. An interrupted run's description is what its continuation is held to."""
     save_json(args.to_dict(), Path(args.run.output_dir) / "hparams.json")
     save_git_info(args.run.output_dir)
@@ -159,8 +159,9 @@ def _ray_retriever(args: FinetuneArguments, parts: tuple):
     from distributed_ray_retriever import RagRayDistributedRetriever, RetrievalWorkers
 
     retrieval = args.retrieval
-    settings = (retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus)
-    with RetrievalWorkers(*settings) as workers:
+    with RetrievalWorkers(
+        retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus
+    ) as workers:
         yield RagRayDistributedRetriever(*parts, workers)
 
 

@@ -34,7 +34,7 @@ from rag.distributed.launch import use_rank_launcher
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_write
 from rag.public_names import Replaced, module_getattr
-from rag.training.arguments import DataArguments, FinetuneArguments, trainer_settings
+from rag.training.arguments import DataArguments, FinetuneArguments, trainer_kwargs
 from rag.training.base_module import BaseTransformer
 from rag.training.batches import GlobalBatchSampler, ResumableDataLoader
 from rag.training.namespaces import add_run_flags, finetune_arguments
@@ -165,8 +165,8 @@ def build_logger(args: FinetuneArguments) -> Logger:
     """The logger that `--logger_name` asks for; the public suite's project names for Weights & Biases."""
     output_dir = Path(args.run.output_dir)
     if args.run.logger_name == "default":
-        goes_on = args.run.resume_from_checkpoint is not None or not args.run.do_train
-        return JsonLinesLogger(output_dir / "training_log.jsonl", append=goes_on)
+        continues = args.run.resume_from_checkpoint is not None or not args.run.do_train
+        return JsonLinesLogger(output_dir / "training_log.jsonl", append=continues)
     from pytorch_lightning.loggers import WandbLogger
 
     dataset = Path(args.data.data_dir).name
@@ -177,13 +177,13 @@ def build_logger(args: FinetuneArguments) -> Logger:
 def build_trainer(
     args: FinetuneArguments, callbacks: list[pl.Callback], logger: Logger | bool, profiler: Any = None
 ) -> pl.Trainer:
-    """The Trainer as the flags ask for; what it refuses is the user's to mend.
+    """The Trainer that the flags ask for; what it refuses is a `UserError`.
 
     Args:
         profiler: in place of that of `--profile`.
     """
-    settings = trainer_settings(args)
-    raise_problems(_hardware_problems(settings, args))
+    kwargs = trainer_kwargs(args)
+    raise_problems(_hardware_problems(kwargs, args))
     # What Lightning says of itself at every start; whether it found a GPU is said by its own lines or by our errors.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
@@ -194,7 +194,7 @@ def build_trainer(
     use_rank_launcher()
     try:
         trainer = pl.Trainer(
-            **settings, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
+            **kwargs, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"the Lightning Trainer refuses its settings: {' '.join(str(error).split())}") from error
@@ -202,25 +202,25 @@ def build_trainer(
     started = int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else ranks  # by torchrun
     if started != ranks:
         raise UserError(
-            f"--devices {settings['devices']} on --num_nodes {settings['num_nodes']} makes {ranks} ranks, "
+            f"--devices {kwargs['devices']} on --num_nodes {kwargs['num_nodes']} makes {ranks} ranks, "
             f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus, --num_processes) out to take "
             "torchrun's"
         )
     return trainer
 
 
-def _hardware_problems(settings: dict[str, Any], args: FinetuneArguments) -> list[str]:
-    accelerator = settings["accelerator"]
+def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[str]:
+    accelerator = kwargs["accelerator"]
     wants_gpu = accelerator in ("gpu", "cuda")
     flag = f"--gpus {args.run.gpus}" if args.run.gpus is not None else f"--accelerator {accelerator}"
     if wants_gpu and not torch.cuda.is_available():
         return [f"{flag}: torch sees no CUDA device here; use --accelerator cpu, or a CUDA build of torch"]
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
-    if on_cpu and str(settings["precision"]) in ("16", "16-mixed", "16-true"):
+    if on_cpu and str(kwargs["precision"]) in ("16", "16-mixed", "16-true"):
         return ["--fp16 (float16) needs a GPU; use --bf16 or neither on a CPU"]
     available = torch.cuda.device_count()
-    if wants_gpu and isinstance(settings["devices"], int) and settings["devices"] > available:
-        return [f"{flag}: {settings['devices']} devices are asked for, torch sees {available}"]
+    if wants_gpu and isinstance(kwargs["devices"], int) and kwargs["devices"] > available:
+        return [f"{flag}: {kwargs['devices']} devices are asked for, torch sees {available}"]
     return []
 
 

@@ -321,24 +321,24 @@ def _flags_without_effect(args: FinetuneArguments) -> dict[str, Any]:
     return {flag: value for flag, value in values.items() if value is not None}
 
 
-def trainer_settings(args: FinetuneArguments) -> dict[str, Any]:
+def trainer_kwargs(args: FinetuneArguments) -> dict[str, Any]:
     """The keyword arguments of `pl.Trainer` that are plain data: its own flags and the suite's names for some."""
-    settings = asdict(args.trainer) | _device_settings(args.run)
+    kwargs = asdict(args.trainer) | _device_settings(args.run)
     if args.training.fp16 or args.training.bf16:
-        settings["precision"] = "16-mixed" if args.training.fp16 else "bf16-mixed"
-    if settings["strategy"] == "auto" and (args.model.encoder_layerdrop or args.model.decoder_layerdrop):
+        kwargs["precision"] = "16-mixed" if args.training.fp16 else "bf16-mixed"
+    if kwargs["strategy"] == "auto" and (args.model.encoder_layerdrop or args.model.decoder_layerdrop):
         # A dropped layer gets no gradient, which DistributedDataParallel would otherwise wait for.
-        settings["strategy"] = "ddp_find_unused_parameters_true"
+        kwargs["strategy"] = "ddp_find_unused_parameters_true"
     elif args.run.distributed_backend in ("ddp", "ddp_spawn"):
-        settings["strategy"] = "ddp"
+        kwargs["strategy"] = "ddp"
     if (ranks_on_node := os.environ.get("LOCAL_WORLD_SIZE")) is not None:  # torchrun has started the ranks
-        if settings["devices"] == "auto":
-            settings["devices"] = int(ranks_on_node)
-        if settings["num_nodes"] == 1:
-            settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(ranks_on_node)
-    if settings["enable_progress_bar"] is None:
-        settings["enable_progress_bar"] = sys.stdout.isatty()  # in a log file, callbacks_rag.ProgressLines instead
-    return settings | {
+        if kwargs["devices"] == "auto":
+            kwargs["devices"] = int(ranks_on_node)
+        if kwargs["num_nodes"] == 1:
+            kwargs["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(ranks_on_node)
+    if kwargs["enable_progress_bar"] is None:
+        kwargs["enable_progress_bar"] = sys.stdout.isatty()  # in a log file, callbacks_rag.ProgressLines instead
+    return kwargs | {
         "max_epochs": args.training.num_train_epochs,
         "accumulate_grad_batches": args.training.gradient_accumulation_steps,
         "gradient_clip_val": args.training.max_grad_norm,

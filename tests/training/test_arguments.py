@@ -11,7 +11,7 @@ import pytest
 
 from rag.command_line.trainer_flags import SET_BY_THE_SUITE, TrainerArguments
 from rag.errors import UserError
-from rag.training.arguments import parse_args, trainer_settings
+from rag.training.arguments import parse_args, trainer_kwargs
 from tests.conftest import ROOT
 
 NEEDED = ["--model_name_or_path", "m", "--data_dir", "d"]
@@ -190,7 +190,7 @@ def test_contradictions_and_missing_packages_are_refused(flags, tmp_path, monkey
     ],
 )  # fmt: skip
 def test_the_suites_names_reach_the_trainer(flags, settings, tmp_path):
-    made = trainer_settings(parse(tmp_path, *flags))
+    made = trainer_kwargs(parse(tmp_path, *flags))
     assert {name: made[name] for name in settings} == settings
 
 
