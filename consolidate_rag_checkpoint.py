@@ -7,7 +7,7 @@
         --dest path/to/checkpoint
 
 Both parts may be local folders or hub names. The generator is any encoder-decoder model; the question encoder is a DPR
-encoder, a sentence-transformers model (pooled and normalised as its authors meant) or any BERT-like encoder. The folder
+encoder, a sentence-transformers model (pooled and normalized as its authors meant) or any BERT-like encoder. The folder
 appears only when it is whole and its reload gave back the very weights of the two parts.
 """
 
@@ -39,7 +39,7 @@ class ConsolidateArguments:
     question_encoder_pooling: Literal["auto", "cls", "mean", "max"] = flag(
         "auto",
         "How token vectors become one vector. auto: a DPR encoder as it is, a sentence-transformers model "
-        "as its authors meant, any other by its first token; the others do not normalise.",
+        "as its authors meant, any other by its first token; the others do not normalize.",
     )
 
 
@@ -70,14 +70,14 @@ def main(args: ConsolidateArguments) -> Path:
     )
 
     logging.disable_progress_bar()
-    _check_parts(args)
-    config = _settings(args)
+    _require_parts(args)
+    config = _rag_config(args)
     tokenizers = RagTokenizer(
         question_encoder=_tokenizer(args, "question_encoder"), generator=_tokenizer(args, "generator")
     )
     question_encoder = load_encoder(args.question_encoder_name_or_path, pooling=args.question_encoder_pooling)
     generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
-    _check_vocabularies(question_encoder, generator, tokenizers)
+    _require_vocabularies(question_encoder, generator, tokenizers)
     weights = weights_digest(question_encoder), weights_digest(generator)
     model = compose_rag(args.model_type, question_encoder, generator, config)
     with atomic_folder(dest) as folder:
@@ -89,8 +89,8 @@ def main(args: ConsolidateArguments) -> Path:
     print(
         f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters; the reload gives the same."
     )
-    print(f"  question encoder  {_describe(question_encoder)}, {encoder_dimension(question_encoder)}-d")
-    print(f"  generator         {_describe(generator)}")
+    print(f"  question encoder  {_model_line(question_encoder)}, {encoder_dimension(question_encoder)}-d")
+    print(f"  generator         {_model_line(generator)}")
     print(f"Next: python finetune_rag.py --model_name_or_path {dest} --model_type {args.model_type} --data_dir ...")
     return dest
 
@@ -118,8 +118,8 @@ def consolidate(
     )
 
 
-def _check_parts(args: ConsolidateArguments) -> None:
-    """All that can be told of the parts from their configs, before any of them is loaded."""
+def _require_parts(args: ConsolidateArguments) -> None:
+    """Raise what is wrong with the parts by their configs, before any of them is loaded."""
     from rag.models.checkpoints import RAG_TYPES, infer_model_type, load_config
 
     problems = []
@@ -135,8 +135,8 @@ def _check_parts(args: ConsolidateArguments) -> None:
     raise_problems(problems)
 
 
-def _settings(args: ConsolidateArguments):
-    """The `RagConfig` that was asked for, or None for the defaults."""
+def _rag_config(args: ConsolidateArguments):
+    """The `RagConfig` of --config_name_or_path, or None for the defaults."""
     from transformers import RagConfig
 
     from rag.models.checkpoints import load_config
@@ -155,12 +155,12 @@ def _settings(args: ConsolidateArguments):
 def _tokenizer(args: ConsolidateArguments, part: str):
     from rag.models.checkpoints import load_tokenizer
 
-    own, beside = f"{part}_tokenizer_name_or_path", f"{part}_name_or_path"
-    name = own if getattr(args, own) is not None else beside
+    given, beside = f"{part}_tokenizer_name_or_path", f"{part}_name_or_path"
+    name = given if getattr(args, given) is not None else beside
     return load_tokenizer(getattr(args, name), flag=f"--{name}")
 
 
-def _check_vocabularies(question_encoder, generator, tokenizers) -> None:
+def _require_vocabularies(question_encoder, generator, tokenizers) -> None:
     """A tokenizer of another model would look up rows that the embeddings do not have, in mid-training."""
     problems = []
     for part, model in {"question_encoder": question_encoder, "generator": generator}.items():
@@ -173,10 +173,10 @@ def _check_vocabularies(question_encoder, generator, tokenizers) -> None:
     raise_problems(problems)
 
 
-def _describe(model) -> str:
+def _model_line(model) -> str:
     name = type(model).__name__
     if name == "PooledEncoder":
-        normalized = ", normalised" if model.config.normalize else ""
+        normalized = ", normalized" if model.config.normalize else ""
         name += f" of {model.config.backbone.model_type}, {model.config.pooling} pooling{normalized}"
     return name
 

@@ -139,7 +139,7 @@ class Seq2SeqDataset:
         return {"source": self.sources[index], "target": self.targets[index], "index": index}
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenise a batch, each side padded on the right to its longest: input_ids (B, S), labels (B, T), int64.
+        """Tokenize a batch, each side padded on the right to its longest: input_ids (B, S), labels (B, T), int64.
 
         The public suite names the targets `decoder_input_ids`. They are not: the loss shifts them first.
         """

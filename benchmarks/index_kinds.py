@@ -4,9 +4,9 @@
     python benchmarks/index_kinds.py             # 1,000,000 x 384: Flat, IVF-PQ, BM25; the first 200,000: HNSW
 
 Passages are real ones (../shared/data/nq_gold, or test_data where it is missing) over and over with another number each
-time; their vectors are random, of length 1, around 1,000 centres, because encoding a million would take hours. (Around
-no centre, all neighbours would be equally far, and recall would say nothing.) Queries are other vectors around the same
-centres. "peak" is the most memory of the process that builds (VmHWM: with the pages of mapped files) and, of that, what
+time; their vectors are random, of length 1, around 1,000 centers, because encoding a million would take hours. (Around
+no center, all neighbours would be equally far, and recall would say nothing.) Queries are other vectors around the same
+centers. "peak" is the most memory of the process that builds (VmHWM: with the pages of mapped files) and, of that, what
 it allocated itself (RssAnon). "open" is until the first search can begin. Recall@5 is against an exact search, queries
 go in one call, on all cores; of the efforts that are tried (--nprobe, --ef_search) each is a line.
 """

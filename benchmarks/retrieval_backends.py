@@ -32,7 +32,7 @@ from rag.files import atomic_folder, save_json
 FORK_SERVER = multiprocessing.get_context("forkserver")
 WAYS = ("local", "pytorch", "ray", "copies")
 FACTORIES = {"hnsw": "HNSW32,Flat", "hnsw128": "HNSW128,Flat", "ivf": "IVF512,Flat", "flat": "Flat"}
-CENTRES = 1000
+CENTERS = 1000
 NPROBE = 16  # lists of an ivf index that are searched
 
 
@@ -42,7 +42,7 @@ class BenchmarkArguments:
     folder: Path = flag(Path("output/retrieval_backends"), "Where the indexes are kept.")
     passages: int = flag(200_000, "Passages in the index.")
     dimension: int = flag(768, "Length of a vector.")
-    centres: int = flag(CENTRES, "What vectors lie around; 0 for no clusters.")
+    centers: int = flag(CENTERS, "What vectors lie around; 0 for no clusters.")
     kinds: list[str] = flag(["hnsw", "ivf"], "Indexes: hnsw, hnsw128, ivf, flat.")
     ways: list[str] = flag(list(WAYS), "What to measure.")
     workers: list[int] = flag([1, 2, 4], "Numbers of ranks.")
@@ -63,16 +63,16 @@ def parse_args(argv=None) -> BenchmarkArguments:
 # --- The knowledge ----------------------------------------------------------------------------------------------------
 
 
-def random_vectors(rows: int, dimension: int, seed: int, centres: int = CENTRES):
-    """Vectors (rows, dimension) float32 around centres, which are the same for every seed, or around none."""
+def random_vectors(rows: int, dimension: int, seed: int, centers: int = CENTERS):
+    """Vectors (rows, dimension) float32 around centers, which are the same for every seed, or around none."""
     import numpy as np
 
     random = np.random.default_rng(seed)
     noise = random.standard_normal((rows, dimension), dtype=np.float32)
-    if not centres:
+    if not centers:
         return noise
-    around = np.random.default_rng(0).standard_normal((centres, dimension), dtype=np.float32)
-    return around[random.integers(centres, size=rows)] + 0.7 * noise
+    around = np.random.default_rng(0).standard_normal((centers, dimension), dtype=np.float32)
+    return around[random.integers(centers, size=rows)] + 0.7 * noise
 
 
 def build(args: BenchmarkArguments) -> Path:
@@ -83,12 +83,12 @@ def build(args: BenchmarkArguments) -> Path:
     from rag.index.build import EmbeddingFiles, IndexPlan, build_index
     from rag.knowledge.embedding import shards_of
 
-    folder = args.folder / f"{args.passages}x{args.dimension}-{args.centres}"
+    folder = args.folder / f"{args.passages}x{args.dimension}-{args.centers}"
     blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]
     if not folder.is_dir():
         tables = []
         for start, end in blocks:
-            vectors = random_vectors(end - start, args.dimension, seed=1 + start, centres=args.centres)
+            vectors = random_vectors(end - start, args.dimension, seed=1 + start, centers=args.centers)
             text = [f"Passage number {row} " + "and some more words of text " * 16 for row in range(start, end)]
             embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), args.dimension)
             titles = [f"Title {row}" for row in range(start, end)]
@@ -167,7 +167,7 @@ def rank_main(rank: int, size: int, store: str, way: str, folder: Path, kind: st
     # All before the first call: a rank that is done must not compute while another still waits for its answer. After
     # the timed calls come more until all workers together have asked, and touched of the files, as much as one alone.
     seeds = range(rank, max(args.workers) * (10 + args.calls), size)
-    batches = [random_vectors(args.batch_size, args.dimension, 10**6 + seed, args.centres) for seed in seeds]
+    batches = [random_vectors(args.batch_size, args.dimension, 10**6 + seed, args.centers) for seed in seeds]
     seconds = []
     with ExitStack() as stack:
         retriever = make_retriever(way, folder, kind, args, size, stack)
@@ -215,7 +215,7 @@ def faiss_alone(rank: int, searchers: Searchers, barrier, folder: Path, kind: st
         index.nprobe = NPROBE
     calls = 10 + args.calls
     count = calls * searchers.searches * searchers.questions
-    queries = random_vectors(count, args.dimension, 10**6 + rank, args.centres)
+    queries = random_vectors(count, args.dimension, 10**6 + rank, args.centers)
     seconds = []
     for batches in queries.reshape(calls, searchers.searches, searchers.questions, args.dimension):
         barrier.wait()

@@ -1,10 +1,10 @@
-"""One `retrieve` beside FAISS alone and transformers' `RagRetriever`, the contexts' tokenising, opening, memory.
+"""One `retrieve` beside FAISS alone and transformers' `RagRetriever`, the contexts' tokenizing, opening, memory.
 
     python benchmarks/retrieval_call.py --short                # 20,000 passages, Flat too: about a minute
     python benchmarks/retrieval_call.py                        # HNSW128 over 20,000 x 768, Flat over 200,000 x 768
 
 Random vectors and passages of about 100 words are written to --folder first, and reused. HNSW is measured among vectors
-around centres, where it is quick, and around none, where all passages are about equally far. Milliseconds are medians
+around centers, where it is quick, and around none, where all passages are about equally far. Milliseconds are medians
 over calls in one process, ours and FAISS's in turn. "Opening" is from the paths to an index that can be searched,
 "memory" what opening and one call added to the anonymous memory of a new process: pages that are not the files' own.
 Contexts are the passages and questions of ../shared/data/nq_gold, or made-up text where it is not there.
@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import anonymous_mib, header, in_its_own_process
-from benchmarks.retrieval_backends import CENTRES, build, random_vectors
+from benchmarks.retrieval_backends import CENTERS, build, random_vectors
 from benchmarks.retrieval_backends import BenchmarkArguments as KnowledgeArguments
 from benchmarks.training_step import NQ_GOLD, examples, make_tokenizer
 from rag.command_line.flags import flag
@@ -50,10 +50,10 @@ def parse_args(argv=None) -> BenchmarkArguments:
     return parse_into(BenchmarkArguments, description=__doc__, argv=argv)
 
 
-def build_index(args: BenchmarkArguments, kind: str, passages: int, centres: int = CENTRES) -> Path:
+def build_index(args: BenchmarkArguments, kind: str, passages: int, centers: int = CENTERS) -> Path:
     """The FAISS file of one kind; its passages lie beside it."""
     knowledge = KnowledgeArguments(
-        folder=args.folder, passages=passages, dimension=DIMENSION, kinds=[kind], centres=centres
+        folder=args.folder, passages=passages, dimension=DIMENSION, kinds=[kind], centers=centers
     )
     return build(knowledge).resolve() / f"{kind}.faiss"
 
@@ -100,11 +100,11 @@ def open_and_call(args: BenchmarkArguments) -> dict:
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def measure(args: BenchmarkArguments, index: Path, batch: int, centres: int = CENTRES) -> dict:
-    kind = index.stem + ("" if centres else ", no centres")
+def measure(args: BenchmarkArguments, index: Path, batch: int, centers: int = CENTERS) -> dict:
+    kind = index.stem + ("" if centers else ", no centers")
     opened = {side: in_its_own_process(__file__, "--side", side, "--index", index) for side in SIDES}
     retrievers = {side: make_retriever(side, index) for side in SIDES}
-    queries = random_vectors(batch, DIMENSION, 10**6, centres)
+    queries = random_vectors(batch, DIMENSION, 10**6, centers)
     searched = retrievers["ours"].index.faiss_index
     found = {side: retriever.retrieve(queries, N_DOCS)[1].tolist() for side, retriever in retrievers.items()}
     # transformers calls alone: after it the processor's caches hold its copy of the index, not the mapped file.
@@ -125,7 +125,7 @@ def measure(args: BenchmarkArguments, index: Path, batch: int, centres: int = CE
     return {"kind": kind, "ms": ms, "opened": opened}
 
 
-def measure_tokenising(args: BenchmarkArguments, index: Path) -> dict:
+def measure_tokenizing(args: BenchmarkArguments, index: Path) -> dict:
     """320 contexts: five passages for each of 64 questions."""
     import torch
 
@@ -146,19 +146,19 @@ def measure_tokenising(args: BenchmarkArguments, index: Path) -> dict:
     assert same and not their_mask[:, length:].any()
     ms = median_ms(args.calls, **ways)
     print(
-        f"\n320 contexts tokenised: transformers {ms['transformers']:.0f} ms, ours {ms['ours']:.0f} ms: "
+        f"\n320 contexts tokenized: transformers {ms['transformers']:.0f} ms, ours {ms['ours']:.0f} ms: "
         f"{ms['transformers'] / ms['ours']:.2f}x (bar 2); the same tokens, padded to {length} instead of 300; "
         f"{'nq_gold' if NQ_GOLD.is_dir() else f'made-up text, as {NQ_GOLD} is not there'}",
         flush=True,
     )
-    return {"kind": "tokenising", "ms": ms}
+    return {"kind": "tokenizing", "ms": ms}
 
 
 def main(args: BenchmarkArguments) -> list[dict]:
     if args.side is not None:
         print(json.dumps(open_and_call(args)))
         return []
-    hnsw, plain = (build_index(args, "hnsw128", args.hnsw_passages, centres) for centres in (CENTRES, 0))
+    hnsw, plain = (build_index(args, "hnsw128", args.hnsw_passages, centers) for centers in (CENTERS, 0))
     flat = build_index(args, "flat", args.flat_passages)
     print(
         f"{header('faiss-cpu', 'transformers')}\n{N_DOCS} passages a query, medians of {args.calls} calls\n\n"
@@ -169,9 +169,9 @@ def main(args: BenchmarkArguments) -> list[dict]:
     )
     return [
         measure(args, hnsw, 64),
-        measure(args, plain, 64, centres=0),
+        measure(args, plain, 64, centers=0),
         measure(args, flat, 256),
-        measure_tokenising(args, hnsw),
+        measure_tokenizing(args, hnsw),
     ]
 
 

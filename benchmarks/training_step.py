@@ -4,7 +4,7 @@
     python benchmarks/training_step.py --rounds 5
     python benchmarks/training_step.py --device cuda --bf16
 
-A step is question encoder, retrieval, tokenising, generator, loss, backward pass, AdamW and zero_grad. The public way
+A step is question encoder, retrieval, tokenizing, generator, loss, backward pass, AdamW and zero_grad. The public way
 is transformers' `RagSequenceForGeneration` with `RagRetriever` (contexts padded to 300) and AdamW as its script builds
 it. Weights are random, of the sizes of BART-base (dropout as in its config) and DPR; questions, answers and passages
 are those of ../shared/data/nq_gold, in the WordPiece tokens of all-MiniLM-L6-v2, or made-up ones where it is not there.
@@ -29,7 +29,7 @@ from rag.files import atomic_folder, read_lines
 
 NQ_GOLD = Path(__file__).resolve().parents[2] / "shared" / "data" / "nq_gold"
 SIDES = ("public", "ours")
-PARTS = ("encode", "retrieve", "tokenise", "forward", "backward", "optimiser")
+PARTS = ("encode", "retrieve", "tokenize", "forward", "backward", "optimizer")
 
 
 @dataclass
@@ -244,7 +244,7 @@ def measure(args: BenchmarkArguments) -> dict:
 
     clock.watch(rag.question_encoder, "forward", "encode")
     clock.watch(retriever, "retrieve", "retrieve")
-    clock.watch(retriever, "postprocess_docs", "tokenise")
+    clock.watch(retriever, "postprocess_docs", "tokenize")
     watch_lengths(retriever, lengths)
     optimizer = make_optimizer()
     module.train()
@@ -255,7 +255,7 @@ def measure(args: BenchmarkArguments) -> dict:
         with autocast:
             loss = clock.part("forward", losses, batch).mean()
         clock.part("backward", loss.backward)
-        clock.part("optimiser", lambda: (optimizer.step(), optimizer.zero_grad()))
+        clock.part("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
         seconds.append(clock.now() - start)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else status_mib("VmHWM")

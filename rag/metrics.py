@@ -26,12 +26,12 @@ def normalize_answer(s: str) -> str:
 
 
 def exact_match_score(prediction: str, ground_truth: str) -> bool:
-    """Whether two answers are equal once normalised (SQuAD v1.1)."""
+    """Whether two answers are equal once normalized (SQuAD v1.1)."""
     return normalize_answer(prediction) == normalize_answer(ground_truth)
 
 
 def f1_score(prediction: str, ground_truth: str) -> float:
-    """Harmonic mean of precision and recall over the normalised words of two answers (SQuAD v1.1)."""
+    """Harmonic mean of precision and recall over the normalized words of two answers (SQuAD v1.1)."""
     prediction_words = normalize_answer(prediction).split()
     truth_words = normalize_answer(ground_truth).split()
     shared = (Counter(prediction_words) & Counter(truth_words)).total()
@@ -72,7 +72,7 @@ def reciprocal_rank(retrieved_titles: Sequence[str], gold_titles: Iterable[str])
 def answer_recall_at_k(retrieved_texts: Sequence[str], answers: Iterable[str], k: int) -> bool:
     """Whether one of the first k passages contains one of the answers, word for word (DPR, Karpukhin et al. 2020).
 
-    Words are compared case-folded and Unicode-normalised; "Rome" is not found in "Romeo".
+    Words are compared case-folded and Unicode-normalized; "Rome" is not found in "Romeo".
     """
     needles = [needle for needle in map(_dpr_words, answers) if needle.strip()]
     return any(needle in text for text in map(_dpr_words, retrieved_texts[:k]) for needle in needles)

@@ -30,12 +30,12 @@ from rag.metrics import (
         ("the", ""),
     ],
 )
-def test_normalisation_of_the_squad_script(text, normal):
+def test_normalization_of_the_squad_script(text, normal):
     assert normalize_answer(text) == normal
 
 
 def squad_words(text: str) -> str:
-    """SQuAD v1.1's normalisation in the order and with the tools of its script: `re`, whose words are its own."""
+    """SQuAD v1.1's normalization in the order and with the tools of its script: `re`, whose words are its own."""
     lowered = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", lowered).split())
 
@@ -55,7 +55,7 @@ def test_articles_end_where_they_do_in_the_squad_script(text, normal):
     assert normalize_answer(text) == squad_words(text) == normal
 
 
-def test_normalisation_equals_the_squad_script_beside_every_kind_of_character():
+def test_normalization_equals_the_squad_script_beside_every_kind_of_character():
     """One character of each Unicode category of each block of 16, behind, before and between articles."""
     seen, characters = set(), []
     for point in range(0x110000):

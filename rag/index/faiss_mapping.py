@@ -3,7 +3,7 @@
     index = map_index("my_knowledge_dataset_hnsw_index.faiss")
 
 FAISS maps vectors and links by itself, but it walks over all links of an HNSW graph first, to see that each is in
-range: for Wikipedia 20 GB that come from the disk. So an HNSW index of whole or scalar-quantised vectors is put
+range: for Wikipedia 20 GB that come from the disk. So an HNSW index of whole or scalar-quantized vectors is put
 together here: FAISS reads a copy of the file's head that says the index is empty, the 12 bytes that are kept for each
 vector beside its links are copied, and links and vectors are views into the mapped file. A file of any other kind, or
 of which the parts do not fit, is left to FAISS, and so is every file where FAISS is of a version with which this was

@@ -22,7 +22,7 @@ D, COUNT = 16, 1000
 
 @pytest.fixture(scope="module")
 def passages_path(tmp_path_factory):
-    """A thousand passages around thirty centres, in seven Arrow files."""
+    """A thousand passages around thirty centers, in seven Arrow files."""
     random = np.random.default_rng(0)
     vectors = random.standard_normal((30, D))[random.integers(30, size=COUNT)] + 0.5 * random.standard_normal(
         (COUNT, D)

@@ -279,7 +279,7 @@ def bert(bert_tokenizer):
 
 @pytest.fixture
 def sentence_transformer(bert, bert_tokenizer, tmp_path):
-    """The layout of sentence-transformers: mean pooling, then normalised."""
+    """The layout of sentence-transformers: mean pooling, then normalized."""
     bert.save_pretrained(tmp_path)
     bert_tokenizer.save_pretrained(tmp_path)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
