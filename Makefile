@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SETUP = $(VENV)/requirements.installed
 # machine.py is what they share.
 BENCHMARKS = $(filter-out %/machine.py,$(wildcard benchmarks/*.py))
-# Processes of `make test`: as many as there are cores and memory for; 0 is pytest alone.
+# Processes of `make test`: by cores and memory (tests/conftest.py); 0 is pytest alone.
 PYTEST_WORKERS ?= auto
 # Threads that wait in a busy loop take the cores from those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
