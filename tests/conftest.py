@@ -52,11 +52,11 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
-    """The workers of `-n auto`: three for two cores, as tests often wait for other processes, if there is memory."""
+    """The workers of `-n auto`: one for each core that this process may use, if there is memory for it."""
     import psutil
 
     cores = len(os.sched_getaffinity(0))
-    workers = min(cores + cores // 2, psutil.virtual_memory().available // BYTES_OF_A_WORKER)
+    workers = min(cores, psutil.virtual_memory().available // BYTES_OF_A_WORKER)
     return workers if workers > 1 else 0
 
 

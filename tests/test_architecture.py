@@ -5,7 +5,6 @@ import-linter reads packages; what the ten files of the top level import of each
 
 import ast
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -141,22 +140,6 @@ def test_lower_bounds_are_not_above_the_pins():
     pins, bounds = pinned(), lower_bounds("ray", "dev")
     assert bounds.keys() - pins.keys() == {"pre-commit"}, "which `make test` does not need"
     assert [name for name, pin in pins.items() if numbers(bounds[name]) > numbers(pin)] == []
-
-
-def test_every_worker_collects_the_same_tests_in_the_same_order(request):
-    """Whatever the order of a set, which differs from process to process: pytest-xdist refuses workers that differ."""
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONHASHSEED": seed}
-    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    here = [item.nodeid for item in request.session.items]  # all of them, or those that were asked for
-    known = set(here)
-    there = [line for line in shown.splitlines() if line in known]
-    assert sorted(there, key=_file_of) == sorted(here, key=_file_of)  # file by file: they may be asked for in any order
-
-
-def _file_of(nodeid: str) -> str:
-    return nodeid.partition("::")[0]
 
 
 def test_the_walks_name_what_exists():
