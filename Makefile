@@ -20,7 +20,7 @@ quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (
 	$(BIN)/python -m quickstart
 
 test: $(SETUP) lint ## run the linters and the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 test-cuda: $(SETUP) ## run the tests that need a GPU, which the others do not see
 	$(BIN)/python -m pytest -m cuda

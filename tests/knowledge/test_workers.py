@@ -13,7 +13,6 @@ import psutil
 import pytest
 from datasets import load_from_disk
 
-from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
 from rag.knowledge import workers as workers_module
 from rag.knowledge.workers import EncoderPlan, EncodingResources, NodeWorkers, RayWorkers, encoding_workers
@@ -122,23 +121,15 @@ def test_a_killed_process_is_told_and_nothing_is_lost(embedder, plan, flags, tmp
     assert run(flags, **more).passages == 11
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster of our own, which takes seconds to start, for the tests that come next."""
+def test_shards_of_a_killed_ray_worker_are_encoded_by_another(embedder, plan):
     pytest.importorskip("ray")
-    connection = RayConnection("auto")
-    connection.open(len(os.sched_getaffinity(0)))
-    yield
-    connection.close()
-
-
-def test_shards_of_a_killed_ray_worker_are_encoded_by_another(embedder, plan, cluster):
     with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers, Killer("ray::embed_shard", 2) as killer:
         assert_equal_to(embedded(embedder), embedded(workers))
         assert len(killer.killed) == 2
 
 
-def test_ray_workers_that_die_too_often_are_told(embedder, plan, cluster, monkeypatch):
+def test_ray_workers_that_die_too_often_are_told(embedder, plan, monkeypatch):
+    pytest.importorskip("ray")
     monkeypatch.setattr(workers_module, "RETRIES", 0)
     with (
         pytest.raises(UserError, match="--distributed ray: of 1 tries to encode a shard the last one ended so: "),
