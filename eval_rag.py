@@ -148,6 +148,7 @@ def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict
 def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
     """All that the predictions depend on; read from files, without loading a model or an index."""
     from rag.evaluation.predictors import rag_config
+    from rag.models.checkpoints import RAG_TYPES
 
     identity = {
         "eval_mode": args.eval_mode,
@@ -157,7 +158,7 @@ def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
         "max_source_length": args.max_source_length,
         "prefix": args.prefix,
     }
-    if model_type.startswith("rag"):
+    if model_type in RAG_TYPES:
         config = rag_config(args)
         identity |= {"index_name": config.index_name, "n_docs": config.n_docs}
         for name in PATHS_READ.get(config.index_name, ()):
@@ -207,6 +208,7 @@ def predict_missing(
     import torch
 
     from rag.evaluation.predictors import load_predictor, rag_config
+    from rag.models.checkpoints import RAG_TYPES
 
     args = replace(args, n_docs=identity.get("n_docs", args.n_docs))
     model_type = identity["model_type"]
@@ -214,7 +216,7 @@ def predict_missing(
     def load():
         if ranks.rank != 0:
             require_same_files(identity, run_identity(args, model_type), ranks.rank)
-        config = rag_config(args) if model_type.startswith("rag") else None
+        config = rag_config(args) if model_type in RAG_TYPES else None
         only_titles = args.eval_mode == "retrieval"
         return load_predictor(args.model_name_or_path, model_type, args.answer_plan, config, args.device, only_titles)
 

@@ -62,7 +62,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
         rows[script] = {
             way: statistics.median([seconds(script, way) for _ in range(args.rounds + 1)][1:]) for way in WAYS
         }
-        print(f"| `{script}.py` | " + " | ".join(f"{value:.2f}" for value in rows[script].values()) + " |", flush=True)
+        print(f"| `{script}` | " + " | ".join(f"{value:.2f}" for value in rows[script].values()) + " |", flush=True)
     slowest = {way: max(row[way] for row in rows.values()) for way in WAYS}
     print(f"\nslowest: --help {slowest['--help']:.2f} s (bar 1), a mistake {max(slowest.values()):.2f} s (bar 2)")
     return rows
