@@ -209,7 +209,9 @@ def test_handles_as_in_the_public_suite(config, alone, retriever, bert_tokenizer
     given = RagRayDistributedRetriever.from_pretrained(tmp_path, handles)
     given.init_retrieval()
     same(given.retrieve(queries_of(3, 4), 3), alone.retrieve(queries_of(3, 4), 3))
+    process = psutil.Process(process_of(handles[0]))
     ray.kill(handles[0])
+    process.wait(30)  # until then it may answer
     with pytest.raises(RuntimeError, match="every retrieval worker has died"):
         given.retrieve(queries_of(3, 4), 3)
 
