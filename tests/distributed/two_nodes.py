@@ -33,18 +33,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--retriever", nargs="+", choices=["pytorch", "ray", "local"], default=["pytorch", "ray"])
     parser.add_argument("--batch_size", type=int, default=2, help="Questions a rank; one process takes twice as many.")
+    parser.add_argument("--one_process", type=Path, help="Output folder of the run on one process; or else it is run.")
     parser.add_argument("flags", nargs="*", help="of finetune_rag.py, behind --")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="two_nodes_"))  # short, as Ray's sockets need it
     try:
         with two_namespaces() as nodes:
-            seconds = train_alone(args, folder / "one")
-            print(f"one process: {seconds:.0f} s", flush=True)
+            if (one := args.one_process) is None:
+                seconds = train_alone(args, one := folder / "one")
+                print(f"one process: {seconds:.0f} s", flush=True)
             for retriever in args.retriever:
                 seconds = train_on(nodes, args, folder / retriever, retriever)
                 print(
-                    f"two nodes, {retriever}: {seconds:.0f} s, {compare(folder / 'one', folder / retriever)}",
+                    f"two nodes, {retriever}: {seconds:.0f} s, {compare(one, folder / retriever)}",
                     flush=True,
                 )
     except PermissionError as error:

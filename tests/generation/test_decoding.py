@@ -29,6 +29,7 @@ from tests.conftest import assert_equal_but_for_rounding, in_float64
 
 VOCABULARY, N_DOCS, QUESTIONS, MAX_LENGTH = 40, 4, 5, 14
 SEEDS = range(4)
+FEW = 3  # questions where there are many settings
 
 
 def make_bart(seed: int, **config) -> BartForConditionalGeneration:
@@ -185,7 +186,7 @@ def test_generation_settings(kind, settings):
         settings = settings | {"forced_eos_token_id": None}
     for seed in SEEDS[:2]:
         model = make_rag(RagSequenceForGeneration, MAKE[kind](seed))
-        contexts = make_contexts(model.generator.config.pad_token_id, seed)
+        contexts = make_contexts(model.generator.config.pad_token_id, seed, questions=FEW)
         assert_same(model, contexts, **{"num_beams": 4} | settings)
         if "encoder_no_repeat_ngram_size" in settings:  # transformers' own cannot do it for RAG-Token
             continue
@@ -199,7 +200,7 @@ def test_one_document_is_answered_as_by_its_generator_alone(kind, num_beams):
     generator = make_ending(kind)
     pad = generator.config.pad_token_id
     model = make_rag(RagSequenceForGeneration, generator)
-    ids, mask, _ = make_contexts(pad, questions=QUESTIONS, n_docs=1)
+    ids, mask, _ = make_contexts(pad, questions=FEW, n_docs=1)
     settings = {"num_beams": num_beams, "num_return_sequences": num_beams}
     searches = itertools.product([0.5, 1.0, 2.0], [True, False, "never"]) if num_beams > 1 else [(1.0, False)]
     for length_penalty, early_stopping in searches:
@@ -212,7 +213,7 @@ def test_one_document_is_answered_as_by_its_generator_alone(kind, num_beams):
                 pad_behind_end(generator.generate(ids, attention_mask=mask, **settings, **rules), generator.config), pad
             )
             found = generate_answers(
-                model, ids, mask, torch.zeros(QUESTIONS, 1).double(), n_docs=1, decoding="fast", **settings, **rules
+                model, ids, mask, torch.zeros(FEW, 1).double(), n_docs=1, decoding="fast", **settings, **rules
             )  # best first without the length penalty, which RAG-Sequence does not know
             for row in range(0, len(expected), num_beams):
                 rows = slice(row, row + num_beams)

@@ -69,7 +69,7 @@ def test_embeddings_are_read_a_file_at_a_time(vectors):
         ("HNSW16,Flat", "IndexHNSWFlat", 0.95),
         ("HNSW16,SQ8", "IndexHNSWSQ", 0.9),
         ("IVF8,Flat", "IndexIVFFlat", 1.0),
-        ("IVF8,PQ4x4", "IndexIVFPQ", 0.2),
+        ("IVF8,PQ4x4np", "IndexIVFPQ", 0.2),
         ("OPQ4_8,IVF8,PQ4x4", "IndexIVFPQ", 0.2),
     ],
 )
@@ -119,7 +119,7 @@ def killed_at(monkeypatch, block: int) -> None:
     monkeypatch.setattr(EmbeddingFiles, "blocks", broken)
 
 
-@pytest.mark.parametrize("factory", ["HNSW16,Flat", "OPQ4_8,IVF8,PQ4x4"])
+@pytest.mark.parametrize("factory", ["HNSW16,Flat", "PCA8,IVF8,PQ4x4np"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_killed_run_ends_in_the_same_files(vectors, tmp_path, monkeypatch, factory, shards):
     plan = IndexPlan(factory, D, shards, train_sample=500)
@@ -150,7 +150,7 @@ def save_every_block(monkeypatch) -> None:
     monkeypatch.setattr(index_build, "SAVES_COST", 0)
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW16,Flat", "PCA8,HNSW16,SQ8", "OPQ4_8,IVF8,PQ4x4"])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16,Flat", "PCA8,HNSW16,SQ8", "PCA8,IVF8,PQ4x4np"])
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("block", [1, 5])
 def test_what_a_killed_run_has_saved_is_not_added_again(vectors, tmp_path, monkeypatch, factory, shards, block):
@@ -216,7 +216,7 @@ def test_nothing_is_saved_where_the_disk_has_no_room_for_both(vectors, tmp_path,
     assert written == [0, 143, 286, COUNT]  # as trained, saved twice, and the end
 
 
-@pytest.mark.parametrize("factory", ["HNSW16,Flat", "IVF8,PQ4x4"])
+@pytest.mark.parametrize("factory", ["HNSW16,Flat", "IVF8,PQ4x4np"])
 def test_vectors_are_added_to_what_is_there(vectors, tmp_path, factory):
     first = EmbeddingFiles(vectors.paths[:3], D)
     known = len(first)

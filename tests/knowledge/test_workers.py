@@ -20,8 +20,10 @@ from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
 from tests.conftest import PASSAGES, ROOT, assert_equal_but_for_rounding
 from tests.knowledge.test_use_own_knowledge_dataset import run
 
+MANY = 200  # times four shards of passages: a warm worker has seconds of work, in which it can be killed
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
 def embedder(context_encoder_folder):
     from rag.knowledge.embedding import PassageEmbedder
 
@@ -29,19 +31,29 @@ def embedder(context_encoder_folder):
     return PassageEmbedder(load_encoder(folder, "context"), load_tokenizer(folder), batch_size=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan(context_encoder_folder, embedder):
     return EncoderPlan(str(context_encoder_folder), "auto", weights_digest(embedder.encoder), 2, "cpu")
 
 
-def embedded(workers) -> dict:
-    """The vectors of four shards, by their paths."""
+@pytest.fixture(scope="module")
+def ray_workers(embedder, plan):
+    """Tasks of a cluster of our own, which ends with them."""
+    ray = pytest.importorskip("ray")
+    with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers:
+        yield workers
+    assert not ray.is_initialized()
+
+
+def embedded(workers, times: int = 1) -> dict:
+    """The vectors of four shards of so many times the same passages, by their paths."""
     shards = {"a": PASSAGES[:3], "b": PASSAGES[3:5], "c": PASSAGES[5:], "d": PASSAGES[:1]}
+    shards = {path: shard * times for path, shard in shards.items()}
     written = {}
     done = list(
         workers.embed_shards(iter(shards.items()), lambda path, shard, vectors: written.update({path: vectors}))
     )
-    assert sum(done) == 9
+    assert sum(done) == 9 * times
     return written
 
 
@@ -58,23 +70,21 @@ def test_processes_of_this_node(embedder, plan):
             embedded(workers)
 
 
-def test_tasks_of_a_cluster_of_our_own(embedder, plan, flags, tmp_path):
-    ray = pytest.importorskip("ray")
-    with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers:
-        assert_equal_to(embedded(embedder), embedded(workers))
-        workers.plan = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
+def test_tasks_of_a_cluster_of_our_own(ray_workers, embedder, plan, flags, tmp_path, monkeypatch):
+    assert_equal_to(embedded(embedder), embedded(ray_workers))
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_workers, "plan", EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu"))
         with pytest.raises(UserError, match="has other weights on"):
-            embedded(workers)
-        # The script uses the cluster that is there, and leaves it up.
-        run(flags, **{"--distributed": "ray", "--num_shards": 4})
-        run(flags, **{"--output_dir": tmp_path / "alone", "--num_shards": 4})
-        spread, alone = (load_from_disk(tmp_path / name / "my_knowledge_dataset") for name in ("out", "alone"))
-        assert spread["text"] == alone["text"]
-        assert_equal_but_for_rounding(*(np.array(one["embeddings"], dtype=np.float32) for one in (spread, alone)))
-        assert ray.is_initialized()
-        with pytest.raises(UserError, match="--gpus_per_task 64 is more than"), RayWorkers(embedder, plan, "auto", 64):
-            pass
-    assert not ray.is_initialized()
+            embedded(ray_workers)
+    # The script uses the cluster that is there, and leaves it up.
+    run(flags, **{"--distributed": "ray", "--num_shards": 4})
+    run(flags, **{"--output_dir": tmp_path / "alone", "--num_shards": 4})
+    spread, alone = (load_from_disk(tmp_path / name / "my_knowledge_dataset") for name in ("out", "alone"))
+    assert spread["text"] == alone["text"]
+    assert_equal_but_for_rounding(*(np.array(one["embeddings"], dtype=np.float32) for one in (spread, alone)))
+    with pytest.raises(UserError, match="--gpus_per_task 64 is more than"), RayWorkers(embedder, plan, "auto", 64):
+        pass
+    assert_equal_to(embedded(embedder), embedded(ray_workers))
 
 
 class Killer(threading.Thread):
@@ -121,22 +131,20 @@ def test_a_killed_process_is_told_and_nothing_is_lost(embedder, plan, flags, tmp
     assert run(flags, **more).passages == 11
 
 
-def test_shards_of_a_killed_ray_worker_are_encoded_by_another(embedder, plan):
-    pytest.importorskip("ray")
-    with RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers, Killer("ray::embed_shard", 2) as killer:
-        assert_equal_to(embedded(embedder), embedded(workers))
-        assert len(killer.killed) == 2
+def test_shards_of_a_killed_ray_worker_are_encoded_by_another(ray_workers, embedder):
+    with Killer("ray::embed_shard", 2) as killer:
+        assert_equal_to(embedded(embedder, MANY), embedded(ray_workers, MANY))
+    assert len(killer.killed) == 2
 
 
-def test_ray_workers_that_die_too_often_are_told(embedder, plan, monkeypatch):
-    pytest.importorskip("ray")
+def test_ray_workers_that_die_too_often_are_told(ray_workers, embedder, plan, monkeypatch):
     monkeypatch.setattr(workers_module, "RETRIES", 0)
     with (
         pytest.raises(UserError, match="--distributed ray: of 1 tries to encode a shard the last one ended so: "),
         RayWorkers(embedder, plan, "auto", gpus_a_task=0) as workers,
         Killer("ray::embed_shard", 1),
     ):
-        embedded(workers)
+        embedded(workers, MANY)
 
 
 def test_who_embeds(embedder, plan):

@@ -80,6 +80,7 @@ def outcome(out: Path) -> dict:
         if split != "train"  # the last batch's
     }
     return {
+        "folder": out,
         "files": {path.name for path in out.iterdir()},
         "log": {name: [row[name] for row in log if name in row] for name in names},
         "metrics": metrics,
@@ -315,7 +316,7 @@ def test_both_launchers_make_the_ranks_of_one_job(job, alone):
 def test_a_lost_rank_or_ctrl_c_ends_all_and_leaves_nothing(job):
     endless = ["--num_train_epochs", 10**6, "--distributed_retriever"]
     killed = job("lightning", "killed", *endless, "ray")
-    interrupted = job("lightning", "interrupted", *endless, "ray")
+    interrupted = job("lightning", "interrupted", *endless, "pytorch")
     elastic = job("torchrun", "elastic", *endless, "pytorch")
     for one in (killed, interrupted, elastic):
         one.wait_for_training()
@@ -346,9 +347,10 @@ def test_a_port_in_use_is_named_and_ranks_that_were_not_started_are_not_expected
 
 
 @pytest.mark.slow
-def test_two_nodes_are_one_process(words, tmp_path):
+def test_two_nodes_are_one_process(words, alone, tmp_path):
     """The ranks of two network namespaces, which meet without a variable that names their interface."""
-    command = [sys.executable, "-m", "tests.distributed.two_nodes", "--retriever", "pytorch", "--", *words]
+    flags = ["--retriever", "pytorch", "--one_process", alone(1)["folder"]]
+    command = [sys.executable, "-m", "tests.distributed.two_nodes", *flags, "--", *words]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode == CANNOT:
