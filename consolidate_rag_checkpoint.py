@@ -60,14 +60,8 @@ def main(args: ConsolidateArguments) -> Path:
     from transformers import RagTokenizer
     from transformers.utils import logging
 
-    from rag.models.checkpoints import (
-        compose_rag,
-        encoder_dimension,
-        load_encoder,
-        load_model,
-        save_model,
-        weights_digest,
-    )
+    from rag.models.checkpoints import compose_rag, load_model, save_model, weights_digest
+    from rag.models.encoders import encoder_dimension, load_encoder
 
     logging.disable_progress_bar()
     _require_parts(args)
@@ -120,7 +114,8 @@ def consolidate(
 
 def _require_parts(args: ConsolidateArguments) -> None:
     """Raise what is wrong with the parts by their configs, before any of them is loaded."""
-    from rag.models.checkpoints import RAG_TYPES, infer_model_type, load_config
+    from rag.models.checkpoints import RAG_TYPES, infer_model_type
+    from rag.models.loading import load_config
 
     problems = []
     for name, look in {
@@ -139,7 +134,7 @@ def _rag_config(args: ConsolidateArguments):
     """The `RagConfig` of --config_name_or_path, or None for the defaults."""
     from transformers import RagConfig
 
-    from rag.models.checkpoints import load_config
+    from rag.models.loading import load_config
 
     if args.config_name_or_path is None:
         return None

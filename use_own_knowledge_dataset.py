@@ -155,7 +155,7 @@ def open_rag_config(args: KnowledgeArguments):
 
     from transformers import RagConfig
 
-    from rag.models.checkpoints import load_config
+    from rag.models.loading import load_config
 
     try:
         config = load_config(args.rag_model_name, flag="--rag_model_name")
@@ -174,7 +174,8 @@ def open_encoder(
     from rag.index.index_files import IndexDescription, pooling_of
     from rag.knowledge.embedding import PassageEmbedder
     from rag.knowledge.passages import WORDS_PER_PASSAGE
-    from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
+    from rag.models.checkpoints import load_tokenizer, weights_digest
+    from rag.models.encoders import load_encoder
 
     name = args.dpr_ctx_encoder_model_name
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG)

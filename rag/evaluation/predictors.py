@@ -21,7 +21,8 @@ from rag.evaluation.gold import strip_title
 from rag.generation.decoding import generate_answers
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
-from rag.models.checkpoints import load_config, load_model, load_tokenizer
+from rag.models.checkpoints import load_model, load_tokenizer
+from rag.models.loading import load_config
 from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
 
 logger = logging.getLogger(__name__)

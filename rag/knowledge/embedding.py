@@ -50,7 +50,7 @@ class PassageEmbedder:
     """
 
     def __init__(self, encoder: PreTrainedModel, tokenizer, batch_size: int, device: str | None = None):
-        from rag.models.checkpoints import encoder_dimension
+        from rag.models.encoders import encoder_dimension
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = precision_on(self.device)

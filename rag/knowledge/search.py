@@ -17,7 +17,8 @@ from rag.errors import UserError
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import PASSAGES_FOLDER
-from rag.models.checkpoints import load_encoder, load_model, load_tokenizer, weights_digest
+from rag.models.checkpoints import load_model, load_tokenizer, weights_digest
+from rag.models.encoders import load_encoder
 
 RAG_FLAG = "--rag_model_name"
 QUESTION_ENCODER_FLAG = "--question_encoder_name_or_path"

@@ -27,7 +27,8 @@ from rag.distributed.ray_cluster import RayConnection
 from rag.errors import UserError
 from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.embedding import PassageEmbedder, Passages
-from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
+from rag.models.checkpoints import load_tokenizer, weights_digest
+from rag.models.encoders import load_encoder
 
 SHARDS_A_WORKER = 2  # one is encoded while the next one is on its way
 RETRIES = 3  # of a shard whose Ray worker, or node, died

@@ -1,32 +1,21 @@
-"""Checkpoints: RAG models, bare generators and encoders, loaded exactly as they were saved.
+"""Checkpoints: RAG models and bare generators, loaded exactly as they were saved.
 
     model = load_model("path/to/rag")                      # what was trained is what is loaded, or a UserError
     tokenizer = load_tokenizer("path/to/rag")
     save_model(model, "output/checkpoint0", tokenizer)     # opens with transformers' from_pretrained, too
-    encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", role="context")
 
 `transformers` (5.23) alone loses the generation settings of a RAG checkpoint's generator, starts missing weights at
 random with a warning, and cannot generate with a T5 whose decoder is not as deep as its encoder; here they are kept,
 refused and made to work.
 """
 
-import json
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartForConditionalGeneration,
-    DPRContextEncoder,
-    DPRQuestionEncoder,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,12 +26,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-from transformers.utils import cached_file, logging
 
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
-from rag.hub import hub_is_reachable
-from rag.models.pooled_encoder import POOLINGS, PooledEncoder, PooledEncoderConfig
+from rag.models.encoders import encoder_dimension
+from rag.models.loading import MODEL_FLAG, checkpoint_errors, hub_access, load_config, load_weights, read_json
 
 MODEL_CLASSES = {
     "rag_sequence": RagSequenceForGeneration,
@@ -52,16 +40,10 @@ MODEL_CLASSES = {
     "auto": AutoModelForSeq2SeqLM,  # any other generator that transformers knows
 }
 RAG_TYPES = ("rag_sequence", "rag_token")
-DPR_CLASSES = {"question": DPRQuestionEncoder, "context": DPRContextEncoder}
 
-MODEL_FLAG = "--model_name_or_path"
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
 
 
 def load_model(
@@ -100,14 +82,8 @@ def load_model(
     override_config(config, config_overrides or {})
     prepare_config(config)
     _complete(config)
-    model = _load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
+    model = load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
     return restore_generation_settings(model, path, cache_dir)
-
-
-def load_config(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> PreTrainedConfig:
-    """The config at `path` (folder or hub name), or a `UserError` that names `flag`."""
-    with _user_errors(flag, path):
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, **_hub_access(path))
 
 
 def infer_model_type(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> str:
@@ -188,9 +164,9 @@ def restore_generation_settings(model: PreTrainedModel, path: str, cache_dir: st
     if not isinstance(model.config, RagConfig):
         return model
     generator = model.generator
-    saved = _read_json(path, "generation_config.json", cache_dir)
+    saved = read_json(path, "generation_config.json", cache_dir)
     if saved is None:  # older checkpoints keep them in the generator's part of config.json
-        saved = _read_json(path, "config.json", cache_dir).get("generator", {})
+        saved = read_json(path, "config.json", cache_dir).get("generator", {})
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
     generation_kwargs = {name: value for name, value in saved.items() if name in known and value is not None}
     generator.generation_config.update(**generation_kwargs)
@@ -216,19 +192,19 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
     """
 
     def load(**part):
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, **_hub_access(path), **part)
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, **hub_access(path), **part)
         if len(tokenizer) <= len(
             tokenizer.all_special_ids
         ):  # transformers makes an empty one where the files are missing
             raise OSError("it holds no tokenizer")
         return tokenizer
 
-    with _user_errors(flag, path):
-        if model_type is None and (_read_json(path, "config.json", cache_dir) or {}).get("model_type") != "rag":
+    with checkpoint_errors(flag, path):
+        if model_type is None and (read_json(path, "config.json", cache_dir) or {}).get("model_type") != "rag":
             return load()
         if model_type is not None and model_type not in RAG_TYPES:
             return load()
-        config = RagConfig.from_pretrained(path, cache_dir=cache_dir, **_hub_access(path))
+        config = RagConfig.from_pretrained(path, cache_dir=cache_dir, **hub_access(path))
         return RagTokenizer(
             question_encoder=load(config=config.question_encoder, subfolder="question_encoder_tokenizer"),
             generator=load(config=config.generator, subfolder="generator_tokenizer"),
@@ -242,141 +218,3 @@ def weights_digest(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(weight.contiguous().numpy())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoders
-
-
-def load_encoder(
-    path: str,
-    role: str = "question",
-    pooling: str = "auto",
-    cache_dir: str | None = None,
-    flag: str = "--question_encoder_name_or_path",
-) -> PreTrainedModel:
-    """The encoder at `path`, whose output [0] is (B, d), in evaluation mode and float32.
-
-    Args:
-        role: "question" or "context": which of DPR's two classes a DPR checkpoint is loaded into.
-        pooling: "auto" takes a DPR or pooled encoder as it is, a sentence-transformers folder as its authors meant it
-            and any other encoder by its first token; "cls", "mean" and "max" pool so, without normalizing.
-
-    Raises:
-        UserError: there is no such encoder, it lacks weights, or it cannot be pooled so.
-    """
-    config = load_config(path, cache_dir, flag)
-    if config.model_type == "dpr":
-        dpr_class = DPR_CLASSES[role]
-        if dpr_class.__name__ not in (config.architectures or [dpr_class.__name__]):
-            raise UserError(f"{flag} {path} is a {config.architectures[0]}; give a {dpr_class.__name__}")
-        if pooling not in ("auto", "cls"):
-            raise UserError(f"{flag} {path} is a DPR encoder, which takes its first token; leave the pooling on auto")
-        return _load_weights(dpr_class, path, flag, config=config, cache_dir=cache_dir)
-    if config.model_type == "pooled_encoder":
-        if pooling != "auto":
-            config.pooling, config.normalize = pooling, False
-        return _load_weights(PooledEncoder, path, flag, config=config, cache_dir=cache_dir)
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{flag} {path} is a {config.model_type} model, not an encoder; give a DPR or BERT-like encoder"
-        )
-    normalize = False
-    if pooling == "auto":
-        pooling, normalize = _pooling_of_sentence_transformer(path, cache_dir, flag)
-    backbone = _load_weights(AutoModel, path, flag, config=config, cache_dir=cache_dir)
-    return PooledEncoder(PooledEncoderConfig(backbone=config, pooling=pooling, normalize=normalize), backbone).eval()
-
-
-def encoder_dimension(encoder: PreTrainedModel) -> int:
-    """d, the length of the vectors that an encoder gives."""
-    return getattr(encoder.config, "projection_dim", 0) or encoder.config.hidden_size
-
-
-def _pooling_of_sentence_transformer(path: str, cache_dir, flag: str) -> tuple[str, bool]:
-    """How the authors pool, and whether they normalize; ("cls", False) for a plain encoder."""
-    modules = _read_json(path, "modules.json", cache_dir)
-    if modules is None:
-        return "cls", False
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{flag} {path} has the layers {', '.join(kinds)}; only Pooling and Normalize can be read")
-    pooling_config = _read_json(path, modules[kinds.index("Pooling")]["path"] + "/config.json", cache_dir)
-    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
-    modes = [mode for mode, on in pooling_config.items() if mode.startswith("pooling_mode_") and on]
-    pooling = pooling_config.get("pooling_mode", names.get(modes[0]) if len(modes) == 1 else None)
-    if pooling not in POOLINGS:
-        raise UserError(f"{flag} {path} pools by {pooling_config}; only one of {', '.join(POOLINGS)} can be read")
-    return pooling, "Normalize" in kinds
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading files, and what to say when they cannot be read
-
-
-def _load_weights(model_class, path: str, flag: str, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` that refuses to start any weight at random or to leave one out."""
-    with _user_errors(flag, path), _quiet_transformers():
-        model, info = model_class.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **_hub_access(path), **kwargs
-        )
-    # BERT's pooler is part of many encoder checkpoints, and of none that is used here.
-    missing, unexpected = (
-        sorted(key for key in info[f"{kind}_keys"] if "pooler.dense" not in key) for kind in ("missing", "unexpected")
-    )
-    name = model_class.__name__
-    counts = {f"lacks {len(missing)} of {name}'s weights": missing, f"has {len(unexpected)} weights more": unexpected}
-    raise_problems(
-        [
-            f"{flag} {path} {what} ({', '.join(keys[:3])}, ...); give a whole checkpoint of this model"
-            for what, keys in counts.items()
-            if keys
-        ]
-    )
-    return model
-
-
-@contextmanager
-def _quiet_transformers():
-    """Without transformers' own report on the weights, a table of every one of them: ours says it in a line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _user_errors(flag: str, path: str):
-    """Turn what transformers raises about a checkpoint into one line that names the flag."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if Path(path).is_dir():
-            reason = f"cannot be loaded: {' '.join(str(error).split())[:200]}"
-        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-            reason = "is not a folder"
-        elif hub_is_reachable():
-            reason = "is neither a folder nor known to the model hub"
-        else:
-            reason = "is not a folder, the model hub cannot be reached and its cache does not hold it"
-        raise UserError(f"{flag} {path} {reason}; give the folder of a checkpoint or the name of one") from error
-
-
-def _hub_access(path: str) -> dict:
-    """Arguments that keep transformers from trying an unreachable hub for half a minute a file."""
-    return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
-
-
-def _read_json(path: str, name: str, cache_dir: str | None = None) -> Any:
-    """A JSON file of the checkpoint at `path` (folder or hub name); None where it has none."""
-    file = cached_file(
-        path,
-        name,
-        cache_dir=cache_dir,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **_hub_access(path),
-    )
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))

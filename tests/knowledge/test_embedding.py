@@ -21,7 +21,7 @@ from rag.knowledge.embedding import (
     is_complete,
     partial_folder,
 )
-from rag.models.checkpoints import load_encoder
+from rag.models.encoders import load_encoder
 from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig
 from tests.conftest import DIMENSION, PASSAGES
 

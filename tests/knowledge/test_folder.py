@@ -14,7 +14,7 @@ from rag.index.index_files import read_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge import folder as knowledge_folder
 from rag.knowledge.embedding import PassageEmbedder
-from rag.models.checkpoints import load_encoder
+from rag.models.encoders import load_encoder
 from tests.conftest import DIMENSION, LONG, PASSAGES
 from tests.knowledge.test_use_own_knowledge_dataset import run
 from use_own_knowledge_dataset import ENCODER_FLAG

@@ -26,8 +26,9 @@ from rag.index.sources import open_index
 from rag.knowledge import embedding
 from rag.knowledge.embedding import PassageEmbedder
 from rag.knowledge.passages import survey_documents
-from rag.models import checkpoints
-from rag.models.checkpoints import compose_rag, load_encoder, load_model, load_tokenizer, save_model
+from rag.models import encoders, loading
+from rag.models.checkpoints import compose_rag, load_model, load_tokenizer, save_model
+from rag.models.encoders import load_encoder
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT, assert_equal_but_for_rounding
 from use_own_knowledge_dataset import ENCODER_FLAG, parse_args
 from use_own_knowledge_dataset import main as build_knowledge
@@ -165,7 +166,7 @@ def test_one_question_is_answered(flags, rag_folder, model_class, capsys):
 def test_no_question_without_a_checkpoint_or_a_question(flags, rag_folder, monkeypatch, capsys, tmp_path):
     assert run(flags, **{"--rag_model_name": rag_folder}).answer is None
     assert "No question is asked: --question was not given" in capsys.readouterr().out
-    monkeypatch.setattr(checkpoints, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     start = time.monotonic()
     for name in ("facebook/rag-sequence-nq", tmp_path / "missing"):
         assert run(flags, **{"--rag_model_name": name, "--question": "who"}).answer is None
@@ -175,7 +176,7 @@ def test_no_question_without_a_checkpoint_or_a_question(flags, rag_folder, monke
 
 
 def test_faults_are_found_before_any_model_is_loaded(flags, csv_path, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoints, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(encoders, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
     csv_path.write_text("a\tb\nno tab\n\n")
     with pytest.raises(UserError) as error:
         run(flags)

@@ -16,7 +16,8 @@ from datasets import load_from_disk
 from rag.errors import UserError
 from rag.knowledge import workers as workers_module
 from rag.knowledge.workers import EncoderPlan, EncodingResources, NodeWorkers, RayWorkers, encoding_workers
-from rag.models.checkpoints import load_encoder, load_tokenizer, weights_digest
+from rag.models.checkpoints import load_tokenizer, weights_digest
+from rag.models.encoders import load_encoder
 from tests.conftest import PASSAGES, ROOT, assert_equal_but_for_rounding
 from tests.knowledge.test_use_own_knowledge_dataset import run
 

@@ -21,17 +21,9 @@ from transformers import (
 )
 
 from rag.errors import UserError
-from rag.models import checkpoints
-from rag.models.checkpoints import (
-    MODEL_CLASSES,
-    compose_rag,
-    encoder_dimension,
-    infer_model_type,
-    load_encoder,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
+from rag.models import loading
+from rag.models.checkpoints import MODEL_CLASSES, compose_rag, infer_model_type, load_model, load_tokenizer, save_model
+from rag.models.encoders import encoder_dimension, load_encoder
 from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig, pool
 from tests.conftest import DIMENSION, assert_equal_but_for_rounding, in_float64
 
@@ -232,7 +224,7 @@ def test_unreadable_checkpoints(rag_sequence, tmp_path, monkeypatch):
         load_model(str(tmp_path / "rag"))
     with pytest.raises(UserError, match=r"missing is not a folder; give"):
         load_model(str(tmp_path / "missing"))
-    monkeypatch.setattr(checkpoints, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     start = time.monotonic()
     with pytest.raises(UserError, match="--model_name_or_path nobody/nothing is not a folder, the model hub cannot"):
         load_model("nobody/nothing")

@@ -21,7 +21,7 @@ from transformers import (
 import consolidate_rag_checkpoint
 from consolidate_rag_checkpoint import main, parse_args
 from rag.errors import UserError
-from rag.models import checkpoints
+from rag.models import checkpoints, loading
 from rag.models.checkpoints import load_model
 from tests.conftest import DIMENSION, ROOT, assert_equal_but_for_rounding
 
@@ -105,7 +105,7 @@ def test_a_taken_folder_is_left_alone(bart_folder, question_encoder_folder, tmp_
 
 
 def test_faults_of_both_parts_are_told_at_once(question_encoder_folder, bart_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     with pytest.raises(UserError) as error:
         consolidate("facebook/bart-large", tmp_path / "missing", tmp_path / "rag")
     generator, encoder = str(error.value).splitlines()

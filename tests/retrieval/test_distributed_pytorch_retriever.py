@@ -179,7 +179,7 @@ def test_a_lost_rank_ends_the_others_in_time(config, tmp_path, how):
     (message, seconds), _, (other_message, other_seconds) = run_ranks(lose_a_rank, 3, tmp_path, config, how)
     assert "retrieval 2: rank 1 " in message
     assert "retrieval 2: rank " in other_message
-    assert seconds < 2 and other_seconds < 3
+    assert seconds < 3.5 and other_seconds < 3.5  # before the one that is late
     if how != "late":  # a silence ends gloo's connections, and with them what rank 0 could say of it
         assert "rank 1 " in other_message
 
