@@ -104,11 +104,12 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
 
 def read_source(args: KnowledgeArguments) -> PassageSource:
     """Read the documents once, or twice to find duplicates, before anything else is loaded."""
-    from rag.knowledge.folder import read_knowledge, read_known
     from rag.knowledge.passages import open_source
 
     known = None
     if args.drop_duplicates:
+        from rag.knowledge.folder import read_knowledge, read_known
+
         output = Path(args.output_dir)
         earlier = read_knowledge(output)
         known = read_known(output, earlier.passages) if args.append and earlier.parts else ()
