@@ -21,7 +21,7 @@ from rag.models.encoders import load_encoder
 from tests.conftest import PASSAGES, ROOT, assert_equal_but_for_rounding
 from tests.knowledge.test_use_own_knowledge_dataset import run
 
-MANY = 200  # times four shards of passages: a warm worker has seconds of work, in which it can be killed
+MANY = 100  # times four shards of passages: a warm worker has seconds of work, in which it can be killed
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +18,8 @@ from rag.distributed.ray_cluster import RayConnection, _running_cluster
 from rag.errors import UserError
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.retriever import RagKnowledgeRetriever
-from tests.conftest import DIMENSION, PASSAGES, ROOT
-from tests.distributed.many_ranks import run_ranks
+from tests.conftest import DIMENSION, PASSAGES
+from tests.distributed.many_ranks import FORK_SERVER, run_ranks
 from tests.retrieval.test_distributed_pytorch_retriever import device_config, legacy_config, rag_config, write_shards  # noqa: F401
 
 ray = pytest.importorskip("ray")
@@ -296,27 +294,25 @@ def test_every_rank_reaches_the_same_actors(config, alone, tmp_path):
     assert gone(ray_processes() - before)
 
 
-INTERRUPTED = """
-import sys, time
-from transformers import RagConfig
-from distributed_ray_retriever import RetrievalWorkers
-with RetrievalWorkers(1) as workers:
-    workers.connect(RagConfig.from_pretrained(sys.argv[1]))
-    print(workers.connection.folder, flush=True)
-    time.sleep(60)
-"""
+def wait_with_workers(pipe, config) -> None:
+    try:
+        with RetrievalWorkers(1) as workers:
+            workers.connect(config)
+            pipe.send(workers.connection.folder)
+            time.sleep(60)
+    except KeyboardInterrupt:
+        pipe.send("interrupted")
 
 
-def test_nothing_is_left_after_ctrl_c(config, tmp_path):
+def test_nothing_is_left_after_ctrl_c(config):
     before = ray_processes()
-    config.save_pretrained(tmp_path)
-    job = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    folder = job.stdout.readline().strip()
-    job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors
-    assert folder and not os.path.exists(folder)
+    receiver, sender = FORK_SERVER.Pipe(duplex=False)
+    job = FORK_SERVER.Process(target=wait_with_workers, args=(sender, config))
+    job.start()
+    sender.close()
+    folder = receiver.recv()
+    os.kill(job.pid, signal.SIGINT)
+    assert receiver.poll(60) and receiver.recv() == "interrupted"
+    job.join(10)
+    assert not os.path.exists(folder)
     assert gone(ray_processes() - before)
