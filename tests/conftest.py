@@ -198,15 +198,23 @@ def t5_folder(t5, t5_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+def write_index(factory: str, vectors, path: Path) -> None:
+    """A FAISS index by inner product of a kind that needs no training, over float32 vectors (rows, d)."""
+    import numpy as np
+
+    from rag.index.build import IndexPlan
+    from rag.index.index_files import write_faiss_index
+
+    index = IndexPlan(factory, vectors.shape[1]).empty()
+    index.add(np.ascontiguousarray(vectors))
+    write_faiss_index(index, path)
+
+
 @pytest.fixture(scope="session")
 def knowledge(question_encoder, bert_tokenizer, tmp_path_factory) -> dict:
     """Eight passages with embeddings and an HNSW index on disk: the flags that open them."""
-    import numpy as np
     import torch
     from datasets import Dataset, Features, List, Value
-
-    from rag.index.build import build_faiss_index
-    from rag.index.index_files import write_faiss_index
 
     folder = tmp_path_factory.mktemp("knowledge")
     titles, texts = map(list, zip(*PASSAGES, strict=True))
@@ -218,7 +226,7 @@ def knowledge(question_encoder, bert_tokenizer, tmp_path_factory) -> dict:
     rows = {"title": titles, "text": texts, "embeddings": list(vectors)}
     Dataset.from_dict(rows, features=features).save_to_disk(folder / "my_knowledge_dataset")
     index_path = folder / "my_knowledge_dataset_hnsw_index.faiss"
-    write_faiss_index(build_faiss_index([np.ascontiguousarray(vectors)], DIMENSION, "HNSW8,Flat"), index_path)
+    write_index("HNSW8,Flat", vectors, index_path)
     return {
         "index_name": "custom",
         "passages_path": str(folder / "my_knowledge_dataset"),

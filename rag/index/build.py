@@ -14,7 +14,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,20 +155,6 @@ def _centroids(index) -> int:
 
 
 # --- Building ---------------------------------------------------------------------------------------------------------
-
-
-def build_faiss_index(blocks: Iterable[np.ndarray], dimension: int, factory: str = "HNSW128,Flat"):
-    """An index in memory of a kind that needs no training; by default that of Lewis et al. 2020 (section 2.2).
-
-    Args:
-        blocks: float32 arrays (rows, dimension), in the passages' order.
-        dimension: d.
-        factory: FAISS's factory string.
-    """
-    index = IndexPlan(factory, dimension).empty()
-    for block in blocks:
-        index.add(block)
-    return index
 
 
 def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: str) -> None:

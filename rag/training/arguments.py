@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,6 @@ from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 
 logger = logging.getLogger(__name__)
-
-
-def _flag(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass

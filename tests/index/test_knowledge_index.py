@@ -7,7 +7,6 @@ import pyarrow as pa
 import pytest
 
 from rag.errors import UserError
-from rag.index.build import build_faiss_index
 from rag.index.columns import EmbeddingColumn, TextColumn
 from rag.index.index_files import (
     DocumentsPart,
@@ -20,7 +19,7 @@ from rag.index.index_files import (
 )
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.remote import best_of_shards
-from tests.conftest import DIMENSION, PASSAGES, assert_equal_but_for_rounding
+from tests.conftest import DIMENSION, PASSAGES, assert_equal_but_for_rounding, write_index
 
 
 @pytest.fixture
@@ -168,7 +167,7 @@ def test_what_does_not_fit_is_named(knowledge, change, message):
 def test_an_index_of_other_passages_is_refused(knowledge, tmp_path):
     for rows, dimension, message in [(5, DIMENSION, "holds 5 vectors, but"), (8, 3, "has dimension 3, but")]:
         path = tmp_path / f"{rows}.faiss"
-        write_faiss_index(build_faiss_index([np.ones((rows, dimension), np.float32)], dimension, "HNSW4,Flat"), path)
+        write_index("HNSW4,Flat", np.ones((rows, dimension), np.float32), path)
         index = KnowledgeIndex.load_from_disk(DIMENSION, knowledge["passages_path"], path)
         with pytest.raises(UserError, match=message):
             index.init_index()
