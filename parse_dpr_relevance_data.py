@@ -30,6 +30,11 @@ from rag.progress import progress
 CHUNK_BYTES = 1 << 20
 LONGEST_PIECE = 1 << 20  # bytes without a `}` that are kept together: DPR's passages are a thousand times shorter
 WHITE_SPACE = b" \t\r\n"
+NEEDED = "needs a `question` and `positive_ctxs`, each with a `title`"
+DEEPEST, LONGEST_NUMBER = 1000, 1000  # brackets in brackets, digits: what is more, ijson's parser in C does not survive
+# The first half of a surrogate pair, escaped, without the second, which ijson replaces in silence.
+HALF_A_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+LONG_NUMBER = re.compile(rb"[0-9]{%d}" % LONGEST_NUMBER)
 STRING_OR_CONSTANT = re.compile(rb'("(?:[^"\\]|\\.)*(?:"|\Z))|-?Infinity|NaN', re.DOTALL)
 
 
@@ -53,11 +58,10 @@ def main(args: ParseArguments) -> dict[str, int]:
         for record, end in read_records(args.src_path, chunks):
             try:
                 question, titles = question_and_titles(record)
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 where = f"record {written + skipped + 1}, which ends at byte {end}"
-                raise UserError(
-                    f"--src_path {args.src_path}, {where}: needs a `question` and `positive_ctxs`, each with a `title`"
-                ) from error
+                what = str(error) if isinstance(error, ValueError) else NEEDED
+                raise UserError(f"--src_path {args.src_path}, {where}: {what}") from error
             if not titles:
                 skipped += 1
                 continue
@@ -82,9 +86,17 @@ def require_arguments(args: ParseArguments) -> None:
 
 
 def question_and_titles(record: Any) -> tuple[str, list[str]]:
-    """The question of a DPR record and the titles of its positive passages, each fit for a tab-separated line."""
+    """The question of a DPR record and the titles of its positive passages, each fit for a tab-separated line.
+
+    Raises:
+        KeyError, TypeError: it is no such record.
+        ValueError: what else is wrong with it; `eval_rag.py` would refuse the line.
+    """
     titles = [on_one_line(context["title"]) for context in record["positive_ctxs"]]
-    return on_one_line(record["question"]), [title for title in titles if title]
+    question = on_one_line(record["question"])
+    if not question.strip():
+        raise ValueError("its `question` is blank")
+    return question, [title for title in titles if title.strip()]
 
 
 def on_one_line(text: str) -> str:
@@ -117,16 +129,23 @@ def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]
     records = ijson.sendable_list()
     parser = ijson.items_coro(records, "item")
     rest, start = bytearray(), 0  # what follows the last record, and the byte where that starts
+    depth = 0  # at most that many brackets are open behind `rest`; those in texts count
     try:
         for piece in _pieces(chunks):
             rest += piece
             if start == 0 and not rest.lstrip(WHITE_SPACE).startswith(b"["):
                 raise _syntax_error(name, rest, start)
+            depth += sum(piece.count(one) for one in (b"[", b"{")) - sum(piece.count(one) for one in (b"]", b"}"))
+            if (depth > DEEPEST or LONG_NUMBER.search(piece)) and (problem := _hostile(rest)):
+                raise UserError(f"--src_path {name} is no JSON array of records: {problem}, behind byte {start}")
             has_constants = b"NaN" in piece or b"Infinity" in piece
             parser.send(_without_constants(rest)[-len(piece) :] if has_constants else piece)
+            if records and b"\\u" in rest and HALF_A_PAIR.search(rest):
+                raise _syntax_error(name, rest, start, UnicodeError())
             if records:
                 start += len(rest)
                 rest.clear()
+                depth = 0
                 yield from ((record, start) for record in records)
                 records.clear()
         parser.close()
@@ -157,6 +176,15 @@ def _without_constants(text: bytes) -> bytes:
     return STRING_OR_CONSTANT.sub(lambda match: match[1] or b"0".ljust(len(match[0])), text)
 
 
+def _hostile(rest: bytes) -> str | None:
+    """What no record has outside its texts."""
+    bare = STRING_OR_CONSTANT.sub(b"", rest)
+    if LONG_NUMBER.search(bare):
+        return f"a number of {LONGEST_NUMBER:,} digits or more"
+    opened = sum(bare.count(one) for one in (b"[", b"{")) - sum(bare.count(one) for one in (b"]", b"}"))
+    return f"more than {DEEPEST:,} brackets in each other" if opened > DEEPEST else None
+
+
 def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = None) -> UserError:
     """What is wrong in `rest`, which follows a record of the array, from byte `start` on, or is the array's beginning.
 
@@ -169,7 +197,7 @@ def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = 
         problem, byte = "not UTF-8 text (a .gz file has to be unzipped first)", start + not_utf8.start
     else:
         problem, at = _first_problem(text, ",]" if start else "[")
-        if isinstance(error, UnicodeDecodeError):  # \udc00 to \udfff without the escape before it that makes a pair
+        if isinstance(error, UnicodeError):  # \udc00 to \udfff without the escape before it that makes a pair
             problem, at = "half of a surrogate pair in the record", _skip_white_space(text, 1)
         byte = start + len(text[:at].encode())
     return UserError(f"--src_path {name} is no JSON array of records: {problem}, at byte {byte}")

@@ -78,6 +78,12 @@ def test_what_only_python_writes_is_read_and_words_in_texts_stay(parse):
     assert questions == ["NaN } -Infinity, NaN", "Infinity"] and pages == ['Infinity \\" NaN', "NaN"]
 
 
+def test_texts_may_hold_anything(parse):
+    odd = "[{" * 2000 + "7" * 3000 + " \\ud800 \U0001f600"
+    _, questions, pages = parse(json.dumps([record(odd, "A"), record("b", odd)]))
+    assert questions == [odd, "b"] and pages == ["A", odd]
+
+
 def test_an_object_is_no_array_even_with_ijsons_name_for_elements(parse):
     with pytest.raises(UserError, match=r"'{' stands where \[ is expected, at byte 1"):
         parse(" " + json.dumps({"item": record("q", "A")}))
@@ -103,6 +109,12 @@ GOOD = json.dumps(record("é?", "A"), ensure_ascii=False)
         (f'[{GOOD}, {{"question": "no positives"}}]', "record 2, which ends at byte .*needs a `question`"),
         (f"[{GOOD}, 7]", "record 2, which ends at byte .*needs a `question`"),
         ('[{"question": null, "positive_ctxs": []}]', "record 1, .*needs a `question`"),
+        ('[{"question": "q", "positive_ctxs": [{"title": null}]}]', "record 1, .*needs a `question`"),
+        ('[{"question": " \\n", "positive_ctxs": [{"title": "t"}]}]', "record 1, .*its `question` is blank"),
+        (f'[{GOOD}, {{"question": "\\ud800 a"}}]', rf"half of a surrogate pair .* at byte {len(GOOD.encode()) + 3}$"),
+        (f'[{GOOD}, {{"id": {"9" * 100_000}}}]', "a number of 1,000 digits or more, behind byte"),
+        ("[" * 100_000, "more than 1,000 brackets in each other, behind byte 0"),
+        ('[{"a": ' * 100_000, "more than 1,000 brackets in each other, behind byte 0"),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
