@@ -31,6 +31,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from rag.distributed.launch import use_rank_launcher
+from rag.distributed.meeting import rank_problems
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_write
 from rag.public_names import Replaced, module_getattr
@@ -198,14 +199,8 @@ def build_trainer(
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"the Lightning Trainer refuses its settings: {' '.join(str(error).split())}") from error
-    ranks = trainer.num_devices * trainer.num_nodes
-    started = int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else ranks  # by torchrun
-    if started != ranks:
-        raise UserError(
-            f"--devices {kwargs['devices']} on --num_nodes {kwargs['num_nodes']} makes {ranks} ranks, "
-            f"torchrun has started {started}; leave --num_nodes and --devices (or --gpus, --num_processes) out to take "
-            "torchrun's"
-        )
+    nodes = trainer.num_nodes
+    raise_problems(rank_problems(kwargs["devices"], nodes, trainer.num_devices * nodes))
     return trainer
 
 

@@ -27,6 +27,7 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
+from rag.distributed.meeting import port_in_use
 from rag.errors import UserError
 
 # Seconds that rank 0 has to end when a rank that it launched has failed. Over gloo it hears of that at once; on GPUs it
@@ -117,10 +118,7 @@ def ended_together(trainer: pl.Trainer) -> Iterator[None]:
 def _meeting_problem(rank: int, error: Exception) -> str:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if rank == 0 and "EADDRINUSE" in str(error):
-        return (
-            f"MASTER_PORT {port} is used by another process of this machine; set it to a free port, the same for every "
-            "rank, or unset it where all ranks run on this machine"
-        )
+        return port_in_use(port)
     return (
         f"rank {rank}: the ranks cannot meet at MASTER_ADDR {address}, MASTER_PORT {port} "
         f"({str(error).splitlines()[0]}); set both, on every node, to an address and a free port of the node of rank 0"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import RagArgumentParser
 from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
+from rag.distributed.meeting import port_problems, rank_problems
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 
@@ -196,6 +197,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 def require_sound(args: FinetuneArguments) -> None:
     """Raise one `UserError` for all settings that are out of range or contradict each other."""
     raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
+    raise_problems(_launch_problems(args))
     for name, given in _flags_without_effect(args).items():
         logger.warning(f"--{name} {given} has no effect; see --help")
 
@@ -306,6 +308,16 @@ def _run_problems(run: RunArguments) -> list[str]:
     if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
         problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
     return problems
+
+
+def _launch_problems(args: FinetuneArguments) -> list[str]:
+    """Where the number of ranks is a flag's, and not that of the GPUs there are."""
+    settings = trainer_kwargs(args)
+    devices, nodes = settings["devices"], settings["num_nodes"]
+    if not isinstance(devices, int) or devices < 1:
+        return []
+    ranks = devices * nodes
+    return rank_problems(devices, nodes, ranks) + (port_problems() if nodes == 1 < ranks else [])
 
 
 def _flags_without_effect(args: FinetuneArguments) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import socket
 import subprocess
 import sys
 import types
@@ -220,6 +221,34 @@ def test_a_file_may_name_a_setting_otherwise_than_the_command_line(tmp_path, cap
     with pytest.raises(SystemExit):
         parse(tmp_path, "--config_file", str(file))
     assert "--num_train_epochs 2 and --max_epochs 3 are one setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["--devices", "2"], {}, "MASTER_PORT {port} is used by another process"),
+        (["--gpus", "2"], {}, "MASTER_PORT {port} is used by another process"),
+        (["--devices", "2", "--num_nodes", "2"], {}, None),  # it may be rank 0's, on another node
+        (["--devices", "2"], {"SLURM_PROCID": "1"}, None),
+        (["--devices", "1"], {}, None),
+        (
+            ["--devices", "3"],
+            {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"},
+            "makes 3 ranks, torchrun",
+        ),
+        (["--devices", "2"], {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, None),
+    ],
+)
+def test_ranks_that_cannot_meet_are_told_before_torch_is_imported(flags, environment, message, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        if message is None:
+            parse(tmp_path, *flags)
+        else:
+            assert message.format(port=port) in mistakes(tmp_path, *flags)[0]
 
 
 def test_flags_without_effect_say_so(tmp_path, caplog):
