@@ -1,6 +1,7 @@
 """Every benchmark starts from its file; what they share names the machine and sees memory that is allocated."""
 
 import datetime
+import gc
 import os
 import re
 import subprocess
@@ -43,7 +44,8 @@ def test_allocated_memory_is_seen():
         anonymous_mib,
         proportional_mib,
     ]
+    gc.collect()
     before = [reader() for reader in readers]
-    held = np.ones(2**23)  # 64 MiB
-    assert all(reader() - was > 60 for reader, was in zip(readers, before, strict=True)) and held.all()
+    held = np.ones(2**25)  # 256 MiB; meanwhile what earlier tests have left may go
+    assert all(reader() - was > 200 for reader, was in zip(readers, before, strict=True)) and held.all()
     assert status_mib("VmHWM") >= status_mib("VmRSS")
