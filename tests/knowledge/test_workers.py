@@ -65,10 +65,9 @@ def assert_equal_to(expected: dict, found: dict) -> None:
 def test_processes_of_this_node(embedder, plan):
     with NodeWorkers(embedder, plan, processes=2) as workers:
         assert_equal_to(embedded(embedder), embedded(workers))
-        wrong = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
-        workers.plan = wrong
-        with pytest.raises(UserError, match="has other weights on"):
-            embedded(workers)
+    wrong = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
+    with NodeWorkers(embedder, wrong, processes=1) as workers, pytest.raises(UserError, match="has other weights on"):
+        embedded(workers)
 
 
 def test_tasks_of_a_cluster_of_our_own(ray_workers, embedder, plan, flags, tmp_path, monkeypatch):
