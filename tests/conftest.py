@@ -1,5 +1,6 @@
 """Small models and knowledge made on the spot: no hub, no download, fractions of a second each."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+gc.set_threshold(10_000, 10, 10)  # as every script does
 # In the background of a script pytest begins without Ctrl-C, which those it starts would lack, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
