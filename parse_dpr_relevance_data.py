@@ -135,13 +135,14 @@ def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]
             rest += piece
             if start == 0 and not rest.lstrip(WHITE_SPACE).startswith(b"["):
                 raise _syntax_error(name, rest, start)
-            depth += sum(piece.count(one) for one in (b"[", b"{")) - sum(piece.count(one) for one in (b"]", b"}"))
-            if (depth > DEEPEST or LONG_NUMBER.search(piece)) and (problem := _hostile(rest)):
+            depth += _opened(piece)
+            has_long_number = len(piece) >= LONGEST_NUMBER and LONG_NUMBER.search(piece)
+            if (depth > DEEPEST or has_long_number) and (problem := _hostile(rest)):
                 raise UserError(f"--src_path {name} is no JSON array of records: {problem}, behind byte {start}")
             has_constants = b"NaN" in piece or b"Infinity" in piece
             parser.send(_without_constants(rest)[-len(piece) :] if has_constants else piece)
-            if records and b"\\u" in rest and HALF_A_PAIR.search(rest):
-                raise _syntax_error(name, rest, start, UnicodeError())
+            if records and (b"\\ud" in rest or b"\\uD" in rest) and HALF_A_PAIR.search(rest):
+                raise UnicodeError("ijson puts something else in its place")
             if records:
                 start += len(rest)
                 rest.clear()
@@ -149,7 +150,7 @@ def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]
                 yield from ((record, start) for record in records)
                 records.clear()
         parser.close()
-    except (ijson.JSONError, UnicodeDecodeError) as error:
+    except (ijson.JSONError, UnicodeError) as error:
         raise _syntax_error(name, rest, start, error) from error
 
 
@@ -181,8 +182,12 @@ def _hostile(rest: bytes) -> str | None:
     bare = STRING_OR_CONSTANT.sub(b"", rest)
     if LONG_NUMBER.search(bare):
         return f"a number of {LONGEST_NUMBER:,} digits or more"
-    opened = sum(bare.count(one) for one in (b"[", b"{")) - sum(bare.count(one) for one in (b"]", b"}"))
-    return f"more than {DEEPEST:,} brackets in each other" if opened > DEEPEST else None
+    return f"more than {DEEPEST:,} brackets in each other" if _opened(bare) > DEEPEST else None
+
+
+def _opened(text: bytes) -> int:
+    """Brackets that are open behind `text`, less those that it closes of others."""
+    return text.count(b"[") + text.count(b"{") - text.count(b"]") - text.count(b"}")
 
 
 def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = None) -> UserError:
@@ -197,7 +202,7 @@ def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = 
         problem, byte = "not UTF-8 text (a .gz file has to be unzipped first)", start + not_utf8.start
     else:
         problem, at = _first_problem(text, ",]" if start else "[")
-        if isinstance(error, UnicodeError):  # \udc00 to \udfff without the escape before it that makes a pair
+        if isinstance(error, UnicodeError):  # \ud800 to \udfff without the escape behind or before it, for a pair
             problem, at = "half of a surrogate pair in the record", _skip_white_space(text, 1)
         byte = start + len(text[:at].encode())
     return UserError(f"--src_path {name} is no JSON array of records: {problem}, at byte {byte}")
