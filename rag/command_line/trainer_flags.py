@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from rag.command_line.flags import flag
+
 # The Trainer's other settings: objects, settings that the suite makes itself or under the public suite's names, and
 # what it has no use for.
 SET_BY_THE_SUITE = {
@@ -34,71 +36,67 @@ SET_BY_THE_SUITE = {
 WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
-def _flag(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class TrainerArguments:
     """Where training runs, how long, and how often it is measured."""
 
-    accelerator: str = _flag("auto", "What to train on: cpu, gpu, tpu, mps; auto takes the best this machine has.")
-    strategy: str = _flag("auto", "How processes train together; auto is ddp for several.")
-    devices: int | str = _flag("auto", "Devices on each node: a number, their indices (0,1) or -1 for all.")
-    num_nodes: int = _flag(1, "Machines that train together.")
+    accelerator: str = flag("auto", "What to train on: cpu, gpu, tpu, mps; auto takes the best this machine has.")
+    strategy: str = flag("auto", "How processes train together; auto is ddp for several.")
+    devices: int | str = flag("auto", "Devices on each node: a number, their indices (0,1) or -1 for all.")
+    num_nodes: int = flag(1, "Machines that train together.")
     precision: Literal[
         64, 32, 16, "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true",
         "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16",
-    ] | None = _flag(None, "Number format: 32-true, bf16-mixed, 16-mixed (GPU only); left out, 32-true.")  # fmt: skip
-    fast_dev_run: int | bool = _flag(
+    ] | None = flag(None, "Number format: 32-true, bf16-mixed, 16-mixed (GPU only); left out, 32-true.")  # fmt: skip
+    fast_dev_run: int | bool = flag(
         False, "Try the code: run this many batches (1 without a number) of each split and write no checkpoint."
     )
-    min_epochs: int | None = _flag(None, "Epochs before early stopping may end the training.")
-    max_steps: int = _flag(-1, "Optimizer steps after which training ends; -1 sets no limit.")
-    min_steps: int | None = _flag(None, "Optimizer steps before early stopping may end the training.")
-    max_time: str | None = _flag(None, "Time after which training ends, as DD:HH:MM:SS; left out, no limit.")
-    limit_train_batches: int | float | None = _flag(
+    min_epochs: int | None = flag(None, "Epochs before early stopping may end the training.")
+    max_steps: int = flag(-1, "Optimizer steps after which training ends; -1 sets no limit.")
+    min_steps: int | None = flag(None, "Optimizer steps before early stopping may end the training.")
+    max_time: str | None = flag(None, "Time after which training ends, as DD:HH:MM:SS; left out, no limit.")
+    limit_train_batches: int | float | None = flag(
         None, "Training batches an epoch: a number for each device, or a share of them (0.5); left out, all."
     )
-    limit_val_batches: int | float | None = _flag(
+    limit_val_batches: int | float | None = flag(
         None, "Validation batches: a number for each device, or a share of them; 0 skips validation; left out, all."
     )
-    limit_test_batches: int | float | None = _flag(
+    limit_test_batches: int | float | None = flag(
         None, "Test batches: a number for each device, or a share of them; left out, all."
     )
-    overfit_batches: int | float = _flag(
+    overfit_batches: int | float = flag(
         0.0, "Train on the same few batches in every epoch to try the code: a number or a share; 0 is off."
     )
-    val_check_interval: int | float | str | None = _flag(
+    val_check_interval: int | float | str | None = flag(
         None,
         "When to validate inside an epoch: after a share of its batches (0.25), a number of batches (500) or a time "
         "(DD:HH:MM:SS); left out, at its end. With --check_val_every_n_epoch null batches are counted across epochs.",
     )
-    check_val_every_n_epoch: int | None = _flag(
+    check_val_every_n_epoch: int | None = flag(
         1, "Validate in every n-th epoch; null goes by --val_check_interval alone."
     )
-    num_sanity_val_steps: int | None = _flag(
+    num_sanity_val_steps: int | None = flag(
         None, "Validation batches run before training to find mistakes early; -1 is all; left out, 2."
     )
-    log_every_n_steps: int | None = _flag(None, "Optimizer steps between two logged steps; left out, 50.")
-    enable_progress_bar: bool | None = _flag(
+    log_every_n_steps: int | None = flag(None, "Optimizer steps between two logged steps; left out, 50.")
+    enable_progress_bar: bool | None = flag(
         None, "Show a progress bar; left out, on a terminal only, and lines in a log file instead."
     )
-    enable_model_summary: bool | None = _flag(
+    enable_model_summary: bool | None = flag(
         None, "Print the model's parts and their parameters first; left out, true."
     )
-    gradient_clip_algorithm: str | None = _flag(
+    gradient_clip_algorithm: str | None = flag(
         None, "How --max_grad_norm limits gradients: norm (of all together) or value (each); left out, norm."
     )
-    deterministic: bool | Literal["warn"] | None = _flag(
+    deterministic: bool | Literal["warn"] | None = flag(
         None, "Use algorithms that give the same result every time, slower; warn: where there are any; left out, false."
     )
-    benchmark: bool | None = _flag(
+    benchmark: bool | None = flag(
         None, "Let cuDNN try which algorithms are fastest, which helps inputs of one size; left out, torch's setting."
     )
-    inference_mode: bool = _flag(True, "Validate and test in torch.inference_mode; false uses torch.no_grad.")
-    detect_anomaly: bool = _flag(False, "Find the operation that made a NaN gradient; slow, for debugging only.")
-    sync_batchnorm: bool = _flag(
+    inference_mode: bool = flag(True, "Validate and test in torch.inference_mode; false uses torch.no_grad.")
+    detect_anomaly: bool = flag(False, "Find the operation that made a NaN gradient; slow, for debugging only.")
+    sync_batchnorm: bool = flag(
         False, "Share batch norm's statistics between processes; BART, T5 and DPR have no batch norm."
     )
 
