@@ -1,6 +1,5 @@
 """Read a model's folder or hub name: weights exactly as they were saved, and one line where they cannot be read."""
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from rag.errors import UserError, raise_problems
+from rag.files import load_json
 from rag.hub import hub_is_reachable
 
 MODEL_FLAG = "--model_name_or_path"
@@ -87,4 +87,4 @@ def read_json(path: str, name: str, cache_dir: str | None = None) -> Any:
         _raise_exceptions_for_connection_errors=False,
         **hub_access(path),
     )
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return None if file is None else load_json(file)
