@@ -312,8 +312,8 @@ def _run_problems(run: RunArguments) -> list[str]:
 
 def _launch_problems(args: FinetuneArguments) -> list[str]:
     """Where the number of ranks is a flag's, and not that of the GPUs there are."""
-    settings = trainer_kwargs(args)
-    devices, nodes = settings["devices"], settings["num_nodes"]
+    kwargs = trainer_kwargs(args)
+    devices, nodes = kwargs["devices"], kwargs["num_nodes"]
     if not isinstance(devices, int) or devices < 1:
         return []
     ranks = devices * nodes

@@ -75,8 +75,7 @@ class BaseTransformer(pl.LightningModule):
         Other datasets of a subclass give, as `Seq2SeqDataset` does, items with "source", "target" and "index" and have
         its `collate_fn`.
         """
-        data = self.trainer.datamodule
-        return data.get_dataset(type_path)
+        return self.trainer.datamodule.get_dataset(type_path)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""

@@ -22,11 +22,7 @@ from rag.public_names import Replaced
 
 def is_real_run(trainer: pl.Trainer) -> bool:
     """Whether what happens now counts: not in the sanity check before the training, nor in --fast_dev_run."""
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not _is_fast_dev_run(trainer)
-
-
-def _is_fast_dev_run(trainer: pl.Trainer) -> bool:
-    return trainer.fast_dev_run
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
 
 
 class MetricsWriter(Callback):
@@ -48,7 +44,7 @@ class MetricsWriter(Callback):
         self.step_count = state_dict["step_count"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not _is_fast_dev_run(trainer):
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             last = trainer.global_step if trainer.ckpt_path else -1
             rows = {split: [row for row in rows if row["step"] <= last] for split, rows in self._rows().items()}
             if self.step_count is None:
@@ -144,8 +140,7 @@ class Seq2SeqLoggingCallback(MetricsWriter):
         self._log(trainer, {"n_params": total, **millions})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        every = trainer.log_every_n_steps
-        if trainer.global_step % every == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             groups = trainer.optimizers[0].param_groups
             self._log(trainer, {f"lr_group_{i}": group["lr"] for i, group in enumerate(groups)})
 

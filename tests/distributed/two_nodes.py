@@ -40,8 +40,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="two_nodes_"))  # short, as Ray's sockets need it
     try:
         with two_namespaces() as nodes:
-            if (one := args.one_process) is None:
-                seconds = train_alone(args, one := folder / "one")
+            one = args.one_process or folder / "one"
+            if args.one_process is None:
+                seconds = train_alone(args, one)
                 print(f"one process: {seconds:.0f} s", flush=True)
             for retriever in args.retriever:
                 seconds = train_on(nodes, args, folder / retriever, retriever)
