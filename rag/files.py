@@ -40,8 +40,11 @@ def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a file beside `path` that takes its place when the block ends well and is removed when it does not."""
-    path = Path(path)
+    """Open a file beside `path` that takes its place when the block ends well and is removed when it does not.
+
+    Of a link it is the file behind it that is written.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -83,6 +86,27 @@ def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2, **j
 
 def load_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_state(path: str | os.PathLike, remedy: str, kind: type = dict) -> Any:
+    """What an earlier run left as JSON.
+
+    Args:
+        remedy: what the user can do where it cannot be read.
+        kind: what it must be, `dict` or `list`.
+
+    Raises:
+        UserError: there is no such file, or something else is in it.
+    """
+    try:
+        content = load_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); {remedy}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is damaged (it holds no JSON {'object' if kind is dict else 'list'}); {remedy}")
+    return content
 
 
 def new_digest(data: bytes = b""):

@@ -1,0 +1,91 @@
+"""One run at a time on one output: a lock that its process holds and that its death frees.
+
+    with one_at_a_time(lock_beside(predictions_path), "--predictions_path", predictions_path):
+        ...
+
+The lock is the operating system's (flock, by the filelock package) on a small file that stays, `.lock` in a folder or
+`.NAME.lock` beside a file; in it stands who holds it. On a disk that several nodes share it holds where the disk has
+locks: NFS with its lock service, Lustre mounted with `flock`.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rag.errors import UserError
+
+PATIENCE = 20.0  # seconds that the children of a killed run may hold its lock
+
+
+def lock_beside(path: str | os.PathLike) -> Path:
+    """The lock of an output file."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def one_at_a_time(lock_path: str | os.PathLike, flag: str, output: str | os.PathLike) -> Iterator[None]:
+    """Hold a lock while the block runs. What killed runs left half-written beside it, `.NAME.PID.tmp`, is removed.
+
+    Args:
+        lock_path: the lock's file; its folder is made.
+        flag: that names the output, for the message.
+        output: its value.
+
+    Raises:
+        UserError: another process, which is named, holds it.
+    """
+    lock_path = Path(lock_path)
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_path)
+    _acquire(lock, lock_path, f"{flag} {output}")
+    try:
+        lock_path.write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
+        _remove_leftovers(lock_path)
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            return
+        except Timeout as error:
+            holder = _holder(path)
+            if not _is_dead(holder) or time.monotonic() > deadline:
+                raise UserError(
+                    f"{what} is in use by process {holder.get('pid', 'unknown')} on {holder.get('host', 'this disk')}; "
+                    "wait for its end, or give another path"
+                ) from error
+        time.sleep(0.1)
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Who holds the lock, as far as it has said."""
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the process that took the lock is gone, so that only what it started can still hold it."""
+    return holder.get("host") == os.uname().nodename and not Path(f"/proc/{holder.get('pid')}").exists()
+
+
+def _remove_leftovers(lock_path: Path) -> None:
+    """The unfinished files of `rag.files.atomic_write`: nobody but the holder of the lock writes here."""
+    name = "*" if lock_path.name == ".lock" else f"{lock_path.name.removeprefix('.').removesuffix('.lock')}*"
+    for left in lock_path.parent.glob(f".{name}.[0-9]*.tmp"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
