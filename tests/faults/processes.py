@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+import psutil
+
 from tests.conftest import ROOT
 
 MEMORY = 8 << 30  # bytes that a case may ask for
@@ -67,12 +69,19 @@ class Process:
         os.waitpid(self.pid, 0)
 
 
-def run(script: str, flags: dict, folder: Path, seconds: float = 120) -> Seen:
-    """Run a script to its end, in `folder`. A flag of None is left out, True is a switch, a list several values."""
-    return start(script, flags, folder).wait(seconds)
+def run(
+    script: str, flags: dict, folder: Path, seconds: float = 120, *, answer: bytes = b"", memory: int = MEMORY
+) -> Seen:
+    """Run a script to its end, in `folder`. A flag of None is left out, True is a switch, a list several values.
+
+    Args:
+        answer: what it reads from standard input.
+        memory: bytes that it may ask for beyond what this process has.
+    """
+    return start(script, flags, folder, answer=answer, memory=memory).wait(seconds)
 
 
-def start(script: str, flags: dict, folder: Path) -> Process:
+def start(script: str, flags: dict, folder: Path, *, answer: bytes = b"", memory: int = MEMORY) -> Process:
     log = folder.parent / f"{folder.name}.log"
     # Each module the scripts need, before the first fork.
     import callbacks_rag  # noqa: F401
@@ -84,7 +93,7 @@ def start(script: str, flags: dict, folder: Path) -> Process:
 
     pid = os.fork()
     if pid == 0:
-        _become(script, words_of(flags), folder, log)
+        _become(script, words_of(flags), folder, log, answer, memory)
     return Process(pid, log)
 
 
@@ -97,15 +106,19 @@ def words_of(flags: dict) -> list[str]:
     return words
 
 
-def _become(script: str, words: list[str], folder: Path, log: Path):
+def _become(script: str, words: list[str], folder: Path, log: Path, answer: bytes, memory: int):
     """The script, in this process, which ends with it."""
     status = 1
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        own = memory + psutil.Process().memory_info().data
+        resource.setrlimit(resource.RLIMIT_DATA, (own, own))
         os.setsid()
         os.chdir(folder)
         os.environ |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(folder.parent)}
-        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        readable, writable = os.pipe()
+        os.write(writable, answer)
+        os.close(writable)
+        os.dup2(readable, 0)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
