@@ -245,7 +245,7 @@ def test_vectors_are_added_to_what_is_there(vectors, tmp_path, factory):
         ("nonsense", {}, "--index_factory nonsense: FAISS adds no vectors of dimension 16 to it"),
         ("IVF8,PQ5", {}, r"dimension of the vector \(d\) should be a multiple"),
         ("IDMap,Flat", {}, "--index_factory IDMap,Flat: FAISS adds no vectors"),
-        ("HNSW16,PQ4", {}, "--index_factory HNSW16,PQ4: FAISS ranks it by distances, RAG by inner products"),
+        ("HNSW16,PQ4", {}, "--index_factory HNSW16,PQ4: FAISS ranks it by distance, RAG by inner product"),
         ("IVF2000,Flat", {}, r"learns 2000 centroids, .* \(there are 1000\)"),
         ("IVF8,PQ4", {"train_sample": 100}, "learns 256 centroids"),
         ("Flat", {"shards": 1001}, "--num_index_shards 1001, but there are only 1000 passages"),
