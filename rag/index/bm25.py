@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
 # The rule of `words_of`: an index that was built by another one is built again.
 WORDS_ARE = "words, bigrams of letters without blanks"
+# Accents, and the points of Hebrew and Arabic vowels; in India's scripts vowel signs are part of a word.
+ACCENTS = re.compile("[\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670]")
+WORD = re.compile(r"\w[\w\u0900-\u0963\u0971-\u0df3]+")
 WITHOUT_BLANKS = regex.compile(
     r"((?:[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc\uff70\uff9e\uff9f]\p{M}*)+)"
 )
@@ -172,12 +175,12 @@ def words_of(text: str) -> list[str]:
             letters = regex.findall(r"\X", unicodedata.normalize("NFKC", piece))  # with the marks above and below
             words += ["".join(pair) for pair in itertools.pairwise(letters)] if len(letters) > 1 else letters
         elif piece:
-            words += _blank_separated(re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", piece)))
+            words += _blank_separated(ACCENTS.sub("", unicodedata.normalize("NFD", piece)))
     return words
 
 
 def _blank_separated(text: str) -> list[str]:
-    return [word for word in re.findall(r"\w\w+", text) if word not in stop_words()]
+    return [word for word in WORD.findall(text) if word not in stop_words()]
 
 
 @cache
