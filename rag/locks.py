@@ -8,6 +8,7 @@ The lock is the operating system's (flock, by the filelock package) on a small f
 locks: NFS with its lock service, Lustre mounted with `flock`.
 """
 
+import glob
 import json
 import os
 import time
@@ -84,8 +85,15 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _remove_leftovers(lock_path: Path) -> None:
-    """The unfinished files of `rag.files.atomic_write`: nobody but the holder of the lock writes here."""
-    name = "*" if lock_path.name == ".lock" else f"{lock_path.name.removeprefix('.').removesuffix('.lock')}*"
-    for left in lock_path.parent.glob(f".{name}.[0-9]*.tmp"):
-        if left.is_file():
-            left.unlink(missing_ok=True)
+    """The unfinished files of `rag.files.atomic_write`: nobody but the holder of the lock writes here.
+
+    Beside a file, those of its name and of names that go on behind a point; of the latter not a living process's, which
+    may write `preds.tsv` where this one's output is `preds`.
+    """
+    name = glob.escape(lock_path.name.removesuffix(".lock"))
+    for pattern in (name, f"{name}.*") if name else (".*",):
+        for left in lock_path.parent.glob(f"{pattern}.[0-9]*.tmp"):
+            pid = left.name.split(".")[-2]
+            is_anothers = name and pattern != name and pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()
+            if left.is_file() and not is_anothers:
+                left.unlink(missing_ok=True)
