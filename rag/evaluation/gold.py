@@ -74,22 +74,22 @@ def _input_problems(args: EvalArguments) -> list[str]:
     problems = []
     for name, remedy in inputs.items():
         problems += file_problems(f"--{name}", getattr(args, name), remedy)
-    outputs = [args.predictions_path]
-    if args.eval_all_checkpoints:
-        folders = checkpoint_folders(args.model_name_or_path)
-        outputs = [own_predictions_path(args.predictions_path, folder) for folder in folders if args.predictions_path]
-        if not folders:
-            problems.append(
-                f"--model_name_or_path {args.model_name_or_path} holds no folder checkpoint* with a config.json; "
-                "give the --output_dir of finetune_rag.py, or leave --eval_all_checkpoints out"
-            )
-    problems += output_file_problems("--predictions_path", args.predictions_path) or _side_file_problems(outputs)
+    folders = checkpoint_folders(args.model_name_or_path) if args.eval_all_checkpoints else []
+    if args.eval_all_checkpoints and not folders:
+        problems.append(
+            f"--model_name_or_path {args.model_name_or_path} holds no folder checkpoint* with a config.json; "
+            "give the --output_dir of finetune_rag.py, or leave --eval_all_checkpoints out"
+        )
+    if output_problems := output_file_problems("--predictions_path", args.predictions_path):
+        return problems + output_problems
+    outputs = [own_predictions_path(args.predictions_path, folder) for folder in folders] or [args.predictions_path]
+    problems += _side_file_problems(outputs)
     written = {os.path.realpath(f"{path}{end}"): f"{path}{end}" for path in outputs for end in FILE_ENDS}
     for name in inputs:
-        if (path := getattr(args, name)) and os.path.realpath(path) in written:
+        path = getattr(args, name)
+        if Path(path).exists() and (file := written.get(os.path.realpath(path))):
             what = f"--predictions_path {args.predictions_path}"
-            file = written[os.path.realpath(path)]
-            what = f"{what} is" if file == args.predictions_path else f"{what}: {file}, beside it, is"
+            what += " is" if file == args.predictions_path else f": {file}, beside it, is"
             problems.append(f"{what} --{name}, which would be overwritten; name another file")
     return problems
 
@@ -132,11 +132,10 @@ def gold_lines(flag: str, path: str, mode: str) -> list[str]:
     if mode not in WITH_QUESTIONS:
         # Read as titles, or as one answer, such lines would score 0 without an error.
         if is_json or sum(map(_is_qa_line, lines)) > len(lines) / 2:
-            what = "has questions with their answers, but a line is to hold"
-            remedy = (
+            what = (
                 "titles; give answers as --answers_path" if mode == "titles" else "an answer; give --gold_data_mode qa"
             )
-            raise UserError(f"{flag} {path} {what} {remedy}")
+            raise UserError(f"{flag} {path} has questions with their answers, but a line is to hold {what}")
         return lines
     return _each(flag, path, lines, _qa_line_of_json) if is_json else _joined_fields(flag, path, lines)
 

@@ -154,6 +154,7 @@ def test_outputs_that_cannot_be_written_have_one_line_each(read, tmp_path):
         tmp_path / ("x" * 300),
         tmp_path / ("x" * 240),
         "/dev/full",
+        ".",
     ):
         with pytest.raises(UserError, match=r"^--predictions_path ") as error:
             read("q\t['a']\n", questions=["q"], predictions_path=path)
