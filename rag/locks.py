@@ -4,8 +4,8 @@
         ...
 
 The lock is the operating system's (flock, by the filelock package) on a small file that stays, `.lock` in a folder or
-`.NAME.lock` beside a file; in it stands who holds it. On a disk that several nodes share it holds where the disk has
-locks: NFS with its lock service, Lustre mounted with `flock`.
+`.NAME.lock` beside a file; in it stands who holds it, or nothing. On a disk that several nodes share it holds where the
+disk has locks: NFS with its lock service, Lustre mounted with `flock`.
 """
 
 import glob
@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ def one_at_a_time(lock_path: str | os.PathLike, flag: str, output: str | os.Path
         _remove_leftovers(lock_path)
         yield
     finally:
+        with suppress(OSError):
+            os.truncate(lock_path, 0)  # so that the outputs of two equal runs are equal
         lock.release()
 
 

@@ -41,6 +41,7 @@ def test_a_sigkill_frees_the_lock_and_the_next_one_holds_it_by_name(tmp_path, ho
     holder.join()
     with one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / ".lock").read_text() == ""
     with one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):  # and again by the same process
         pass
 
