@@ -133,9 +133,11 @@ def gold_lines(flag: str, path: str, mode: str) -> list[str]:
         # Read as titles, or as one answer, such lines would score 0 without an error.
         if is_json or sum(map(_is_qa_line, lines)) > len(lines) / 2:
             what = (
-                "titles; give answers as --answers_path" if mode == "titles" else "an answer; give --gold_data_mode qa"
+                "--eval_mode retrieval reads titles; give answers as --answers_path"
+                if mode == "titles"
+                else "--gold_data_mode ans reads an answer a line; give --gold_data_mode qa"
             )
-            raise UserError(f"{flag} {path} has questions with their answers, but a line is to hold {what}")
+            raise UserError(f"{flag} {path} has questions with their answers, but {what}")
         return lines
     return _each(flag, path, lines, _qa_line_of_json) if is_json else _joined_fields(flag, path, lines)
 
