@@ -15,11 +15,12 @@ fewer lines (a killed run's) is continued, one of another model or other setting
 PREDICTIONS.jsonl, a record a question (line number, question, answer, ids, titles and scores of the passages),
 PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
 
-Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; retrieval:
-the titles of the right passages, tab-separated.
+Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; e2e `regex`:
+as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated.
 """
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,7 @@ from rag.command_line.script import run_script
 from rag.errors import UserError
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
-from rag.evaluation.gold import EvalData, checkpoint_folders, read_data
+from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_path, read_data
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
 from rag.evaluation.scores import (
     get_precision_at_k,
@@ -37,11 +38,14 @@ from rag.evaluation.scores import (
     require_titles,
     score_answer_ranks,
     score_answers,
+    score_patterns,
     score_titles,
 )
 from rag.files import save_json
 from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
-from rag.metrics import metric_max_over_ground_truths
+from rag.locks import lock_beside, one_at_a_time
+from rag.metrics import answer_recall_at_k, metric_max_over_ground_truths, pattern_recall_at_k
+from rag.outputs import writing
 from rag.progress import progress
 from rag.public_names import module_getattr
 
@@ -95,13 +99,12 @@ def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
     if not args.eval_all_checkpoints:
         return evaluate(args, data, ranks)
     scores = {}
-    path = Path(args.predictions_path)
     folders = ranks.from_rank_zero(
         "listing the checkpoints", lambda: list(map(str, checkpoint_folders(args.model_name_or_path)))
     )
     for folder in map(Path, folders):
-        own_path = path.with_name(f"{path.stem}.{folder.name}{path.suffix}")
-        own_args = replace(args, model_name_or_path=str(folder), predictions_path=str(own_path))
+        own_path = own_predictions_path(args.predictions_path, folder)
+        own_args = replace(args, model_name_or_path=str(folder), predictions_path=own_path)
         scores[folder.name] = evaluate(own_args, data, ranks)
     if ranks.rank == 0:
         print_table(scores)
@@ -110,18 +113,23 @@ def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
 
 def evaluate(args: EvalArguments, data: EvalData, ranks) -> dict[str, float]:
     """Predict what is not predicted yet, score, print and write the scores of one checkpoint. Collective."""
-    predictions = ranks.on_rank_zero("opening the predictions file", lambda: open_predictions(args, data))
-    done, identity = ranks.from_rank_zero(
-        "reading the predictions file", lambda: (len(predictions.lines), predictions.identity)
-    )
-    if done < len(data.questions):
-        predict_missing(args, data, predictions, ranks, done, identity)
-    return ranks.from_rank_zero("scoring", lambda: score(args, data, predictions))
+    with ExitStack() as held:  # by rank 0
+        predictions = ranks.on_rank_zero("opening the predictions file", lambda: open_predictions(args, data, held))
+        done, identity = ranks.from_rank_zero(
+            "reading the predictions file", lambda: (len(predictions.lines), predictions.identity)
+        )
+        if done < len(data.questions):
+            predict_missing(args, data, predictions, ranks, done, identity)
+        return ranks.from_rank_zero("scoring", lambda: score(args, data, predictions))
 
 
-def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
+def open_predictions(args: EvalArguments, data: EvalData, held: ExitStack) -> Predictions:
+    """The predictions file, which no other run may use until `held` is closed."""
     enough = {"n_docs": max(args.k)} if args.eval_mode == "retrieval" else {}
     identity = run_identity(args, model_type_of(args))
+    with writing("--predictions_path", args.predictions_path):
+        lock = lock_beside(args.predictions_path)
+        held.enter_context(one_at_a_time(lock, "--predictions_path", args.predictions_path))
     predictions = Predictions(args.predictions_path, data.questions, identity, args.recalculate, enough)
     if args.eval_mode == "retrieval" and not predictions.origin_known:
         require_titles(args.predictions_path, predictions.lines, max(args.k))
@@ -133,7 +141,8 @@ def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
 
 def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
     if args.eval_mode == "e2e":
-        scores = score_answers(predictions.lines, data.gold)
+        score_lines = score_patterns if args.gold_data_mode == "regex" else score_answers
+        scores = score_lines(predictions.lines, data.gold)
     else:
         scores = score_titles(predictions.lines, data.gold, args.k, args.passages_per_question)
         if data.answers is not None:
@@ -172,6 +181,8 @@ def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
             identity["decoding"] = args.decoding
     elif args.answers_path is not None:
         identity["answers_path"] = file_identity(args.answers_path)
+        if args.gold_data_mode == "regex":
+            identity["gold_data_mode"] = "regex"
     return identity
 
 
@@ -218,7 +229,9 @@ def predict_missing(
             require_same_files(identity, run_identity(args, model_type), ranks.rank)
         config = rag_config(args) if model_type in RAG_TYPES else None
         only_titles = args.eval_mode == "retrieval"
-        return load_predictor(args.model_name_or_path, model_type, args.answer_plan, config, args.device, only_titles)
+        holds = pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k
+        plan = args.answer_plan
+        return load_predictor(args.model_name_or_path, model_type, plan, config, args.device, only_titles, holds)
 
     predict, index = ranks.all_or_none("loading the model", load)
     ranks.on_rank_zero("starting the predictions file", lambda: predictions.start(index))
@@ -260,7 +273,8 @@ def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores
     made_with = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
     path = f"{args.predictions_path}.scores.json"
     gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
-    save_json({"scores": scores, **gold, **made_with}, path)
+    with writing("--predictions_path", args.predictions_path):
+        save_json({"scores": scores, **gold, **made_with}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):
         if args.print_predictions:
             print(f"Q: {record['question']} - A: {line}")

@@ -35,6 +35,7 @@ def load_predictor(
     config: RagConfig | None = None,
     device: str | None = None,
     retrieve_only: bool = False,
+    holds_answer: Callable[..., bool] = answer_recall_at_k,
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
 
@@ -42,6 +43,7 @@ def load_predictor(
         config: of a RAG model, with the index that it is to search; None for a closed-book generator.
         device: as `pick_device`'s.
         retrieve_only: lines are titles, not answers; the generator stays where it is.
+        holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
     """
     where = pick_device(device)
     tokenizer = load_tokenizer(model_name_or_path, model_type)
@@ -54,7 +56,8 @@ def load_predictor(
     index = retriever.index.description()
     model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
     if retrieve_only:
-        return partial(retrieve_passages, plan, model.rag.question_encoder.to(where), retriever), index
+        question_encoder = model.rag.question_encoder.to(where)
+        return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
     return partial(answer_from_passages, plan, model.to(where), retriever), index
 
 
@@ -105,7 +108,12 @@ def answer_closed_book(plan: AnswerPlan, model, tokenizer, questions: list[str],
 
 
 def retrieve_passages(
-    plan: AnswerPlan, question_encoder, retriever, questions, answers
+    plan: AnswerPlan,
+    question_encoder,
+    retriever,
+    questions,
+    answers,
+    holds_answer: Callable[..., bool] = answer_recall_at_k,
 ) -> tuple[list[str], list[dict]]:
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
     vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
@@ -114,9 +122,16 @@ def retrieve_passages(
     lines = ["\t".join(one_line(strip_title(title)) for title in detail["titles"]) for detail in details]
     if answers is not None:
         for detail, doc, right in zip(details, docs, answers, strict=True):
-            ranks = (n for n, text in enumerate(doc["text"], start=1) if answer_recall_at_k([text], right, 1))
-            detail["answer_rank"] = next(ranks, None)
+            detail["answer_rank"] = answer_rank(doc["text"], right, holds_answer)
     return lines, details
+
+
+def answer_rank(texts: list[str], answers: list[str], holds_answer: Callable[..., bool]) -> int | None:
+    """The rank, from 1, of the first passage with an answer."""
+    try:
+        return next((n for n, text in enumerate(texts, start=1) if holds_answer([text], answers, 1)), None)
+    except ValueError as error:  # a pattern takes too long
+        raise UserError(f"--answers_path: {error}; write it in another way") from error
 
 
 def encode(plan, tokenizer, questions: list[str], device):
