@@ -100,8 +100,14 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         # --overfit_batches wants the same batches every epoch
         seed = self.seed if self.trainer.overfit_batches == 0 else None
         loader = self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
-        loader.prefetch = self.prefetch
+        loader.prefetch, loader.renumbered = self.prefetch, self._renumber_batches
         return loader
+
+    def _renumber_batches(self, difference: int) -> None:
+        """Have Lightning count the batches of a resumed epoch as if this number of ranks had begun it."""
+        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(current, count, getattr(current, count) + difference)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(DataLoader, "val", self.data.eval_batch_size)
