@@ -26,6 +26,7 @@ from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from rag.distributed.addresses import choose_interface
+from rag.distributed.beats import Beats
 from rag.distributed.meeting import port_in_use
 from rag.distributed.ranks import reason_of
 from rag.distributed.watch import LAUNCHER, LEFT_ALONE, PATIENCE, RankWatch, peers_of, tell
@@ -43,9 +44,17 @@ class RankLauncher(_SubprocessScriptLauncher):
             os.environ[LAUNCHER] = str(os.getpid())
             self._call_children_scripts()  # which also makes this process one whose siblings are there
         choose_interface(environment.main_address, one_node=self.num_nodes == 1)
+        if self.num_nodes > 1 and environment.global_rank() == 0 and not dist.is_initialized():
+            place = f"MASTER_ADDR {environment.main_address}, MASTER_PORT {environment.main_port}"
+            print(f"rank 0 waits for the ranks of {self.num_nodes} nodes at {place}", file=sys.stderr, flush=True)
         if self.watch is None:
             rank = environment.global_rank()
-            self.watch = RankWatch(peers_of(self.procs), rank, lambda: f"step {trainer.global_step}", self.procs)
+
+            def step() -> str:
+                return f"step {trainer.global_step}"
+
+            beats = Beats(rank, environment.world_size(), step) if self.num_nodes > 1 else None
+            self.watch = RankWatch(peers_of(self.procs), rank, step, self.procs, beats=beats)
             self.watch.start()
         return super().launch(function, *args, trainer=trainer, **kwargs)
 

@@ -37,12 +37,13 @@ def node_problems(num_nodes: int) -> list[str]:
     """Several nodes are asked for and nothing says where the others are, so that rank 0 would wait for nobody."""
     if num_nodes == 1 or any(name in os.environ for name in LAUNCHED if name != "NODE_RANK"):
         return []
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if not missing:
         return []
     return [
-        f"--num_nodes {num_nodes}: {', '.join(missing)} not set, so that the nodes cannot meet; start the command on "
-        "every node by torchrun (docs/several_nodes.md), which sets them, or leave --num_nodes out to train on this one"
+        f"--num_nodes {num_nodes}: {' and '.join(missing)} not set, so that the nodes cannot meet; start the command "
+        "by torchrun on every node (docs/several_nodes.md), or set these two and NODE_RANK there, or leave --num_nodes "
+        "out to train on this one"
     ]
 
 

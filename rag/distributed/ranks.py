@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from rag.distributed.addresses import choose_interface
+from rag.distributed.beats import Beats
 from rag.distributed.watch import RankWatch, peers_of
 from rag.errors import RankError, ReportedError, UserError
 
@@ -60,7 +61,8 @@ def joined_job(timeout: float) -> Iterator["Ranks"]:
     watch: RankWatch | None = None
     try:
         ranks = Ranks(timeout)
-        watch = RankWatch(peers_of([]), ranks.rank, lambda: ranks.step)
+        beats = None if one_node else Beats(ranks.rank, size, lambda: ranks.step)
+        watch = RankWatch(peers_of([]), ranks.rank, lambda: ranks.step, beats=beats)
         watch.start()
         yield ranks
     except RankError as error:

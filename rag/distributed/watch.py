@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from rag.distributed.beats import Beats
 from rag.distributed.stopped import StoppedClock, is_gone, is_stopped
 
 # Seconds that a rank has to end by itself when another one is lost: what it has started is to be stopped, too.
@@ -63,6 +64,7 @@ class RankWatch(threading.Thread):
         step: says where this rank is.
         launched: those of `peers` that are this process's children, in order from LOCAL_RANK 1.
         clock: says who has been stopped for too long.
+        beats: of a job on several machines; they end with the watch.
     """
 
     def __init__(
@@ -72,17 +74,20 @@ class RankWatch(threading.Thread):
         step: Callable[[], str],
         launched: list[subprocess.Popen] | None = None,
         clock: StoppedClock | None = None,
+        beats: Beats | None = None,
     ):
         super().__init__(daemon=True)
         self.peers, self.rank, self.step, self.launched = peers, rank, step, launched or []
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.launcher = peers[0] if 0 in peers and is_launched_by_rank_zero() else None
-        self.clock = clock or StoppedClock()
+        self.clock, self.beats = clock or StoppedClock(), beats
         self.left = threading.Event()
         self.lost: str | None = None  # which rank, and how
         self.is_told = False
 
     def run(self) -> None:
+        if self.beats is not None:
+            self.beats.start()
         while not self.left.wait(INTERVAL):
             if self._look():
                 break
@@ -104,6 +109,8 @@ class RankWatch(threading.Thread):
                 gone = [rank for rank, process in sorted(self.peers.items()) if is_gone(process)]
                 self.lost = f"{self._named(gone[0])} was lost" if gone else None
             time.sleep(0.1)
+        if self.lost is None and self.beats is not None and (silent := self.beats.silent()):
+            problem = f"not heard of any more: {silent}; {problem}"
         self._tell(self.lost or problem)
         if self.peers and not self.launched and self.launcher is None:
             time.sleep(INTERVAL)  # the others look, too, and are not to find this one gone
@@ -111,10 +118,13 @@ class RankWatch(threading.Thread):
     def leave(self) -> None:
         """From now on ranks may end."""
         self.left.set()
+        if self.beats is not None:
+            self.beats.leave()
 
     def _look(self) -> bool:
         """Whether the job cannot go on."""
-        failed = {rank: process.poll() for rank, process in enumerate(self.launched, start=1) if process.poll()}
+        statuses = {rank: process.poll() or 0 for rank, process in enumerate(self.launched, start=1)}
+        failed = {rank: status for rank, status in statuses.items() if status != 0}
         for rank, status in failed.items():
             if status < 0:
                 self._lose(f"{self._named(rank)} was killed ({signal.Signals(-status).name})")

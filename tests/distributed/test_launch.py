@@ -100,11 +100,11 @@ def test_several_nodes_need_to_be_told_where_to_meet(monkeypatch):
     for name in (*LAUNCHED, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert node_problems(1) == []
-    assert "--num_nodes 2: MASTER_ADDR, MASTER_PORT, NODE_RANK not set" in node_problems(2)[0]
+    assert "--num_nodes 2: MASTER_ADDR and MASTER_PORT not set" in node_problems(2)[0]
     monkeypatch.setenv("RANK", "0")  # torchrun
     assert node_problems(2) == []
     monkeypatch.delenv("RANK")
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
         assert name in node_problems(2)[0].split(" not set")[0]
         monkeypatch.setenv(name, "1")
     assert node_problems(2) == []

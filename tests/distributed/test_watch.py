@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from rag.distributed import ray_cluster, watch
+from rag.distributed.beats import Beats
 from rag.distributed.ray_cluster import ClusterGuard
 from rag.distributed.ray_remover import processes_of
 from rag.distributed.stopped import StoppedClock, is_gone, is_stopped
@@ -177,6 +179,26 @@ def test_a_process_that_was_started_alone_has_no_peers(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv(LAUNCHER, "1")
     assert peers_of([]) == {}
+
+
+def test_a_rank_of_another_machine_that_is_not_heard_of_is_named(monkeypatch, capfd):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    first, second, third = (Beats(rank, 3, lambda rank=rank: f"step {70 + rank}", interval=0.05) for rank in range(3))
+    watched = RankWatch({}, 0, lambda: "step 7", beats=first)
+    for beats in (first, second, third):
+        beats.start()
+    assert until(lambda: len(first.heard) == 2 and all(beat[0] != "0" for beat, _ in first.heard.values()))
+    assert first.silent() == second.silent() == ""
+    third.leave()  # as one that is stopped
+    assert until(first.silent)
+    monkeypatch.setattr(watch, "INTERVAL", 0.01)
+    watched.explain("timed out")
+    assert "not heard of any more: rank 2 (last heard of at step 72); timed out;" in capfd.readouterr().err
+    second.leave()
+    watched.leave()
+    assert first.left.is_set()
 
 
 # --- Ray's processes --------------------------------------------------------------------------------------------------
