@@ -65,8 +65,6 @@ CHECKPOINT_FILES = (
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
 PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}
-# Seconds that rank 0 waits for the slowest rank's batch; one that has died is noticed at once.
-RANK_TIMEOUT = 3600.0
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -86,10 +84,10 @@ def main(args: EvalArguments) -> dict[str, Any]:
         data = read_data(args)  # its mistakes are told before torch is imported
         from rag.distributed.ranks import Ranks
 
-        return measure(args, data, Ranks(RANK_TIMEOUT))
+        return measure(args, data, Ranks(args.rank_timeout))
     from rag.distributed.ranks import joined_job
 
-    with joined_job(RANK_TIMEOUT) as ranks:
+    with joined_job(args.rank_timeout) as ranks:
         data = EvalData(**ranks.from_rank_zero("reading the questions", lambda: vars(read_data(args))))
         return measure(args, data, ranks)
 

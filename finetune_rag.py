@@ -151,7 +151,7 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
 def _pytorch_retriever(args: FinetuneArguments, parts: tuple):
     from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
 
-    yield RagPyTorchDistributedRetriever(*parts)
+    yield RagPyTorchDistributedRetriever(*parts, timeout=args.run.rank_timeout)
 
 
 @contextmanager
@@ -160,9 +160,9 @@ def _ray_retriever(args: FinetuneArguments, parts: tuple):
 
     retrieval = args.retrieval
     with RetrievalWorkers(
-        retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus
+        retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus, args.run.rank_timeout
     ) as workers:
-        yield RagRayDistributedRetriever(*parts, workers)
+        yield RagRayDistributedRetriever(*parts, workers, timeout=args.run.rank_timeout)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
+from rag.distributed.addresses import open_store
 from rag.distributed.launch import use_rank_launcher
 from rag.distributed.meeting import rank_problems
 from rag.errors import UserError, raise_problems
@@ -100,8 +101,14 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         # --overfit_batches wants the same batches every epoch
         seed = self.seed if self.trainer.overfit_batches == 0 else None
         loader = self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
-        loader.prefetch = self.prefetch
+        loader.prefetch, loader.renumbered = self.prefetch, self._renumber_batches
         return loader
+
+    def _renumber_batches(self, difference: int) -> None:
+        """Have Lightning count the batches of a resumed epoch as if this number of ranks had begun it."""
+        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(current, count, getattr(current, count) + difference)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(DataLoader, "val", self.data.eval_batch_size)
@@ -192,7 +199,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
     if args.run.profile and profiler is None:
         profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
-    use_rank_launcher()
+    use_rank_launcher(args.run.rank_timeout)
     try:
         trainer = pl.Trainer(
             **kwargs, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
@@ -201,6 +208,8 @@ def build_trainer(
         raise UserError(f"the Lightning Trainer refuses its settings: {' '.join(str(error).split())}") from error
     nodes = trainer.num_nodes
     raise_problems(rank_problems(kwargs["devices"], nodes, trainer.num_devices * nodes))
+    if trainer.world_size > 1:
+        open_store(trainer.strategy.cluster_environment, one_node=nodes == 1)
     return trainer
 
 

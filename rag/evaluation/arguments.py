@@ -13,6 +13,7 @@ from typing import Literal
 
 from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import parse_into
+from rag.distributed.meeting import timeout_problems
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 
@@ -75,6 +76,11 @@ class EvalArguments(SearchArguments):
     max_length: int = flag(50, "Most tokens of an answer.")
     print_predictions: bool = flag(False, "Print each question and its answer.")
     print_docs: bool = flag(False, "Print titles and scores of each question's passages.")
+    rank_timeout: float = flag(
+        600.0,
+        "torchrun: seconds that process 0 waits for the slowest one's batch; a stopped or killed one of this machine "
+        "is told within half a minute.",
+    )
     device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
 
     @property
@@ -106,7 +112,7 @@ def _range_problems(args: EvalArguments) -> list[str]:
     if min(args.k, default=0) < 1 or max(args.k) > most_k:
         ks = " ".join(map(str, args.k))
         problems.append(f"--k {ks}: give one or more numbers, each 1 or more, and {most_k:,} or fewer")
-    problems += args.search_problems()
+    problems += args.search_problems() + timeout_problems(args.rank_timeout)
     if args.min_length < 0:
         problems.append(f"--min_length {args.min_length} must be 0 or more")
     if args.min_length > args.max_length:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import RagArgumentParser
 from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
-from rag.distributed.meeting import port_problems, rank_problems
+from rag.distributed.meeting import node_problems, port_problems, rank_problems, timeout_problems
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 
@@ -144,6 +144,11 @@ class RunArguments:
     )
     logger_name: Literal["default", "wandb", "wandb_shared"] = flag(
         "default", "default writes training_log.jsonl; wandb and wandb_shared send to Weights & Biases."
+    )
+    rank_timeout: float = flag(
+        600.0,
+        "Seconds that a process waits for the others of its job before it ends with their number; a stopped or killed "
+        "one of this machine is told within half a minute.",
     )
     profile: bool = flag(False, "Write the time each part of the training took to --output_dir.")
     gpus: str | None = flag(
@@ -299,7 +304,7 @@ def _retrieval_contradictions(retrieval: RetrievalArguments) -> list[str]:
 
 
 def _run_problems(run: RunArguments) -> list[str]:
-    problems = []
+    problems = timeout_problems(run.rank_timeout)
     resumed = run.resume_from_checkpoint
     if resumed is not None and not Path(resumed).is_file():
         problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to resume from last.ckpt")
@@ -314,6 +319,8 @@ def _launch_problems(args: FinetuneArguments) -> list[str]:
     """Where the number of ranks is a flag's, and not that of the GPUs there are."""
     kwargs = trainer_kwargs(args)
     devices, nodes = kwargs["devices"], kwargs["num_nodes"]
+    if problems := node_problems(nodes):
+        return problems
     if not isinstance(devices, int) or devices < 1:
         return []
     ranks = devices * nodes

@@ -228,7 +228,9 @@ def test_a_file_may_name_a_setting_otherwise_than_the_command_line(tmp_path, cap
     [
         (["--devices", "2"], {}, "MASTER_PORT {port} is used by another process"),
         (["--gpus", "2"], {}, "MASTER_PORT {port} is used by another process"),
-        (["--devices", "2", "--num_nodes", "2"], {}, None),  # it may be rank 0's, on another node
+        # It may be rank 0's, on another node.
+        (["--devices", "2", "--num_nodes", "2"], {"MASTER_ADDR": "node0", "NODE_RANK": "1"}, None),
+        (["--num_nodes", "2"], {}, "--num_nodes 2: MASTER_ADDR not set"),
         (["--devices", "2"], {"SLURM_PROCID": "1"}, None),
         (["--devices", "1"], {}, None),
         (
