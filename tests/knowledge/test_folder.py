@@ -131,10 +131,10 @@ def kill(monkeypatch, moment: str) -> None:
     places = {
         "embedding": (PassageEmbedder, "_encode"),
         "indexing": (EmbeddingFiles, "blocks"),
-        "before the dataset grows": (knowledge_folder, "add_shards"),
+        "before the dataset grows": (knowledge_folder, "publish"),
         "before index.json": (knowledge_folder.KnowledgeFolder, "_finish"),
     }
-    owner, name = places.get(moment, (knowledge_folder, "add_shards"))
+    owner, name = places.get(moment, (knowledge_folder, "publish"))
     original = getattr(owner, name)
     calls = itertools.count()
 

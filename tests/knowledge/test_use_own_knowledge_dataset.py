@@ -23,7 +23,7 @@ from rag.errors import UserError
 from rag.index.index_files import IndexDescription, read_description, write_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
-from rag.knowledge import embedding
+from rag.knowledge import shards
 from rag.knowledge.embedding import PassageEmbedder
 from rag.knowledge.passages import survey_documents
 from rag.models import encoders, loading
@@ -129,7 +129,7 @@ def test_other_documents_or_another_encoder_are_never_mixed_in(
 
 
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(embedding, "PASSAGES_PER_SHARD", 4)
+    monkeypatch.setattr(shards, "PASSAGES_PER_SHARD", 4)
     encode, calls = PassageEmbedder._encode, []
 
     def killed(self, batch):
