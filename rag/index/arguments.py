@@ -16,6 +16,8 @@ from rag.errors import raise_problems
 # What bears on a search of any index, and what belongs to wiki_dpr alone.
 SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
+# FAISS counts in 32 bits; an index allows less, by its size (rag/index/knowledge_index.py).
+MOST_EFFORT = 2**31 - 1
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
@@ -33,7 +35,11 @@ class EffortArguments:
     def effort_problems(self) -> list[str]:
         """What is out of range."""
         values = {"ef_search": self.ef_search, "nprobe": self.nprobe}
-        return [f"--{name} {value} must be 1 or more" for name, value in values.items() if (value or 1) < 1]
+        return [
+            f"--{name} {value} must be from 1 to {MOST_EFFORT:,}"
+            for name, value in values.items()
+            if value is not None and not 1 <= value <= MOST_EFFORT
+        ]
 
 
 @dataclass(kw_only=True)

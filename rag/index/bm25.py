@@ -11,12 +11,15 @@ that all retrievers carry them as they carry vectors. Nothing is differentiable 
 retriever, whose scores are the logits of p(passage | question) (Lewis et al. 2020, section 4.5).
 
 Words are runs of two or more letters or digits, in lower case and without accents; 33 English ones that mean little
-("the", "of", "is") are left out. The index is that of the package bm25s, Lucene's formula. Beside its three arrays lie
-words.arrow, all words in their order, in which a word's place is its number, and index.json, which says what it is of.
+("the", "of", "is") are left out. Chinese, Japanese, Thai, Lao, Khmer and Burmese, which are written without blanks,
+are cut into pairs of neighboring letters. The index is that of the package bm25s, Lucene's formula. Beside its three
+arrays lie words.arrow, all words in their order, in which a word's place is its number, and index.json, which says what
+it is of.
 """
 
 import bisect
 import fcntl
+import itertools
 import logging
 import re
 import unicodedata
@@ -32,12 +35,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import regex
 
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, load_json, save_json
 from rag.index.arguments import index_effort
 from rag.index.index_files import DESCRIPTION_FILE
-from rag.index.knowledge_index import KnowledgeIndex, require_columns
+from rag.index.integrity import checksums_of, damaged, require_undamaged
+from rag.index.knowledge_index import KnowledgeIndex
+from rag.index.passage_checks import open_passages, passage_problems
 from rag.index.passage_rows import fingerprint_of
 from rag.progress import progress
 
@@ -45,6 +51,14 @@ logger = logging.getLogger(__name__)
 
 # The defaults of bm25s and, but for k1, of Lucene.
 BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
+# The rule of `words_of`: an index that was built by another one is built again.
+WORDS_ARE = "words, bigrams of letters without blanks"
+# Accents, and the points of Hebrew and Arabic vowels; in India's scripts vowel signs are part of a word.
+ACCENTS = re.compile("[\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670]")
+WORD = re.compile(r"\w[\w\u0900-\u0963\u0971-\u0df3]+")
+WITHOUT_BLANKS = regex.compile(
+    r"((?:[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc\uff70\uff9e\uff9f]\p{M}*)+)"
+)
 WORDS_FILE = "words.arrow"
 QUERY_SIZE = 128  # the one, and the words of a question of as many tokens as the scripts keep by default
 MOST_WORDS = 2**24  # beyond, float32 does not tell neighbouring numbers apart
@@ -57,20 +71,23 @@ class Bm25Index(KnowledgeIndex):
     Args:
         passages: dataset with the columns title and text.
         folder: what `build_bm25` wrote.
+        origin: the flag that gave the passages, and its value, for the messages.
     """
 
     reads_text = True
     opened_parts = KnowledgeIndex.opened_parts | {"bm25", "words"}
 
-    def __init__(self, passages: datasets.Dataset, folder: Path):
+    def __init__(self, passages: datasets.Dataset, folder: Path, origin: str = "--passages_path"):
         self.folder = folder
-        super().__init__(passages, QUERY_SIZE, vectors_from="index")
+        super().__init__(passages, QUERY_SIZE, vectors_from="index", origin=origin)
 
     def _open_parts(self, faiss_index=None) -> None:
         super()._open_parts(faiss_index)
         self.bm25: Any = None
         # A record batch of one column, mapped: every rank looks words up, also where it never searches.
-        self.words = pa.ipc.open_file(pa.memory_map(str(self.folder / WORDS_FILE))).get_batch(0).column(0)
+        with self._told_if_damaged():
+            self.words = pa.ipc.open_file(pa.memory_map(str(self.folder / WORDS_FILE))).get_batch(0).column(0)
+            self.words.validate()
 
     def is_initialized(self) -> bool:
         return self.bm25 is not None
@@ -80,7 +97,18 @@ class Bm25Index(KnowledgeIndex):
         if not self.is_initialized():
             import bm25s
 
-            self.bm25 = bm25s.BM25.load(self.folder, mmap=True, load_vocab=False)
+            with self._told_if_damaged():
+                self.bm25 = bm25s.BM25.load(self.folder, mmap=True, load_vocab=False)
+
+    @contextmanager
+    def _told_if_damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Arrow, numpy and JSON fail in ways of their own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--index_path {self.folder} is damaged ({reason}); remove the folder, and it is built again"
+            ) from error
 
     def encode_questions(self, questions: list[str]) -> np.ndarray:
         """Queries (B, QUERY_SIZE) float32: a one, then the numbers of those words that occur in passages, then -1."""
@@ -136,11 +164,23 @@ def largest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, as often as they occur."""
+    """The words of a text, as often as they occur; of scripts that are written without blanks, pairs of letters."""
     text = text.lower()
-    if not text.isascii():
-        text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text))
-    return [word for word in re.findall(r"\w\w+", text) if word not in stop_words()]
+    if text.isascii():
+        return _blank_separated(text)
+    words: list[str] = []
+    # In turn: what lies between the runs of such letters, and these.
+    for place, piece in enumerate(WITHOUT_BLANKS.split(text)):
+        if place % 2:
+            letters = regex.findall(r"\X", unicodedata.normalize("NFKC", piece))  # with the marks above and below
+            words += ["".join(pair) for pair in itertools.pairwise(letters)] if len(letters) > 1 else letters
+        elif piece:
+            words += _blank_separated(ACCENTS.sub("", unicodedata.normalize("NFD", piece)))
+    return words
+
+
+def _blank_separated(text: str) -> list[str]:
+    return [word for word in WORD.findall(text) if word not in stop_words()]
 
 
 @cache
@@ -162,7 +202,7 @@ def open_bm25(config) -> Bm25Index:
         UserError: there are no passages, or the index's folder holds something else or cannot be written.
     """
     path = config.passages_path
-    if path is None or not (Path(path) / "dataset_info.json").is_file():
+    if path is None or not Path(path).is_dir():
         raise UserError(
             f"--passages_path {path} is not a folder of passages, which --index_name bm25 needs; build it with "
             "use_own_knowledge_dataset.py, or save a dataset of title and text by save_to_disk"
@@ -170,9 +210,12 @@ def open_bm25(config) -> Bm25Index:
     for name, value in index_effort(config).items():
         if value is not None:
             logger.warning(f"{name} {value} has no effect on BM25")
-    passages = datasets.load_from_disk(str(path))
-    require_columns(passages, ("title", "text"))
+    require_undamaged(path)
+    passages = open_passages(path)
+    origin = f"--passages_path {path}"
+    raise_problems(passage_problems(passages, ("title", "text"), origin))
     wanted = {"kind": "bm25", "fingerprint": fingerprint_of(passages), "passages": len(passages), **BM25_SETTINGS}
+    wanted["words_are"] = WORDS_ARE
     folder = _folder(config)
     if not _is_ready(folder, wanted):
         try:
@@ -184,7 +227,9 @@ def open_bm25(config) -> Bm25Index:
                 f"--index_path {folder} cannot be written ({error.strerror}: {error.filename}); give a folder for the "
                 "BM25 index on a disk with room"
             ) from error
-    return Bm25Index(passages, folder)
+    for problem in damaged(folder, load_json(folder / DESCRIPTION_FILE).get("checksums", {})).values():
+        raise UserError(f"--index_path {folder} is damaged: {problem}; remove the folder, and it is built again")
+    return Bm25Index(passages, folder, origin)
 
 
 def _folder(config) -> Path:
@@ -198,9 +243,10 @@ def _folder(config) -> Path:
 def _is_ready(folder: Path, wanted: dict) -> bool:
     """Whether the wanted index is there, seen from outside the lock: another process may just be putting it there."""
     try:
-        return wanted.items() <= load_json(folder / DESCRIPTION_FILE).items()
-    except (FileNotFoundError, NotADirectoryError):
+        description = load_json(folder / DESCRIPTION_FILE)
+    except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(description, dict) and wanted.items() <= description.items()
 
 
 def _holds(folder: Path, wanted: dict) -> bool:
@@ -213,7 +259,12 @@ def _holds(folder: Path, wanted: dict) -> bool:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--index_path {folder} holds something else than a BM25 index; give another folder")
         return False
-    description = load_json(folder / DESCRIPTION_FILE)
+    try:
+        description = load_json(folder / DESCRIPTION_FILE)
+    except (ValueError, RecursionError) as error:
+        description = error
+    if not isinstance(description, dict):
+        raise UserError(f"--index_path {folder}: its {DESCRIPTION_FILE} is damaged; remove the folder")
     if description.get("kind") != wanted["kind"]:
         raise UserError(f"--index_path {folder} holds an index of another kind; give another folder")
     return wanted.items() <= description.items()
@@ -252,7 +303,11 @@ def build_bm25(passages: datasets.Dataset, folder: Path, description: dict) -> N
         column = pa.record_batch({"word": pa.array(words, pa.string())})
         with pa.OSFile(str(beside / WORDS_FILE), "wb") as file, pa.ipc.new_file(file, column.schema) as writer:
             writer.write_batch(column)
-        facts = {"words": len(words), "versions": {"bm25s": version("bm25s")}}
+        facts = {
+            "words": len(words),
+            "versions": {"bm25s": version("bm25s")},
+            "checksums": checksums_of(beside, [beside]),
+        }
         save_json(description | facts, beside / DESCRIPTION_FILE)
 
 
@@ -266,7 +321,7 @@ def _number_words(passages: datasets.Dataset) -> tuple[list[str], np.ndarray, np
     batches = passages.select_columns(["title", "text"]).with_format("arrow").iter(PASSAGES_AT_A_TIME)
     for batch in progress(batches, len(passages), "Indexing words", "passages", size=len):
         for title, text in zip(batch["title"].to_pylist(), batch["text"].to_pylist(), strict=True):
-            word_numbers = [number_of[word] for word in words_of(f"{title} {text}")]
+            word_numbers = [number_of[word] for word in words_of(f"{title or ''} {text}")]
             numbers.extend(word_numbers)
             lengths.append(len(word_numbers))
     words = sorted(number_of)

@@ -12,6 +12,7 @@ rebuilt index was the same to the bit in all trials, HNSW too, whatever the numb
 
 import itertools
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from rag.errors import UserError
 from rag.files import free_bytes, remove
 from rag.index.columns import EmbeddingColumn
-from rag.index.faiss_kinds import core_of
+from rag.index.faiss_checks import ranking_of
+from rag.index.faiss_kinds import core_of, parts_of, transforms_of
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import shard_files, shard_path, write_faiss_index
 from rag.progress import progress
@@ -33,6 +36,8 @@ EXAMPLES = "Flat, HNSW32,Flat, HNSW32,SQ8, IVF1024,Flat, IVF1024,PQ64 or OPQ64_2
 FEWEST_TRAINED_ON = 65_536  # 256 vectors for each of a product quantizer's 256 centroids, as many as FAISS ever uses
 TRAINED_ON_A_LIST = 50  # FAISS warns below 39 vectors a centroid and uses 256 at most
 ROWS_AT_A_TIME = 65_536
+LONGEST_FACTORY, MOST_OF_ANYTHING, MOST_LINKS = 200, 2**24, 1024
+OPQ_CENTROIDS = 256  # of the product quantizer for which OPQ rotates
 # An unfinished index is saved when so many seconds, and so many times what saving took last, have passed since.
 SAVE_AFTER, SAVES_COST = 120.0, 10
 
@@ -100,20 +105,32 @@ class IndexPlan:
 
     def problems(self, count: int) -> list[str]:
         """Why the index cannot be built over `count` vectors."""
-        flag = f"--index_factory {self.factory}"
-        try:
-            index = self.empty()
-            if index.is_trained:
-                index.add(np.zeros((1, self.dimension), dtype=np.float32))
-        except RuntimeError as error:
-            reason = str(error).partition("Error: ")[2] or str(error).rpartition(": ")[2]
-            return [f"{flag}: FAISS adds no vectors of dimension {self.dimension} to it ({reason}); try {EXAMPLES}"]
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            return [f"{flag}: FAISS ranks it by distances, RAG by inner products; try {EXAMPLES}"]
+        flag = f"--index_factory {self.factory[:80]}"
+        if reason := _factory_problem(self.factory):
+            return [f"{flag}: {reason}; try {EXAMPLES}"]
+        learned = max(map(int, re.findall(r"IVF(\d+)", self.factory)), default=0)
+        if learned <= count:  # else there may be no memory to try it
+            try:
+                index = self.empty()
+                if index.is_trained:
+                    index.add(np.zeros((1, self.dimension), dtype=np.float32))
+            except (RuntimeError, MemoryError) as error:
+                what = f"FAISS adds no vectors of dimension {self.dimension} to it"
+                return [f"{flag}: {what} ({_reason(error)}); try {EXAMPLES}"]
+            if (ranking := ranking_of(index)) != "inner product":
+                return [f"{flag}: FAISS ranks it by {ranking}, RAG by inner product; try {EXAMPLES}"]
+            if any(isinstance(part, faiss.IndexIDMap) for part in _with_parts(index)):
+                return [f"{flag}: it has ids of its own, RAG numbers passages by their rows; try {EXAMPLES}"]
+            for transform in transforms_of(index):
+                if isinstance(transform, faiss.PCAMatrix) and transform.d_out > transform.d_in:
+                    return [
+                        f"{flag}: PCA makes fewer dimensions of {transform.d_in}, not {transform.d_out}; give fewer"
+                    ]
+            learned = _centroids(index)
         problems = []
-        if _centroids(index) > min(count, self.train_sample or count):
+        if learned > min(count, self.train_sample or count):
             problems.append(
-                f"{flag} learns {_centroids(index)} centroids, for which there must be as many passages (there are "
+                f"{flag} learns {learned} centroids, for which there must be as many passages (there are "
                 f"{count}) and no smaller --train_sample; give fewer lists, or Flat"
             )
         if self.shards > count:
@@ -147,11 +164,49 @@ def _bytes_a_vector(index) -> int:
 
 
 def _centroids(index) -> int:
-    """The most that any part of the index learns by k-means; 0 where none does."""
-    core = core_of(index)
-    storage = faiss.downcast_index(core.storage) if hasattr(core, "hnsw") else core
-    lists = core.nlist if isinstance(core, faiss.IndexIVF) else 0
-    return max(lists, storage.pq.ksub if hasattr(storage, "pq") else 0)
+    """The most that any part of the index learns by k-means, or of directions by PCA; 0 where none does."""
+    learned = [0]
+    for part in _with_parts(index):
+        for transform in transforms_of(part):
+            if isinstance(transform, faiss.OPQMatrix):
+                learned.append(OPQ_CENTROIDS)
+            elif isinstance(transform, faiss.PCAMatrix):
+                learned.append(transform.d_out)
+        storage = faiss.downcast_index(part.storage) if hasattr(part, "hnsw") else part
+        learned.append(part.nlist if isinstance(part, faiss.IndexIVF) else 0)
+        learned.append(storage.pq.ksub if hasattr(storage, "pq") else 0)
+        for name in ("rq", "lsq", "prq", "plsq"):
+            if hasattr(storage, name):
+                learned.append(2 ** int(faiss.vector_to_array(getattr(storage, name).nbits).max(initial=0)))
+    return int(max(learned))
+
+
+def _with_parts(index) -> Iterator:
+    """The index by its own class, and all that it consists of."""
+    yield faiss.downcast_index(index)
+    for part in parts_of(index):
+        yield from _with_parts(part)
+
+
+def _factory_problem(factory: str) -> str | None:
+    """What FAISS would make of a factory string that ends the process, or takes all memory, before it says a word."""
+    if not factory.isascii() or not factory.isprintable() or " " in factory:
+        return "a kind is written without blanks, in letters, digits, commas and _"
+    if len(factory) > LONGEST_FACTORY:
+        return f"it is {len(factory)} characters long"
+    if any(not 1 <= int(number) <= MOST_OF_ANYTHING for number in re.findall(r"\d+", re.sub("fp16|bf16", "", factory))):
+        return f"its numbers must be from 1 to {MOST_OF_ANYTHING:,}"
+    links = [int(number) for number in re.findall(r"(?:HNSW|NSG)(\d+)", factory)]
+    if any(not 2 <= number <= MOST_LINKS for number in links):
+        return f"a vector has from 2 to {MOST_LINKS:,} links"
+    if "Dedup" in factory:
+        return "equal passages would share one number"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    reason = str(error).partition("Error: ")[2] or str(error).rpartition(": ")[2] or "out of memory"
+    return " ".join(reason.split())[:200]
 
 
 # --- Building ---------------------------------------------------------------------------------------------------------
@@ -254,6 +309,12 @@ def _train(plan: IndexPlan, vectors: EmbeddingFiles):
         size = plan.sample_size(len(vectors))
         start = time.monotonic()
         rows = np.random.default_rng(0).choice(len(vectors), size, replace=False, shuffle=False)
-        index.train(vectors.gather(np.sort(rows)))
+        try:
+            index.train(vectors.gather(np.sort(rows)))
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(
+                f"--index_factory {plan.factory}: FAISS cannot train it on {size:,} passages ({_reason(error)}); try "
+                f"{EXAMPLES}"
+            ) from error
         print(f"Trained on {size:,} passages in {time.monotonic() - start:.1f} s")
     return index

@@ -7,6 +7,7 @@ SWIG gives the class that a C++ function declares; `downcast_index` gives the ob
 """
 
 import faiss
+import numpy as np
 
 
 def core_of(index):
@@ -15,6 +16,31 @@ def core_of(index):
         index = index.at(0)
     index = faiss.downcast_index(index)
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def parts_of(index) -> list:
+    """The indexes that one consists of; none of one that holds the vectors itself."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, (faiss.IndexShards, faiss.IndexReplicas)):
+        return [index.at(number) for number in range(index.count())]
+    if isinstance(index, faiss.IndexRefine):
+        return [index.base_index, index.refine_index]
+    if isinstance(index, (faiss.IndexIDMap, faiss.IndexPreTransform)):
+        return [index.index]
+    return []
+
+
+def transforms_of(index) -> list:
+    """What an index does to vectors before it keeps them."""
+    index = faiss.downcast_index(index)
+    chain = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+    return [] if chain is None else [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
+
+
+def view_of(numbers: np.ndarray):
+    """A FAISS vector of uint8 or int32 that lies where the array lies, and does not own it."""
+    kind = {1: faiss.MaybeOwnedVectorUInt8, 4: faiss.MaybeOwnedVectorInt32}[numbers.itemsize]
+    return kind.create_view(faiss.cast_integer_to_void_ptr(numbers.ctypes.data), len(numbers), kind().owner)
 
 
 def describe_search(index) -> dict:

@@ -7,7 +7,10 @@ range: for Wikipedia 20 GB that come from the disk. So an HNSW index of whole or
 together here: FAISS reads a copy of the file's head that says the index is empty, the 12 bytes that are kept for each
 vector beside its links are copied, and links and vectors are views into the mapped file. A file of any other kind, or
 of which the parts do not fit, is left to FAISS, and so is every file where FAISS is of a version with which this was
-not tested. What the links say is trusted.
+not tested.
+
+That the links stay within the graph is looked at when the file is opened for the first time, as FAISS would follow any
+of them; that it was is kept in the user's cache as long as the file is not written to (rag/checksums.py).
 """
 
 import os
@@ -15,6 +18,10 @@ import struct
 
 import faiss
 import numpy as np
+
+from rag.checksums import found_once
+from rag.index.faiss_checks import links_problem
+from rag.index.faiss_kinds import view_of
 
 # FAISS may change its file's layout, or its vectors' views, at any release: a longer list needs `make test` with each.
 TESTED_FAISS_VERSIONS = ("1.15.1",)
@@ -73,7 +80,8 @@ def _map_hnsw(path):
     if kind not in GRAPHS or metric not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         return None
     start = file.at
-    file.vector("<f8"), file.vector("<i4")  # probability of each level, links up to each level
+    file.vector("<f8")  # probability of each level
+    first_of_level = file.vector("<i4")
     shape = file.since(start)
     levels, offsets, links = file.vector("<i4"), file.vector("<u8"), file.vector("<i4")
     entry_point, max_level, *effort = file.unpack(GRAPH)
@@ -103,12 +111,15 @@ def _map_hnsw(path):
     )
     if not whole:
         return None
+    graph = (levels, offsets, links, first_of_level, entry_point, max_level)
+    if problem := found_once(path, "links", lambda: links_problem(*graph)):
+        raise RuntimeError(problem)
     index.ntotal = storage.ntotal = size
     index.hnsw.entry_point, index.hnsw.max_level = entry_point, max_level
     faiss.copy_array_to_vector(levels, index.hnsw.levels)
     faiss.copy_array_to_vector(offsets, index.hnsw.offsets)
-    index.hnsw.neighbors = _view(links, faiss.MaybeOwnedVectorInt32)
-    storage.codes = _view(codes, faiss.MaybeOwnedVectorUInt8)
+    index.hnsw.neighbors = view_of(links)
+    storage.codes = view_of(codes)
     index.referenced_objects = [file.bytes]  # is unmapped with the index, not before
     return index
 
@@ -116,8 +127,3 @@ def _map_hnsw(path):
 def _emptied(header: tuple) -> bytes:
     kind, dimension, _, *rest = header
     return HEADER.pack(kind, dimension, 0, *rest)
-
-
-def _view(numbers: np.ndarray, kind):
-    """A FAISS vector that lies where the array lies, and does not own it."""
-    return kind.create_view(faiss.cast_integer_to_void_ptr(numbers.ctypes.data), len(numbers), kind().owner)

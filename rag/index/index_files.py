@@ -9,12 +9,14 @@ Files appear whole or not at all.
 
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+import types
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, get_args, get_origin, get_type_hints
 
 import faiss
 
+from rag.errors import UserError
 from rag.files import json_digest, load_json, save_json
 
 DESCRIPTION_FILE = "index.json"
@@ -95,6 +97,7 @@ class IndexDescription:
     index_seconds: float = 0.0
     recall: list[dict[str, float]] | None = None  # at growing effort, with queries_per_second
     versions: dict[str, str] | None = None  # of the packages that built it
+    checksums: dict[str, str] = field(default_factory=dict)  # of passages and index, by path beside index.json
 
     @property
     def is_finished(self) -> bool:
@@ -143,13 +146,63 @@ def write_description(folder: str | os.PathLike, description: IndexDescription) 
     save_json(asdict(description, dict_factory=known), Path(folder) / DESCRIPTION_FILE)
 
 
-def read_description(index_path: str | os.PathLike) -> IndexDescription:
-    """The `index.json` beside a FAISS file; one that knows nothing where there is none (an index of another origin)."""
+def read_description(index_path: str | os.PathLike, flag: str = "--index_path") -> IndexDescription:
+    """The `index.json` beside a FAISS file; one that knows nothing where there is none (an index of another origin).
+
+    Args:
+        index_path: the FAISS file or the folder of passages, which need not be there.
+        flag: the one that gave the folder, for the message.
+
+    Raises:
+        UserError: it is not JSON, of another shape, or names a file outside its folder.
+    """
     path = Path(index_path).parent / DESCRIPTION_FILE
-    values: dict[str, Any] = load_json(path) if path.is_file() else {}
-    names = {field.name for field in fields(IndexDescription)}
-    known = {name: value for name, value in values.items() if name in names and value is not None}
-    return IndexDescription(**known | {"parts": [DocumentsPart(**part) for part in known.get("parts", [])]})
+    try:
+        if not path.is_file():
+            return IndexDescription()
+        description = _of_json(IndexDescription, load_json(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{flag} {path.parent}: its {DESCRIPTION_FILE} cannot be read ({str(error).splitlines()[0]}); remove it, "
+            "or build the knowledge again"
+        ) from error
+    return description
+
+
+def _of_json(kind: type, values: Any) -> Any:
+    """An instance of a dataclass of this module; keys of a later version are left out.
+
+    Raises:
+        ValueError: a value is of another type, one that must be there is missing, or a path leads out of the folder.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, not an object")
+    hints = get_type_hints(kind)
+    known = {name: value for name, value in values.items() if name in hints and value is not None}
+    if "parts" in known and isinstance(known["parts"], list):
+        known["parts"] = [_of_json(DocumentsPart, part) for part in known["parts"]]
+    for name, value in known.items():
+        if not isinstance(value, _types_of(hints[name])) or (hints[name] is int and isinstance(value, bool)):
+            raise ValueError(f"{name} is {str(value)[:40]}")
+    checksums = known.get("checksums", {})
+    if not all(isinstance(value, str) and re.fullmatch(r"\w+:[0-9a-f]+:\d+", value) for value in checksums.values()):
+        raise ValueError("checksums hold something else")
+    for path in [known.get("index", ""), *checksums]:
+        if PurePath(path).is_absolute() or ".." in PurePath(path).parts or "\0" in path:
+            raise ValueError(f"{path[:80]!r} leads out of the folder")
+    if "/" in known.get("index", ""):
+        raise ValueError(f"index {known['index'][:80]!r} is not beside it")
+    missing = [name for name in ("csv_path", "csv_digest", "passages") if kind is DocumentsPart and name not in known]
+    if missing:
+        raise ValueError(f"a part lacks {missing[0]}")
+    return kind(**known)
+
+
+def _types_of(hint) -> tuple[type, ...]:
+    """The classes that a field's values may have in Python after JSON."""
+    if isinstance(hint, types.UnionType):
+        return tuple(one for part in get_args(hint) for one in _types_of(part))
+    return (int, float) if hint is float else (get_origin(hint) or hint,)
 
 
 def pooling_of(encoder) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     doc_ids, doc_embeds = index.get_top_docs(queries, n_docs=5)
     docs = index.get_doc_dicts(doc_ids)
 
-Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy. The id of
+Both files are memory-mapped, so that opening takes milliseconds and processes of one machine share one copy; only the
+first opening reads, where there is something to check that no later one need check again (rag/checksums.py). The id of
 a passage is its row number; -1 marks a slot for which no passage was found: a zero vector, empty title and text.
 
 A copy shares what is open, which nothing changes. A pickle has the paths of what lies in files and opens them again;
@@ -16,6 +17,7 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,23 @@ import datasets
 import faiss
 import numpy as np
 
+from rag.checksums import found_once
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
-from rag.index.columns import EmbeddingColumn, IndexVectors
+from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, require_finite
 from rag.index.device_search import DeviceSearch, DeviceUnavailableError
 from rag.index.faiss_kinds import core_of, describe_search
-from rag.index.faiss_mapping import map_index
+from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows
 from rag.index.index_files import shard_files, write_faiss_index
+from rag.index.integrity import require_undamaged
+from rag.index.passage_checks import look_at_rows, open_passages, passage_problems
 from rag.index.passage_rows import PassageDict, PassageRows
 
 logger = logging.getLogger(__name__)
 
 PASSAGE_COLUMNS = ("title", "text", "embeddings")
+# Candidates or lists that any index may be searched with; more only if it has as many passages.
+ANY_EFFORT = 65_536
 
 
 class KnowledgeIndex:
@@ -56,12 +63,14 @@ class KnowledgeIndex:
         device: "cuda", "cuda:1" or "cpu" compares the questions with all vectors, held there in half precision; where
             that cannot be, and with None, FAISS searches.
         index_flag: the flag that gave the index, for the messages.
+        origin: the flag that gave the passages, and its value, for the messages.
 
     Attributes:
         fallback: why the device is not used, if it was to be.
 
     Raises:
-        UserError: a column is missing, or dimension or count of passages, index and model do not fit each other.
+        UserError: a column is missing or of another type, or dimension or count of passages, index and model do not
+            fit each other, or the index does not rank by inner products.
     """
 
     opened_parts = frozenset({"embeddings", "device_search", "faiss_index", "rows"})  # what `_open_parts` makes
@@ -71,10 +80,11 @@ class KnowledgeIndex:
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,
         vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
-        device: str | None = None, index_flag: str = "--index_path",
+        device: str | None = None, index_flag: str = "--index_path", origin: str = "--passages_path",
     ):  # fmt: skip
-        require_columns(passages, PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2])
-        self.passage_rows = PassageRows(passages)
+        needed = PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2]
+        raise_problems(passage_problems(passages, needed, origin))
+        self.passage_rows = PassageRows(passages, origin)
         self.vectors_from = vectors_from
         self.vector_size = vector_size
         self.index_path = index_path
@@ -84,17 +94,20 @@ class KnowledgeIndex:
         self.fallback: str | None = None
         self.shard: int | None = None  # the one that is open; None for all
         self._open_parts(faiss_index)
+        vectors = self.embeddings if isinstance(self.embeddings, EmbeddingColumn) else None
+        look_at_rows(list(self.passage_rows.texts.values()), vectors, origin)
 
     def _open_parts(self, faiss_index=None) -> None:
         """What the files or the parts in memory give, made anew where this index was pickled."""
         self.embeddings: EmbeddingColumn | IndexVectors | None = None
         if self.vectors_from == "passages":
-            self.embeddings = EmbeddingColumn(self.passage_rows.column("embeddings"), self.vector_size)
+            self.embeddings = EmbeddingColumn(self.passage_rows.column("embeddings"), self.vector_size, self.origin)
         self.device_search: DeviceSearch | None = None
         self.faiss_index: Any = None
+        self.by_distance = False  # whether FAISS's scores are no inner products, though the order is the same
         self.rows = range(len(self))  # those that are searched: of one shard fewer than all
         if faiss_index is not None:
-            self._accept(faiss_index)
+            self._accept(self._fitting(faiss_index, len(self)))
 
     def __copy__(self) -> "KnowledgeIndex":
         copied = object.__new__(type(self))
@@ -123,20 +136,39 @@ class KnowledgeIndex:
         """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
-        if passages_path is None or not (Path(passages_path) / "dataset_info.json").is_file():
+        if passages_path is None or not Path(passages_path).is_dir():
             problems.append(f"--passages_path {passages_path} is not a folder of passages; {remedy}")
         is_file = index_path is not None and Path(index_path).is_file()
         if not is_file and not (index_path is not None and shard_files(index_path)):
             problems.append(f"--index_path {index_path} is not a FAISS index file, nor a folder of shards; {remedy}")
         raise_problems(problems)
-        return cls(datasets.load_from_disk(str(passages_path)), vector_size, index_path=str(index_path), **search)
+        require_undamaged(passages_path, index_path)
+        origin = f"--passages_path {passages_path}"
+        return cls(open_passages(passages_path), vector_size, index_path=str(index_path), origin=origin, **search)
 
     @classmethod
     def from_dataset(cls, indexed_dataset, vector_size: int) -> "KnowledgeIndex":
         """Take a dataset on which `add_faiss_index("embeddings")` or `load_faiss_index` was called."""
         if "embeddings" not in indexed_dataset.list_indexes():
             raise UserError("indexed_dataset has no index; call indexed_dataset.add_faiss_index('embeddings') first")
-        return cls(indexed_dataset, vector_size, faiss_index=indexed_dataset.get_index("embeddings").faiss_index)
+        faiss_index = indexed_dataset.get_index("embeddings").faiss_index
+        return cls(
+            indexed_dataset,
+            vector_size,
+            faiss_index=faiss_index,
+            index_flag="indexed_dataset",
+            origin="indexed_dataset",
+        )
+
+    @property
+    def origin(self) -> str:
+        """The flag that gave the passages, and its value."""
+        return self.passage_rows.origin
+
+    @property
+    def index_origin(self) -> str:
+        """The flag that gave the index, and its value."""
+        return self.index_flag if self.index_path is None else f"{self.index_flag} {self.index_path}"
 
     @property
     def in_memory(self) -> bool:
@@ -167,13 +199,7 @@ class KnowledgeIndex:
     @property
     def num_shards(self) -> int:
         """FAISS files that the index consists of."""
-        return len(self._files())
-
-    def _files(self) -> list[tuple[str, int, int]]:
-        """The FAISS files, each with the rows it holds."""
-        if self.index_path is not None and Path(self.index_path).is_dir():
-            return [(str(path), start, end) for path, start, end in shard_files(self.index_path)]
-        return [(self.index_path, 0, len(self))]
+        return 1 if self.index_path is None else len(files_of(self.index_path, len(self)))
 
     def is_initialized(self) -> bool:
         return self.faiss_index is not None or self.device_search is not None
@@ -182,8 +208,8 @@ class KnowledgeIndex:
         """Map the FAISS file, or all shards of it, or the one of this number; a second call does nothing."""
         if self.is_initialized():
             return
-        files = self._files()
-        self._check_rows(files)
+        files = files_of(self.index_path, len(self))
+        require_all_rows(files, len(self), self.index_origin)
         files = files if shard is None else [files[shard]]
         self.shard, self.rows = shard, range(files[0][1], files[-1][2])
         if self.device is not None and self.vectors_from == "passages":
@@ -193,59 +219,61 @@ class KnowledgeIndex:
         if self.device is not None and self.vectors_from == "index":
             self._search_on_device()
 
-    def _check_rows(self, files: list[tuple[str, int, int]]) -> None:
-        """The rows of the shards follow each other."""
-        expected = 0
-        for _, start, end in files:
-            if start != expected:
-                raise UserError(
-                    f"{self.index_flag} {self.index_path}: its shards do not hold row {min(start, expected)} exactly "
-                    "once; put all of one index there, and no other"
-                )
-            expected = end
-        if expected != len(self):
-            raise UserError(_other_count(self.index_flag, self.index_path, expected, len(self)))
-
     def _map(self, files: list[tuple[str, int, int]]):
         """The FAISS index of these files, the rows of one behind those of the other."""
         parts = []
         for path, start, end in files:
-            try:
-                parts.append(map_index(path))
-            except RuntimeError as error:
-                raise UserError(
-                    f"{self.index_flag} {path} is not a whole FAISS index ({str(error).splitlines()[0]}); build or "
-                    "fetch it again"
-                ) from error
-            if len(files) > 1 and parts[-1].ntotal != end - start:  # of one alone `_accept` tells all that is wrong
-                raise UserError(_other_count(self.index_flag, path, parts[-1].ntotal, end - start))
-        if len(parts) == 1:
-            return parts[0]
-        whole = faiss.IndexShards(parts[0].d, False, True)  # one after the other, each with all threads
-        for part in parts:
-            whole.add_shard(part)
-        return whole
+            part = map_file(path, self.index_flag)
+            if len(files) > 1 and part.ntotal != end - start:  # of one alone `_accept` tells all that is wrong
+                raise UserError(other_count(f"{self.index_flag} {path}", part.ntotal, end - start))
+            parts.append(self._fitting(part, end - start, path))
+        return joined(parts)
+
+    def _fitting(self, faiss_index, count: int, path: str | None = None):
+        """The index of a file, or one in memory, as it is searched."""
+        origin = self.index_origin if path is None else f"{self.index_flag} {path}"
+        faiss_index, by_distance = fitting_index(
+            faiss_index, count, origin, path, lambda: self.extra_dimensions > 0 or self._equally_long(path)
+        )
+        self.by_distance |= by_distance
+        return faiss_index
+
+    def _equally_long(self, path: str | None) -> bool:
+        """Whether all passages' vectors have one length, so that the nearest are those of largest inner product."""
+        if not isinstance(self.embeddings, EmbeddingColumn):
+            return False
+        column = self.embeddings
+        if path is None:
+            return equally_long(column.blocks())
+        return found_once(path, f"equal lengths {self.passage_rows.stamp()}", lambda: equally_long(column.blocks()))
 
     def _search_on_device(self) -> None:
         assert self.embeddings is not None and self.device is not None
         try:
             self.device_search = DeviceSearch(
-                self.embeddings.blocks(rows=self.rows), len(self.rows), self.vector_size, self.device
+                self._finite_blocks(self.embeddings), len(self.rows), self.vector_size, self.device
             )
         except DeviceUnavailableError as error:
             self.fallback = f"--index_device {self.device}: {error}; FAISS searches instead"
             logger.warning(self.fallback)
+
+    def _finite_blocks(self, embeddings: EmbeddingColumn | IndexVectors) -> Iterator[np.ndarray]:
+        first = self.rows.start
+        for block in embeddings.blocks(rows=self.rows):
+            require_finite(block, np.arange(first, first + len(block)), self.origin)
+            first += len(block)
+            yield block
 
     def _accept(self, faiss_index) -> None:
         problems = []
         dimension = faiss_index.d - self.extra_dimensions
         if dimension != self.vector_size:
             problems.append(
-                f"{self.index_flag} {self.index_path} has dimension {dimension}, but the question encoder gives "
+                f"{self.index_origin} has dimension {dimension}, but the question encoder gives "
                 f"{self.vector_size}; build the index with the matching context encoder"
             )
         if faiss_index.ntotal != len(self.rows):
-            problems.append(_other_count(self.index_flag, self.index_path, faiss_index.ntotal, len(self.rows)))
+            problems.append(other_count(self.index_origin, faiss_index.ntotal, len(self.rows)))
         raise_problems(problems + self._set_effort(faiss_index))
         self.faiss_index = faiss_index
         if self.vectors_from == "index":
@@ -256,6 +284,9 @@ class KnowledgeIndex:
         problems = []
         for (name, value), flag in zip(self.effort.items(), ("--ef_search", "--nprobe"), strict=True):
             if value is None:
+                continue
+            if value > max(ANY_EFFORT, len(self)):
+                problems.append(f"{flag} {value} is more than the index's {len(self)} passages; give fewer")
                 continue
             try:
                 faiss.ParameterSpace().set_index_parameter(faiss_index, name, value)
@@ -269,10 +300,32 @@ class KnowledgeIndex:
 
     def search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B, n_docs) float32 and ids (B, n_docs) int64 of the largest inner products, best first."""
-        searcher = self.device_search or self.faiss_index
-        scores, ids = searcher.search(np.ascontiguousarray(queries, dtype=np.float32), n_docs)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if self.device_search is not None:
+            scores, ids = self.device_search.search(queries, n_docs)
+        else:
+            scores, ids = self._search_by_faiss(queries, n_docs)
         if self.rows.start:
             ids[ids >= 0] += self.rows.start
+        if self.by_distance and self.device_search is None:
+            assert self.embeddings is not None
+            products = np.einsum("bd,bnd->bn", queries, self.embeddings.gather(ids))
+            scores = np.where(ids >= 0, products, np.finfo(np.float32).min)
+        return scores, ids
+
+    def _search_by_faiss(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS's scores and ids, which are rows of what is open; a damaged file's may be anything."""
+        try:
+            scores, ids = self.faiss_index.search(queries, n_docs)
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "out of memory"
+            raise UserError(f"{self.index_origin}: FAISS cannot search it ({reason}); build it again") from error
+        if ids.size and not -1 <= ids.min() <= ids.max() < len(self.rows):
+            wrong = ids[(ids < -1) | (ids >= len(self.rows))][0]
+            raise UserError(
+                f"{self.index_origin} is damaged: it finds passage {wrong}, but there are {len(self.rows)}; build it "
+                "again"
+            )
         return scores, ids
 
     def get_top_docs(self, question_hidden_states: np.ndarray, n_docs: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -311,23 +364,6 @@ class KnowledgeIndex:
         return description
 
 
-def _other_count(flag: str, path, vectors: int, expected: int) -> str:
-    return (
-        f"{flag} {path} holds {vectors} vectors, but there are {expected} passages; take the two that were built "
-        "together"
-    )
-
-
 def id_lists(doc_ids) -> list[list[int]]:
     """Ids (B, n_docs) as lists, whatever holds them; a tensor may lie on a GPU."""
     return doc_ids.tolist() if hasattr(doc_ids, "tolist") else [[int(doc_id) for doc_id in row] for row in doc_ids]
-
-
-def require_columns(passages, needed: tuple[str, ...]) -> None:
-    """Raise `UserError` if the passages lack a column."""
-    missing = [name for name in needed if name not in passages.column_names]
-    if missing:
-        raise UserError(
-            f"--passages_path: the passages lack the column(s) {', '.join(missing)} (found: "
-            f"{', '.join(passages.column_names)}); build them with use_own_knowledge_dataset.py"
-        )

@@ -53,7 +53,8 @@ class LegacyIndex(KnowledgeIndex):
 
     def __init__(self, passages: Dataset, passage_ids: np.ndarray, vector_size: int, index_path: str, **search):
         self.passage_ids = passage_ids  # as many as there are vectors
-        super().__init__(passages, vector_size, index_path=index_path, vectors_from="index", **search)
+        origin = f"--index_path {Path(index_path).parent}"
+        super().__init__(passages, vector_size, index_path=index_path, vectors_from="index", origin=origin, **search)
         unknown = np.setdiff1d(passage_ids, self.sorted_ids)
         if len(unknown):
             raise UserError(
@@ -80,7 +81,7 @@ class LegacyIndex(KnowledgeIndex):
         if self.device_search is not None:  # inner products: no extra dimension
             _, places = self.device_search.search(queries, n_docs)
         else:
-            _, places = self.faiss_index.search(np.pad(queries, ((0, 0), (0, 1))), n_docs)
+            _, places = self._search_by_faiss(np.pad(queries, ((0, 0), (0, 1))), n_docs)
         present = places >= 0
         doc_ids = np.full(places.shape, -1, dtype=np.int64)
         doc_ids[present] = self.passage_ids[places[present]]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from rag.index.columns import EmbeddingColumn, TextColumn
+from rag.checksums import stamp_of
+from rag.index.columns import ORIGIN, EmbeddingColumn, TextColumn
 
 # Columns that are read with every retrieval.
 TEXT_COLUMNS = ("title", "text")
@@ -103,9 +104,11 @@ class PassageRows:
 
     Args:
         dataset: has the columns title and text (str); if embeddings, lists of floats of one length.
+        origin: the flag that gave it, and its value, for the messages.
     """
 
-    def __init__(self, dataset: datasets.Dataset):
+    def __init__(self, dataset: datasets.Dataset, origin: str = ORIGIN):
+        self.origin = origin
         if dataset._indices is not None:  # a selection or shuffle of another dataset: rows must lie in order
             dataset = dataset.flatten_indices()
         # Neither the format of the given dataset nor an index that was added to it, of which each copy would be whole.
@@ -114,13 +117,13 @@ class PassageRows:
             table, info=dataset.info, split=dataset.split, fingerprint=fingerprint_of(dataset)
         )
         self.names = tuple(self._plain.column_names)
-        self.texts = {name: TextColumn(table.column(name)) for name in TEXT_COLUMNS}
+        self.texts = {name: TextColumn(table.column(name), origin) for name in TEXT_COLUMNS}
 
     def __len__(self) -> int:
         return len(self._plain)
 
     def __reduce__(self):
-        return PassageRows, (self._plain,)
+        return PassageRows, (self._plain, self.origin)
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
@@ -132,11 +135,15 @@ class PassageRows:
     @cached_property
     def _vectors(self) -> EmbeddingColumn:
         column = self.column(VECTOR_COLUMN)
-        return EmbeddingColumn(column, dimension=len(column[0]) if len(column) else 0)
+        return EmbeddingColumn(column, len(column[0]) if len(column) else 0, self.origin)
 
     def column(self, name: str):
         """A column as a chunked Arrow array, mapped where its files are."""
         return self._plain.data.column(name)
+
+    def stamp(self) -> str:
+        """Tells the files of the passages, as they are now, from any others."""
+        return stamp_of(file["filename"] for file in self._plain.cache_files) + fingerprint_of(self._plain)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write every column into a folder, for `datasets.load_from_disk`."""

@@ -75,7 +75,8 @@ def open_wiki_dpr(config) -> KnowledgeIndex:
         index = {"faiss_index": _flat_index(passages, config.retrieval_vector_size)}
     else:
         index = {"index_path": str(folder / index_file)}
-    search = {"vectors_from": vectors_from, "index_flag": "--dataset", **index_effort(config)}
+    origin = f"--dataset {config.dataset}"
+    search = {"vectors_from": vectors_from, "index_flag": "--dataset", "origin": origin, **index_effort(config)}
     return KnowledgeIndex(passages, config.retrieval_vector_size, **index, **search)
 
 

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 
 from rag.errors import UserError
 from rag.index.arguments import INDEX_FLAGS
+from rag.index.columns import require_finite
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 
@@ -107,9 +108,13 @@ class RagKnowledgeRetriever(RagRetriever):
             retrieved_doc_embeds (B, n_docs, d) float32, doc_ids (B, n_docs) int64, and B dicts with every column of
             the passages, of which all but title and text are read on first use. Where too few passages were
             found: id -1, a zero vector, empty strings.
+
+        Raises:
+            UserError: the embedding of a passage that was found holds NaN or infinity.
         """
         queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
         doc_ids, doc_embeds = self._search(queries, n_docs)
+        require_finite(doc_embeds, doc_ids, getattr(self.index, "origin", "the index"))
         return doc_embeds, doc_ids, self.index.get_doc_dicts(doc_ids)
 
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +125,47 @@ def test_words():
     assert len(stop_words()) == 33
 
 
+def test_texts_without_blanks_are_cut_into_pairs_of_letters():
+    assert words_of("北京是首都。") == ["北京", "京是", "是首", "首都"]
+    assert words_of("東京Towerの高さ、333m 山") == ["東京", "tower", "の高", "高さ", "333m", "山"]
+    assert words_of("ガラス") == words_of("ｶﾞﾗｽ") == ["ガラ", "ラス"]  # half-width, its marks apart
+    assert words_of("กินข้าว") == ["กิน", "นข้", "ข้า", "าว"]  # a letter and the marks above it
+    assert words_of("မြန်မာ") == ["မြန်", "န်မ", "မာ"]
+    assert words_of("한국의 수도") == [unicodedata.normalize("NFD", word) for word in ("한국의", "수도")]
+
+
+def test_vowel_signs_do_not_cut_a_word():
+    assert words_of("हिन्दी। भाषा") == ["हिन्दी", "भाषा"]
+    assert words_of("كِتَاب") == ["كتاب"] and words_of("שָׁלוֹם") == ["שלום"]
+
+
+def test_texts_with_blanks_have_the_words_that_they_always_had():
+    def earlier(text):
+        text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text.lower()))
+        return [word for word in re.findall(r"\w\w+", text) if word not in stop_words()]
+
+    texts = [text for passage in PASSAGES for text in passage] + [
+        "Österreichs Straßen, 3½ km²; l'été à Zürich – «Ça va?»", "Москва и ёлка, Ελλάδα, İstanbul, Việt Nam, naïve_x"
+    ]  # fmt: skip
+    for text in texts:
+        assert words_of(text) == earlier(text)
+
+
+def test_passages_without_blanks_are_found(tmp_path):
+    passages = [
+        ("北京", "北京是中华人民共和国的首都。"),
+        ("東京", "東京は日本の首都です。"),
+        ("กรุงเทพ", "กรุงเทพเป็นเมืองหลวงของไทย"),
+        *PASSAGES,
+    ]
+    index = opened(rag_config(index_name="bm25", passages_path=save(passages, tmp_path / "passages")))
+    asked = ["中国的首都是北京吗？", "日本の首都は？", "เมืองหลวงของไทย", "capital of France"]
+    scores, ids = index.search(index.encode_questions(asked), 2)
+    assert ids[:, 0].tolist() == [0, 1, 2, 3] and (scores[:, 0] > scores[:, 1]).all()
+    for question, own_scores, own_ids in zip(asked, scores, ids, strict=True):
+        np.testing.assert_allclose(own_scores, expected_scores(question, passages)[own_ids], atol=1e-4)
+
+
 def test_a_question_of_many_words_keeps_the_first(config):
     queries = open_index(config).encode_questions(["paris " + "rome " * 200])
     assert (queries[0] >= 0).all() and len(set(queries[0, 2:])) == 1 != queries[0, 1]
@@ -172,6 +214,57 @@ def test_other_passages_or_settings_make_it_anew(config, tmp_path, monkeypatch):
     index = opened(config)
     assert index.search(index.encode_questions(["fjord"]), 1)[1].tolist() == [[0]]
     assert {path.name for path in tmp_path.iterdir()} == {"index", ".index.lock", "passages"}
+
+
+def test_an_index_by_another_rule_of_words_is_made_anew(config, tmp_path):
+    opened(config)
+    (path,) = tmp_path.glob("*_bm25/index.json")
+    description = load_json(path)
+    del description["words_are"]  # as before there were pairs of letters
+    path.write_text(json.dumps(description))
+    opened(config)
+    assert load_json(path)["words_are"] == bm25.WORDS_ARE
+
+
+def test_a_missing_title_has_no_words(tmp_path):
+    datasets.Dataset.from_dict({"title": [None, "none"], "text": ["a fjord", "x y z"]}).save_to_disk(tmp_path / "p")
+    index = opened(rag_config(index_name="bm25", passages_path=str(tmp_path / "p")))
+    scores, _ = index.search(index.encode_questions(["none"]), 2)
+    assert (scores[0] > 0).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["words.arrow", "data.csc.index.npy", "indices.csc.index.npy", "params.index.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, None])
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_a_damaged_index_is_told(config, tmp_path, name, content, with_checksums):
+    opened(config)
+    (folder,) = tmp_path.glob("*_bm25")
+    if not with_checksums:
+        description = load_json(folder / "index.json")
+        (folder / "index.json").write_text(json.dumps({**description, "checksums": {}}))
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"--index_path {folder} is damaged") as error:
+        opened(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_byte_is_told(config, tmp_path):
+    opened(config)
+    (file,) = tmp_path.glob("*_bm25/data.csc*.npy")
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="is not what was written"):
+        opened(config)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_an_index_json_of_another_shape_is_told(config, tmp_path, content):
+    opened(config)
+    (path,) = tmp_path.glob("*_bm25/index.json")
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"its index.json is damaged; remove the folder"):
+        opened(config)
 
 
 def test_passages_that_are_appended_are_found_too(flags, tmp_path):

@@ -245,15 +245,45 @@ def test_vectors_are_added_to_what_is_there(vectors, tmp_path, factory):
         ("nonsense", {}, "--index_factory nonsense: FAISS adds no vectors of dimension 16 to it"),
         ("IVF8,PQ5", {}, r"dimension of the vector \(d\) should be a multiple"),
         ("IDMap,Flat", {}, "--index_factory IDMap,Flat: FAISS adds no vectors"),
-        ("HNSW16,PQ4", {}, "--index_factory HNSW16,PQ4: FAISS ranks it by distances, RAG by inner products"),
+        ("HNSW16,PQ4", {}, "--index_factory HNSW16,PQ4: FAISS ranks it by distance, RAG by inner product"),
         ("IVF2000,Flat", {}, r"learns 2000 centroids, .* \(there are 1000\)"),
         ("IVF8,PQ4", {"train_sample": 100}, "learns 256 centroids"),
+        ("HNSW0", {}, "--index_factory HNSW0: its numbers must be from 1 to"),
+        ("IVF4_HNSW1,Flat", {}, "a vector has from 2 to 1,024 links"),
+        ("HNSW1000000,Flat", {}, "a vector has from 2 to 1,024 links"),
+        ("NSG0", {}, "its numbers must be"),
+        ("PQ4x0", {}, "its numbers must be"),
+        ("RR0,Flat", {}, "its numbers must be"),
+        ("HNSW99999999999999999999", {}, "its numbers must be"),
+        ("IVF0,Flat", {}, "its numbers must be"),
+        ("HNSW-5", {}, "could not parse"),
+        ("", {}, "could not parse"),
+        (" Flat", {}, "a kind is written without blanks"),
+        ("Flat\x00", {}, "a kind is written without blanks"),
+        ("Flat" * 500, {}, "it is 2000 characters long"),
+        ("PCA64,Flat", {}, "PCA makes fewer dimensions of 16, not 64"),
+        ("OPQ4_16,Flat", {"train_sample": 100}, "learns 256 centroids"),
+        ("RQ2x8", {"train_sample": 100}, "learns 256 centroids"),
+        ("IVF16777216,Flat", {}, "learns 16777216 centroids"),
+        ("IDMap2,IVF4,Flat", {}, "it has ids of its own"),
+        ("IVF4,FlatDedup", {}, "equal passages would share one number"),
+        ("L2norm,Flat", {}, "FAISS ranks it by cosine"),
         ("Flat", {"shards": 1001}, "--num_index_shards 1001, but there are only 1000 passages"),
     ],
 )
 def test_what_cannot_be_built_is_told_before_it_is_tried(factory, settings, message):
     (problem,) = IndexPlan(factory, D, **settings).problems(COUNT)
     assert re.search(message, problem)
+    assert "\n" not in problem and len(problem) < 500
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "HNSW2", "HNSW8,SQ8", "IVF8,PQ4x4fs", "IVF8_HNSW8,Flat", "OPQ4_8,IVF8,PQ4", "PCA8,HNSW8,Flat", "RQ2x4",
+     "SQfp16", "SQbf16", "RR16,Flat", "IVF8,PQ4,RFlat", "RR32,Flat", "IVF8,RaBitQ"],
+)  # fmt: skip
+def test_what_can_be_built_is_not_refused(factory):
+    assert IndexPlan(factory, D).problems(COUNT) == []
 
 
 def test_plans():
