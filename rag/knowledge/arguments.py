@@ -145,7 +145,9 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
         problems.append("--index_factory '' names no kind of index; leave it out for HNSW")
     if args.of_words:
         given = [name for name in VECTOR_FLAGS if getattr(args, name) != getattr(KnowledgeArguments, name)]
-        problems += [f"--{name} has no use with --index_factory bm25, which has no vectors; leave it out" for name in given]
+        problems += [
+            f"--{name} has no use with --index_factory bm25, which has no vectors; leave it out" for name in given
+        ]
     for name, texts in {"question": [args.question], "search": args.search or []}.items():
         if any(text is not None and not text.strip() for text in texts):
             problems.append(f"--{name} '' asks nothing; give a question, or leave it out")
@@ -157,9 +159,8 @@ def _mode_problems(args: KnowledgeArguments) -> list[str]:
     if len(given) > 1:
         return [f"{' and '.join(given)}: give one of them"]
     if given and not (Path(args.output_dir) / "index.json").is_file():
-        return [
-            f"{args.mode}: --output_dir {args.output_dir} holds no knowledge (no index.json); build it without {args.mode}"
-        ]
+        place = f"--output_dir {args.output_dir}"
+        return [f"{args.mode}: {place} holds no knowledge (no index.json); build it without {args.mode}"]
     return []
 
 

@@ -1,7 +1,7 @@
 """Passages to embeddings.
 
-    embedder = PassageEmbedder(encoder, tokenizer, batch_size=16)
-    for rows, vectors in embedder([("Oslo", "Oslo is in Norway."), ...]): ...
+embedder = PassageEmbedder(encoder, tokenizer, batch_size=16)
+for rows, vectors in embedder([("Oslo", "Oslo is in Norway."), ...]): ...
 """
 
 from collections.abc import Callable, Iterator

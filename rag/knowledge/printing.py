@@ -1,6 +1,6 @@
 """Passages as a search shows them.
 
-    print_passages("Where is Oslo?", ids, scores, docs)
+print_passages("Where is Oslo?", ids, scores, docs)
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """What a source of documents is made of: a document, a problem with one, and which columns or keys hold its parts.
 
-    names = find_columns(["id", "title", "body"])      # Columns(title="title", text="body")
-    item = document("my.tsv line 7", title, text)      # a Document, or the Problem with it
+names = find_columns(["id", "title", "body"])      # Columns(title="title", text="body")
+item = document("my.tsv line 7", title, text)      # a Document, or the Problem with it
 """
 
 import os

@@ -13,7 +13,7 @@ then. What is found again later is taken only if it is still what was written.
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -108,7 +108,7 @@ def _item(place: str, fields: list[str], layout: Layout, options: ReadingOptions
         return Problem(place, f"has no {name}; write title, {name}, text")
     if len(fields) > layout.columns:
         fields = _without_surplus(fields, layout)
-    if len(fields) > layout.columns or len(fields) < layout.columns and len(fields) <= layout.text:
+    if len(fields) > layout.columns or (len(fields) < layout.columns and len(fields) <= layout.text):
         shown = layout.separator.join(fields)
         return Problem(place, f"has {len(fields)} columns instead of {layout.columns} ({shown!r:.80})")
     if not fields[layout.text].strip():
@@ -228,7 +228,9 @@ def _layout_of(path: Path, state: tuple[int, int], quoting: str, longest: int) -
         layout = _with_quoting(path, layout, longest)
     columns = len(first.rstrip("\t").split("\t"))
     if not (layout.has_header or layout.quoted) and layout.columns == 2 < columns:
-        notice = f"has {columns} columns, and no header says which are title and text ({first!r:.80}); {UNKNOWN_COLUMNS}"
+        notice = (
+            f"has {columns} columns, and no header says which are title and text ({first!r:.80}); {UNKNOWN_COLUMNS}"
+        )
         return layout._replace(columns=0, notice=notice)
     if not layout.has_header and layout.columns == 2 and _are_numbered(path, layout, longest):
         notice = "the first column holds numbers, which are taken for ids, not titles; a header title TAB text above"
@@ -303,12 +305,9 @@ def _has_quoted_field(path: Path, separator: str) -> bool:
 
 def _are_numbered(path: Path, layout: Layout, longest: int) -> bool:
     """Whether every line begins with a number, as those of MS MARCO's collection.tsv do."""
-    number = 0
     with open_text(path) as file:
+        firsts = (fields[0].strip() for _, fields in _rows(limited_lines(file, longest), layout, longest))
         try:
-            for number, fields in _rows(limited_lines(file, longest), layout, longest):
-                if not fields[0].strip().isdecimal():
-                    return False
+            return next(firsts, "").isdecimal() and all(map(str.isdecimal, firsts))
         except (QuotingError, TooLongError):
             return False
-    return number > 0

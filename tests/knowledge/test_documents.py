@@ -13,7 +13,7 @@ import pytest
 from rag.errors import UserError
 from rag.knowledge.documents import read_documents
 from rag.knowledge.passages import read_passages, survey_documents
-from rag.knowledge.records import Document, Problem, ReadingOptions
+from rag.knowledge.records import Document, Problem
 from tests.conftest import ROOT
 
 LONG = " ".join(f"word{i}" for i in range(250))
