@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.knowledge.arguments import ENCODER_FLAG, WORDS_KIND, KnowledgeArguments, flag_problems
+from rag.knowledge.arguments import ENCODER_FLAG, OUTPUT_FLAG, WORDS_KIND, KnowledgeArguments, flag_problems
 from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
     if args.search:
         return search(args)
 
-    from rag.knowledge.folder import OUTPUT_FLAG, verify
+    from rag.knowledge.folder import verify
     from rag.locks import one_at_a_time
     from rag.outputs import writing
 

@@ -18,6 +18,7 @@ from rag.index.arguments import EffortArguments
 from rag.outputs import output_folder_problems
 
 ENCODER_FLAG = "--dpr_ctx_encoder_model_name"
+OUTPUT_FLAG = "--output_dir"
 AT_LEAST_ONE = (
     "max_line_mb", "num_proc", "batch_size", "num_encoding_processes", "num_shards", "d", "m", "train_sample",
     "num_index_shards", "n_docs",
@@ -120,7 +121,7 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
     """What is wrong with the flags, as far as names and numbers show it."""
     problems = []
     if args.mode in (None, "--append"):
-        problems += _documents_problems(args.csv_path) + output_folder_problems("--output_dir", args.output_dir)
+        problems += _documents_problems(args.csv_path) + output_folder_problems(OUTPUT_FLAG, args.output_dir)
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -32,37 +32,26 @@ from rag.index.index_files import (
     shard_path,
     write_description,
 )
-from rag.index.integrity import checksums_of, damage, note_undamaged
+from rag.index.integrity import damage, note_undamaged
 from rag.knowledge.arguments import (
     ENCODER_FLAG,
     HNSW_FILE,
     INDEX_FILE,
     INDEXES,
+    OUTPUT_FLAG,
     PASSAGES_FOLDER,
     SHARDS_FOLDER,
 )
+from rag.knowledge.mending import all_checksums, damaged_files, index_is_whole, mend_lists, passages_are_whole
 from rag.knowledge.passages import PassageSource
 from rag.knowledge.recall import report_recall
-from rag.knowledge.shards import (
-    INFO_FILE,
-    STATE_FILE,
-    ShardPlan,
-    digest_of,
-    is_whole,
-    partial_folder,
-    publish,
-    reopen,
-    shard_checksums,
-    shards_of,
-    write_dataset,
-    write_info,
-    write_more,
-)
+from rag.knowledge.shards import ShardPlan, digest_of, partial_folder, publish, shards_of, write_dataset, write_more
 
 if TYPE_CHECKING:
     from rag.knowledge.embedding import PassageEmbedder
 
-OUTPUT_FLAG = "--output_dir"
+A_FILE = 2**13  # bytes that any file takes beside what is counted: its header, and what is left of its last block
+SMALL_FILES = 2**16  # state.json, index.json and their like, and room to replace them
 
 
 @dataclass
@@ -105,11 +94,6 @@ def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
     dataset = load_from_disk(str(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
     for rows in dataset.select(range(count)).iter(1000):
         yield from zip(rows["title"], rows["text"], strict=True)
-
-
-def damaged_files(output: Path, checksums: dict[str, str]) -> list[str]:
-    """The files of a folder, by the names of index.json's checksums, that are gone or are not what was written."""
-    return [name for name, checksum in checksums.items() if not is_whole(output / name, checksum)]
 
 
 def verify(output: Path) -> Knowledge:
@@ -163,7 +147,7 @@ class KnowledgeFolder:
         """
         earlier = read_knowledge(self.output)
         passages_path = self.output / PASSAGES_FOLDER
-        self._mend_lists(description, earlier)
+        mend_lists(self.output, description, earlier)
         description = self._described(description, plan, earlier)
         knowledge = _knowledge(self.output, description)
 
@@ -172,10 +156,10 @@ class KnowledgeFolder:
                 f"{OUTPUT_FLAG} {self.output} holds knowledge of other documents, another encoder or other settings; "
                 "give another folder or remove it"
             )
-        embedded = passages_path.exists() and self._passages_are_whole(description)
-        if embedded and _same_index(description, earlier) and self._index_is_whole(earlier):
+        embedded = passages_path.exists() and passages_are_whole(self.output, description)
+        if embedded and _same_index(description, earlier) and self._has_whole_index(earlier):
             if not earlier.checksums:  # of an earlier version
-                write_description(self.output, replace(earlier, checksums=self._checksums(earlier)))
+                write_description(self.output, replace(earlier, checksums=all_checksums(self.output, earlier)))
             self._remove_leftovers()
             print(f"{self.output} holds this knowledge already and is reused")
             return replace(knowledge, reused=True)
@@ -197,51 +181,8 @@ class KnowledgeFolder:
             remove(self.output / name)
         return knowledge
 
-    def _mend_lists(self, description: IndexDescription, earlier: IndexDescription) -> None:
-        """Write state.json and dataset_info.json again where they are damaged and index.json says what was in them."""
-        folder = self.output / PASSAGES_FOLDER
-        lists = {f"{PASSAGES_FOLDER}/{name}" for name in (STATE_FILE, INFO_FILE)}
-        ours = earlier.parts and earlier.parts[0].digest == description.passages_digest()
-        recorded = {name: checksum for name, checksum in earlier.checksums.items() if name in lists}
-        if not ours or not folder.is_dir() or not (damaged := damaged_files(self.output, recorded)):
-            return
-        print(f"{self.output}: {', '.join(damaged)}: damaged, and made again")
-        shards = {
-            Path(name).name: checksum
-            for name, checksum in earlier.checksums.items()
-            if Path(name).parent.name == PASSAGES_FOLDER and name.endswith(".arrow")
-        }
-        write_info(folder, earlier.dimension, earlier.embeddings)
-        publish(folder, shards, earlier.digest)
-
-    def _passages_are_whole(self, description: IndexDescription) -> bool:
-        """Whether all shards are what was written; if not, all but the damaged ones become an unfinished dataset.
-
-        Raises:
-            UserError: the documents of a damaged shard may not be at hand.
-        """
-        folder = self.output / PASSAGES_FOLDER
-        damaged = damaged_files(folder, shard_checksums(folder))
-        if not damaged:
-            return True
-        if len(description.parts) > 1:
-            raise UserError(
-                f"{OUTPUT_FLAG} {self.output}: {damaged[0]} of {PASSAGES_FOLDER} is damaged, and documents were added "
-                "since it was built; remove the folder, build it and add them again"
-            )
-        print(f"{self.output}: {len(damaged)} files of passages are damaged and are made again")
-        reopen(folder, description.digest)
-        return False
-
-    def _index_is_whole(self, earlier: IndexDescription) -> bool:
-        path = self.output / earlier.index
-        of_index = {name: sum_ for name, sum_ in earlier.checksums.items() if Path(name).parts[0] == earlier.index}
-        if not of_index:  # of an earlier version, or being added to when the run was killed
-            return path.exists() and self._index_fits(path, earlier)
-        damaged = damaged_files(self.output, of_index)
-        if damaged:
-            print(f"{self.output}: {damaged[0]} is damaged; the index is built again")
-        return not damaged
+    def _has_whole_index(self, earlier: IndexDescription) -> bool:
+        return index_is_whole(self.output, earlier, lambda path: self._index_fits(path, earlier))
 
     def _described(self, description: IndexDescription, plan: IndexPlan, earlier: IndexDescription) -> IndexDescription:
         """The description with its digest, its parts and the index that is to be built."""
@@ -271,8 +212,10 @@ class KnowledgeFolder:
         vectors = count * d * np.dtype(description.embeddings).itemsize if d else 0
         dataset = vectors + source.survey.text_bytes
         partial = partial_folder(self.output / PASSAGES_FOLDER, description.parts[0].digest)
+        files = ShardPlan(max(count, 1), num_shards=self.num_shards).names()
+        overhead = SMALL_FILES + A_FILE * (len(files) + 2 * plan.shards)
         written = sum(file.stat().st_size for file in partial.glob("data-*.arrow"))
-        needs = {partial: dataset + index - written}
+        needs = {partial: dataset + index + overhead - written}
         problems = space_problems(f"--output_dir {self.output}", needs, "give a folder on a larger disk")
         memory = psutil.virtual_memory().available
         if in_memory > memory:
@@ -355,7 +298,7 @@ class KnowledgeFolder:
     def _require_room_to_append(self, source: PassageSource, index_path: Path) -> None:
         vectors = source.count * self.embedder.dimension * 4
         index = index_path.stat().st_size if index_path.is_file() else 0
-        needed = source.survey.text_bytes + 2 * vectors + index
+        needed = source.survey.text_bytes + 2 * vectors + index + SMALL_FILES
         raise_problems(space_problems(f"--output_dir {self.output}", {index_path: needed}, "free some to add to it"))
 
     # --- The index: FAISS's ---
@@ -402,21 +345,15 @@ class KnowledgeFolder:
         """Write `index.json`, then measure the index."""
         self._remove_leftovers()
         versions = {name: version(name) for name in self.packages}
-        description = replace(description, versions=versions, recall=None, checksums=self._checksums(description))
+        description = replace(
+            description, versions=versions, recall=None, checksums=all_checksums(self.output, description)
+        )
         write_description(self.output, description)
         note_undamaged(self.output, description)
         measured = self._measured(description)
         if measured != description:
             write_description(self.output, measured)
             note_undamaged(self.output, measured)
-
-    def _checksums(self, description: IndexDescription) -> dict[str, str]:
-        """Those of all files; of shards those that were written down when they were made."""
-        folder = self.output / PASSAGES_FOLDER
-        shards = {str(Path(PASSAGES_FOLDER) / name): sum_ for name, sum_ in shard_checksums(folder).items() if sum_}
-        missing = [path for path in shards_of(folder) if str(path.relative_to(self.output)) not in shards]
-        others = [*missing, folder / STATE_FILE, folder / INFO_FILE, self.output / description.index]
-        return shards | checksums_of(self.output, others)
 
     def _remove_leftovers(self) -> None:
         """What runs that were killed and never continued have left; locks stay."""

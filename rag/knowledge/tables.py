@@ -45,6 +45,8 @@ READ_AT_A_TIME = 2**20
 NAMES = {"\t": "tab", ",": "comma"}
 FIELD = re.compile(r'"((?:[^"]++|"")*+)"')  # a quoted field, closed
 CLOSING = re.compile(r'(?:[^"]++|"")*+"')  # the rest of one, on a later line
+ARE_QUOTED = "fields are quoted as csv writers do, and are unquoted; --csv_quoting none leaves them as they are"
+ARE_TEXT = "quotation marks around fields are part of the text; --csv_quoting csv takes them off"
 MS_MARCO_DOCUMENT = re.compile(r"D\d+\thttps?://[^\t]*\t[^\t]*\t[^\t]*")  # msmarco-docs.tsv, which has no header
 UNKNOWN_COLUMNS = "put a header line above that names them, such as id TAB text TAB title"
 
@@ -223,7 +225,7 @@ def _layout_of(path: Path, state: tuple[int, int], quoting: str, longest: int) -
     if quoting != "auto":
         layout = layout._replace(quoted=quoting == "csv")
     elif says_quoted:
-        layout = layout._replace(quoted=True)
+        layout = layout._replace(quoted=True, notice="" if layout.is_passages else ARE_QUOTED)
     else:
         layout = _with_quoting(path, layout, longest)
     columns = len(first.rstrip("\t").split("\t"))
@@ -260,11 +262,7 @@ def _with_quoting(path: Path, layout: Layout, longest: int) -> Layout:
     if not _has_quoted_field(path, layout.separator):
         return layout
     quoted = _are_quoted(path, layout, longest)
-    notice = (
-        "fields are quoted as csv writers do, and are unquoted; --csv_quoting none leaves them as they are"
-        if quoted
-        else "quotation marks around fields are part of the text; --csv_quoting csv takes them off"
-    )
+    notice = ARE_QUOTED if quoted else ARE_TEXT
     return layout._replace(quoted=quoted, notice=f"{layout.notice}; {notice}" if layout.notice else notice)
 
 

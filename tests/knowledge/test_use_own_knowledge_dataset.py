@@ -25,6 +25,7 @@ from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 from rag.knowledge import shards
 from rag.knowledge.embedding import PassageEmbedder
+from rag.knowledge.folder import A_FILE, SMALL_FILES
 from rag.knowledge.passages import survey_documents
 from rag.models import encoders, loading
 from rag.models.checkpoints import compose_rag, load_model, load_tokenizer, save_model
@@ -218,7 +219,10 @@ def test_too_small_a_disk_or_memory_is_told_in_bytes(flags, monkeypatch, tmp_pat
     with pytest.raises(UserError) as error:
         run(flags)
     disk, memory = str(error.value).splitlines()
-    assert f"{11 * (4 * 16 + 4 * 16 + 8 * 8) + size:,} bytes are needed and 100 are free" in disk
+    assert (
+        f"{11 * (4 * 16 + 4 * 16 + 8 * 8) + size + SMALL_FILES + 3 * A_FILE:,} bytes are needed and 100 are free"
+        in disk
+    )
     assert f"takes {11 * (4 * 16 + 8 * 8):,} bytes of memory while it is built and 50 are free" in memory
     assert [path.name for path in tmp_path.glob("out/*")] in ([], [".lock"])
 
