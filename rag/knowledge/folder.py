@@ -153,8 +153,8 @@ class KnowledgeFolder:
 
         if passages_path.exists() and digest_of(passages_path) != description.digest:
             raise UserError(
-                f"{OUTPUT_FLAG} {self.output} holds knowledge of other documents, another encoder or other settings; "
-                "give another folder or remove it"
+                f"{OUTPUT_FLAG} {self.output} holds knowledge of other documents, another encoder or other settings, "
+                "or is damaged; give another folder or remove it"
             )
         embedded = passages_path.exists() and passages_are_whole(self.output, description)
         if embedded and _same_index(description, earlier) and self._has_whole_index(earlier):

@@ -97,7 +97,7 @@ def test_an_unfinished_folder_is_mended(settings, tmp_path, encoded, capsys):
 def test_verify_reads_all_and_builds_nothing(settings, tmp_path, capsys, encoded):
     out = tmp_path / "out"
     verify = {"--output_dir": out, "--verify": True}
-    with pytest.raises(UserError, match="--verify: --output_dir .* holds no knowledge"):
+    with pytest.raises(UserError, match=r"--verify: --output_dir .* holds no knowledge"):
         run(verify)
     run(settings)
     encoded.clear()
