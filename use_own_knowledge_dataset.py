@@ -8,17 +8,20 @@
     python use_own_knowledge_dataset.py --output_dir path/to/my_knowledge --append --csv_path path/to/more.jsonl
     python use_own_knowledge_dataset.py --output_dir path/to/my_knowledge --search "Which river flows through Paris?"
 
-The file has a line `title TAB text` for each document; nothing in it is quoted, and a header `title TAB text` is
-skipped (other sources: docs/knowledge.md). Texts are cut into passages of 100 words. The script writes to --output_dir:
+    python use_own_knowledge_dataset.py --output_dir path/to/my_words --csv_path path/to/docs.tsv --index_factory bm25
+
+The file has a line `title TAB text` for each document, or columns that a header names (other sources, and what is
+quoted: docs/knowledge.md). Texts are cut into passages of 100 words. The script writes to --output_dir:
 my_knowledge_dataset (title, text, embeddings), the index (a FAISS file, or a folder of --num_index_shards) and
-index.json, which says what made them. If a run is killed, the same command resumes it; a finished folder is reused. At
-the end the index is compared with an exact search, and the RAG model answers --question, if both are given.
+index.json, which says what made them. If a run is killed, the same command resumes it; a finished folder is checked and
+reused. At the end the index is compared with an exact search, and the RAG model answers --question, if both are given.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.knowledge.arguments import ENCODER_FLAG, PASSAGES_FOLDER, KnowledgeArguments, flag_problems
+from rag.knowledge.arguments import ENCODER_FLAG, OUTPUT_FLAG, WORDS_KIND, KnowledgeArguments, flag_problems
 from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
@@ -62,19 +65,34 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
 
     Raises:
         UserError: a setting or a line of the file is faulty, the encoder cannot be loaded or does not fit, the disk is
-            too small, or `output_dir` holds knowledge made otherwise.
+            too small or full, `output_dir` holds knowledge made otherwise, is damaged, or another process is at it.
     """
     raise_problems(flag_problems(args))
     if args.search:
         return search(args)
-    source = read_source(args)
-    # Threads of the tokenizer, which reads these when it is first used.
-    os.environ.update(TOKENIZERS_PARALLELISM=str(args.num_proc > 1).lower(), RAYON_NUM_THREADS=str(args.num_proc))
-    rag_config = open_rag_config(args)
-    knowledge = build(args, source, rag_config)
+
+    from rag.knowledge.folder import verify
+    from rag.locks import one_at_a_time
+    from rag.outputs import writing
+
+    output = Path(args.output_dir)
+    if args.verify:
+        return verify(output)
+    with writing(OUTPUT_FLAG, output), one_at_a_time(output / ".lock", OUTPUT_FLAG, output):
+        source = read_source(args)
+        rag_config = open_rag_config(args)
+        knowledge = build(args, source, rag_config)
+    return finish(args, knowledge, rag_config)
+
+
+def finish(args: KnowledgeArguments, knowledge: Knowledge, rag_config) -> Knowledge:
+    """Print the flags to go on with, and ask --question."""
     flags = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
+    if not knowledge.dimension:
+        flags = {"index_name": WORDS_KIND, "passages_path": knowledge.passages_path}
     model = {} if rag_config is None else {"model_name_or_path": args.rag_model_name}
-    print("Next: python finetune_rag.py", *(f"--{k} {shlex.quote(v)}" for k, v in (model | flags).items()), "...")
+    finetune = "rag-finetune" if Path(sys.argv[0]).name == "rag-knowledge" else "python finetune_rag.py"
+    print(f"Next: {finetune}", *(f"--{k} {shlex.quote(v)}" for k, v in (model | flags).items()), "...")
 
     if args.rag_model_name is None or args.question is None:
         missing = "--rag_model_name" if args.rag_model_name is None else "--question"
@@ -88,13 +106,20 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
 
 def search(args: KnowledgeArguments) -> list[list[dict]]:
     """--search: print the passages that --output_dir has for each question."""
-    from rag.index.index_files import read_description
-    from rag.knowledge.search import load_question_encoder, search_passages
+    from rag.knowledge.folder import read_knowledge
 
+    assert args.search is not None
     output = Path(args.output_dir)
-    description = read_description(output / PASSAGES_FOLDER)
+    description = read_knowledge(output)
     if not description.index:
         raise UserError(f"--search: the index of {output} is not finished; run the command that was building it first")
+    if description.factory == WORDS_KIND:
+        from rag.knowledge.words import search_words
+
+        return search_words(output, args.search, args.n_docs)
+
+    from rag.knowledge.search import load_question_encoder, search_passages
+
     encoder, tokenizer = load_question_encoder(
         description, args.question_encoder_name_or_path, args.question_encoder_pooling, args.rag_model_name
     )
@@ -105,23 +130,39 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
 def read_source(args: KnowledgeArguments) -> PassageSource:
     """Read the documents once, or twice to find duplicates, before anything else is loaded."""
     from rag.knowledge.passages import open_source
+    from rag.knowledge.records import ReadingOptions
 
+    output = Path(args.output_dir)
     known = None
     if args.drop_duplicates:
         from rag.knowledge.folder import read_knowledge, read_known
 
-        output = Path(args.output_dir)
         earlier = read_knowledge(output)
         known = read_known(output, earlier.passages) if args.append and earlier.parts else ()
-    return open_source(args.csv_path, known)
+    return open_source(
+        args.csv_path, known, ReadingOptions(args.csv_quoting, args.max_line_mb, args.skip_empty, output)
+    )
 
 
 def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowledge:
     """Embed and index the passages of --csv_path, or with --append add them to what is there."""
+    from rag.knowledge.folder import read_knowledge
+
+    if args.of_words or (args.append and read_knowledge(Path(args.output_dir)).factory == WORDS_KIND):
+        return build_words(args, source)
+
     from rag.index.build import IndexPlan
     from rag.knowledge.folder import KnowledgeFolder
     from rag.knowledge.workers import EncoderPlan, EncodingResources, encoding_workers
 
+    # Threads of the tokenizer, which reads these when it is first used.
+    os.environ.update(TOKENIZERS_PARALLELISM=str(args.num_proc > 1).lower(), RAYON_NUM_THREADS=str(args.num_proc))
+    factory = args.index_factory or f"HNSW{args.m},Flat"
+    if dimension := dimension_of_config(args):  # all that can be told before the weights are loaded
+        raise_problems(dimension_problems(args, dimension, rag_config))
+        if not args.append:
+            early_plan = IndexPlan(factory, dimension, args.num_index_shards, args.train_sample)
+            raise_problems(early_plan.problems(source.count))
     resources = EncodingResources(args.distributed, args.num_encoding_processes, args.ray_address, args.gpus_per_task)
     embedder, description = open_encoder(args, source, rag_config, resources.device)
     plan = EncoderPlan(
@@ -141,9 +182,34 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
     )
     if args.append:
         return folder.append(source, description, args.index_factory)
-    factory = args.index_factory or f"HNSW{args.m},Flat"
     index_plan = IndexPlan(factory, embedder.dimension, args.num_index_shards, args.train_sample)
     return folder.build(source, description, index_plan)
+
+
+def build_words(args: KnowledgeArguments, source: PassageSource) -> Knowledge:
+    """Passages and their index of words, for which no encoder is needed."""
+    from rag.index.index_files import IndexDescription
+    from rag.knowledge.words import WordsFolder, WordsPlan
+
+    folder = WordsFolder(Path(args.output_dir), args.num_shards)
+    description = IndexDescription(**documents_fields(args, source))
+    if args.append:
+        return folder.append(source, description, args.index_factory)
+    return folder.build(source, description, WordsPlan())
+
+
+def documents_fields(args: KnowledgeArguments, source: PassageSource) -> dict:
+    """Fields of `IndexDescription`: the documents and the passages that they were cut into."""
+    from rag.knowledge.passages import WORDS_PER_PASSAGE
+
+    return {
+        "csv_path": args.csv_path,
+        "csv_digest": source.survey.digest,
+        "drop_duplicates": args.drop_duplicates,
+        "words_a_passage": WORDS_PER_PASSAGE,
+        "documents": source.survey.documents,
+        "passages": source.count,
+    }
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -168,21 +234,21 @@ def open_rag_config(args: KnowledgeArguments):
     return config
 
 
-def open_encoder(
-    args: KnowledgeArguments, source: PassageSource, rag_config, device: str
-) -> tuple[PassageEmbedder, IndexDescription]:
-    """The embedder, and all that decides what comes out of it; `device` is where passages are embedded."""
-    from rag.index.index_files import IndexDescription, pooling_of
-    from rag.knowledge.embedding import PassageEmbedder
-    from rag.knowledge.passages import WORDS_PER_PASSAGE
-    from rag.models.checkpoints import load_tokenizer, weights_digest
-    from rag.models.encoders import load_encoder
+def dimension_of_config(args: KnowledgeArguments) -> int | None:
+    """d as the config of the encoder says; None where it does not.
 
+    Raises:
+        UserError: there is no such model.
+    """
+    from rag.models.loading import load_config
+
+    config = load_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG)
+    return getattr(config, "projection_dim", 0) or getattr(config, "hidden_size", None)
+
+
+def dimension_problems(args: KnowledgeArguments, d: int, rag_config) -> list[str]:
+    """What does not fit an encoder of d dimensions."""
     name = args.dpr_ctx_encoder_model_name
-    encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG)
-    encoder_digest = weights_digest(encoder)
-    embedder = PassageEmbedder(encoder, load_tokenizer(name, flag=ENCODER_FLAG), args.batch_size)
-    d = embedder.dimension
     problems = []
     if args.d not in (None, d):
         problems.append(f"--d {args.d}, but {ENCODER_FLAG} {name} gives {d} dimensions; leave --d out")
@@ -191,7 +257,24 @@ def open_encoder(
             f"{ENCODER_FLAG} {name} gives {d} dimensions, but --rag_model_name {args.rag_model_name} asks with "
             f"{rag_config.retrieval_vector_size}; give the context encoder that its question encoder was trained with"
         )
-    raise_problems(problems)
+    return problems
+
+
+def open_encoder(
+    args: KnowledgeArguments, source: PassageSource, rag_config, device: str
+) -> tuple[PassageEmbedder, IndexDescription]:
+    """The embedder, and all that decides what comes out of it; `device` is where passages are embedded."""
+    from rag.index.index_files import IndexDescription, pooling_of
+    from rag.knowledge.embedding import PassageEmbedder
+    from rag.models.checkpoints import load_tokenizer, weights_digest
+    from rag.models.encoders import load_encoder
+
+    name = args.dpr_ctx_encoder_model_name
+    encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG)
+    encoder_digest = weights_digest(encoder)
+    embedder = PassageEmbedder(encoder, load_tokenizer(name, flag=ENCODER_FLAG), args.batch_size)
+    d = embedder.dimension
+    raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(
         encoder=name,
         encoder_digest=encoder_digest,
@@ -199,12 +282,7 @@ def open_encoder(
         **embedder.description(device),
         embeddings="float16" if args.half_precision else "float32",
         dimension=d,
-        csv_path=args.csv_path,
-        csv_digest=source.survey.digest,
-        drop_duplicates=args.drop_duplicates,
-        words_a_passage=WORDS_PER_PASSAGE,
-        documents=source.survey.documents,
-        passages=source.count,
+        **documents_fields(args, source),
     )
     if rag_config is not None:
         published = args.rag_model_name.startswith("facebook/rag-")  # whose config does not name its question encoder

@@ -89,9 +89,9 @@ def passages_of(count: int):
 
 
 def make_passages(count: int, dimension: int, folder: Path, writer) -> None:
-    from rag.knowledge.embedding import ShardPlan, embed_passages
+    from rag.knowledge.shards import ShardPlan, write_dataset
 
-    embed_passages(passages_of(count), RandomEmbedder(dimension), folder, "benchmark", ShardPlan(count))
+    write_dataset(passages_of(count), RandomEmbedder(dimension), folder, "benchmark", ShardPlan(count))
     writer.send(None)
 
 
@@ -121,7 +121,7 @@ class PeakMemory:
 def build(folder: Path, kind: str, args, writer) -> None:
     """Seconds and memory of one index."""
     from rag.index.build import EmbeddingFiles, IndexPlan, build_index
-    from rag.knowledge.embedding import shards_of
+    from rag.knowledge.shards import shards_of
 
     vectors = EmbeddingFiles(shards_of(folder / "passages"), args.dimension)
     with PeakMemory() as peak:
@@ -148,7 +148,7 @@ def search(folder: Path, kind: str, args, writer) -> None:
     from rag.index.build import EmbeddingFiles
     from rag.index.knowledge_index import KnowledgeIndex
     from rag.index.recall import exact_scores, measure_efforts
-    from rag.knowledge.embedding import shards_of
+    from rag.knowledge.shards import shards_of
 
     def open_index(**effort) -> KnowledgeIndex:
         if kind == BM25:

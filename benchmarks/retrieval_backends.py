@@ -81,7 +81,7 @@ def build(args: BenchmarkArguments) -> Path:
     import pyarrow as pa
 
     from rag.index.build import EmbeddingFiles, IndexPlan, build_index
-    from rag.knowledge.embedding import shards_of
+    from rag.knowledge.shards import shards_of
 
     folder = args.folder / f"{args.passages}x{args.dimension}-{args.centers}"
     blocks = [(start, min(start + 10_000, args.passages)) for start in range(0, args.passages, 10_000)]

@@ -7,6 +7,7 @@ Nothing is read but names and numbers.
 """
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,22 +15,43 @@ from typing import Literal
 from rag.command_line.flags import flag
 from rag.errors import file_problems
 from rag.index.arguments import EffortArguments
+from rag.outputs import output_folder_problems
 
 ENCODER_FLAG = "--dpr_ctx_encoder_model_name"
+OUTPUT_FLAG = "--output_dir"
 AT_LEAST_ONE = (
-    "num_proc", "batch_size", "num_encoding_processes", "num_shards", "d", "m", "train_sample", "num_index_shards",
-    "n_docs",
+    "max_line_mb", "num_proc", "batch_size", "num_encoding_processes", "num_shards", "d", "m", "train_sample",
+    "num_index_shards", "n_docs",
 )  # fmt: skip
-PASSAGES_FOLDER = "my_knowledge_dataset"  # in --output_dir
+# What is in --output_dir beside index.json.
+PASSAGES_FOLDER = "my_knowledge_dataset"
+HNSW_FILE = "my_knowledge_dataset_hnsw_index.faiss"
+INDEX_FILE = "my_knowledge_dataset_index.faiss"
+SHARDS_FOLDER = "my_knowledge_dataset_index"
+WORDS_FOLDER = "my_knowledge_dataset_bm25"
+INDEXES = {HNSW_FILE, INDEX_FILE, SHARDS_FOLDER, WORDS_FOLDER}
+OUTPUT_NAMES = {"index.json", PASSAGES_FOLDER, *INDEXES}
+WORDS_KIND = "bm25"  # an --index_factory that is not FAISS's
+# What an index of words has no use for.
+VECTOR_FLAGS = (
+    "d", "train_sample", "num_index_shards", "half_precision", "distributed", "num_encoding_processes", "ef_search",
+    "nprobe",
+)  # fmt: skip
+MOST = {"m": 10_000, "num_proc": 1024, "num_encoding_processes": 1024}
 
 
 @dataclass
 class KnowledgeArguments(EffortArguments):
     csv_path: str = flag(
         str(Path(__file__).resolve().parents[2] / "test_data" / "my_knowledge_dataset.csv"),
-        "Documents: a file `title TAB text` a line, DPR's TSV, JSON lines or Parquet (title, text), .gz or "
-        ".zst of these, a dataset's folder, or a folder of them all.",
+        "Documents: a file `title TAB text` a line or with a header, DPR's TSV, JSON lines or Parquet (title, text), "
+        ".gz or .zst of these, a dataset's or a BEIR folder, or a folder of them all.",
     )
+    csv_quoting: Literal["auto", "csv", "none"] = flag(
+        "auto", "Quotation marks in tab-separated files: csv takes off what csv writers add; auto looks at the file."
+    )
+    max_line_mb: int = flag(64, "Longest line or row, in million characters; a Parquet row group: 16 times as much.")
+    skip_empty: bool = flag(False, "Pass over rows that have no text, and count them.")
     question: str | None = flag(None, "Question to ask in the end, of --rag_model_name.")
     rag_model_name: str | None = flag(None, "RAG checkpoint (folder or hub name) that is to answer --question.")
     # Departure from the public suite: its default is the "multiset" encoder, whose vectors do not match the question
@@ -65,7 +87,7 @@ class KnowledgeArguments(EffortArguments):
     index_factory: str | None = flag(
         None,
         "Kind of index as FAISS's factory writes it: Flat, HNSW32,SQ8, IVF4096,Flat, "
-        "OPQ64_256,IVF4096,PQ64, ...; left out, HNSW{m},Flat.",
+        "OPQ64_256,IVF4096,PQ64, ...; bm25: of words, without any encoder; left out, HNSW{m},Flat.",
     )
     train_sample: int | None = flag(
         None, "Passages to train on; left out, 65,536 or 50 a list of IVF, whichever is more."
@@ -78,21 +100,34 @@ class KnowledgeArguments(EffortArguments):
     search: list[str] | None = flag(
         None, "Questions: print the passages that --output_dir has for them, build nothing."
     )
+    verify: bool = flag(False, "Read all files of --output_dir and say whether they are as written, build nothing.")
     question_encoder_name_or_path: str | None = flag(
         None, "Encoder of --search; left out, --rag_model_name's, or the passages' own if it is no DPR."
     )
     question_encoder_pooling: Literal["auto", "cls", "mean", "max"] = flag("auto", "As --ctx_encoder_pooling.")
 
+    @property
+    def of_words(self) -> bool:
+        """Whether an index of words is asked for."""
+        return (self.index_factory or "").lower() == WORDS_KIND
+
+    @property
+    def mode(self) -> str | None:
+        """The flag that says that nothing is built of --csv_path alone."""
+        return next((f"--{name}" for name in ("append", "search", "verify") if getattr(self, name)), None)
+
 
 def flag_problems(args: KnowledgeArguments) -> list[str]:
     """What is wrong with the flags, as far as names and numbers show it."""
     problems = []
-    if not args.search and not Path(args.csv_path).is_dir():
-        problems += _documents_problems(args.csv_path)
+    if args.mode in (None, "--append"):
+        problems += _documents_problems(args.csv_path) + output_folder_problems(OUTPUT_FLAG, args.output_dir)
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value} must be at least 1")
+        if value is not None and value > MOST.get(name, value):
+            problems.append(f"--{name} {value} must be at most {MOST[name]:,}")
     problems += args.effort_problems()
     if args.recall_queries < 0:
         problems.append(f"--recall_queries {args.recall_queries} must be at least 0")
@@ -100,21 +135,42 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
         problems.append("--m 1 makes no graph that can be searched; give 2 or more")
     if args.append and args.csv_path == KnowledgeArguments.csv_path:
         problems.append("--append needs --csv_path: the documents that are to be added")
-    if (args.gpus_per_task or 0) < 0:
-        problems.append(f"--gpus_per_task {args.gpus_per_task:g} must be at least 0")
+    gpus = args.gpus_per_task
+    if gpus is not None and not 0 <= gpus < math.inf:
+        problems.append(f"--gpus_per_task {gpus:g} must be at least 0, and a number")
     if args.distributed == "ray" and args.num_encoding_processes is not None:
         problems.append("--num_encoding_processes: with --distributed ray, Ray starts as many as fit; leave one out")
     if args.distributed == "ray" and importlib.util.find_spec("ray") is None:
         problems.append("--distributed ray: Ray is not installed; pip install ray")
-    if (args.append or args.search) and not (Path(args.output_dir) / "index.json").is_file():
-        mode = "--append" if args.append else "--search"
-        problems.append(
-            f"{mode}: --output_dir {args.output_dir} holds no knowledge (no index.json); build it without {mode}"
-        )
-    return problems
+    if args.index_factory is not None and not args.index_factory.strip():
+        problems.append("--index_factory '' names no kind of index; leave it out for HNSW")
+    if args.of_words:
+        given = [name for name in VECTOR_FLAGS if getattr(args, name) != getattr(KnowledgeArguments, name)]
+        problems += [
+            f"--{name} has no use with --index_factory bm25, which has no vectors; leave it out" for name in given
+        ]
+    for name, texts in {"question": [args.question], "search": args.search or []}.items():
+        if any(text is not None and not text.strip() for text in texts):
+            problems.append(f"--{name} '' asks nothing; give a question, or leave it out")
+    return problems + _mode_problems(args)
+
+
+def _mode_problems(args: KnowledgeArguments) -> list[str]:
+    given = [f"--{name}" for name in ("append", "search", "verify") if getattr(args, name)]
+    if len(given) > 1:
+        return [f"{' and '.join(given)}: give one of them"]
+    if given and not (Path(args.output_dir) / "index.json").is_file():
+        place = f"--output_dir {args.output_dir}"
+        return [f"{args.mode}: {place} holds no knowledge (no index.json); build it without {args.mode}"]
+    return []
 
 
 def _documents_problems(csv_path: str) -> list[str]:
     if csv_path == KnowledgeArguments.csv_path and not Path(csv_path).exists():
         return ["--csv_path is needed: your documents; the example, its default, is in a checkout's test_data only"]
-    return file_problems("--csv_path", csv_path, "give your documents")
+    if not csv_path.strip() or "\0" in csv_path:
+        return [f"--csv_path {csv_path!r} names nothing; give your documents"]
+    path = Path(csv_path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return [f"--csv_path {csv_path} is a device or a pipe, which is not read; give a file or a folder of documents"]
+    return [] if path.is_dir() else file_problems("--csv_path", csv_path, "give your documents")

@@ -1,150 +1,132 @@
-"""Documents of any source, one after the other: tab-separated, JSON lines, Parquet, datasets, folders of these.
+"""Documents of any source, one after the other: tables of text, JSON lines, Parquet, datasets, folders of these.
 
     for item in read_documents("my_documents"):
         if isinstance(item, Document): item.title, item.text
 
 | source | form |
 |---|---|
-| tab-separated (any other name) | `title TAB text` a line; nothing quoted; a first line `title TAB text` is a header |
-| DPR's psgs_w100.tsv | the header `id TAB text TAB title` says so; fields may be quoted, quotes in them doubled |
-| .jsonl, .ndjson, .json | an object with "text" and, perhaps, "title" a line |
-| .parquet | the columns text and, perhaps, title |
+| tab-separated (any other name) | `title TAB text` a line, or columns that a header names; see `tables` |
+| DPR's psgs_w100.tsv | the header `id TAB text TAB title` says so; its passages are not cut |
+| .jsonl, .ndjson, .json | an object with "text" (or "contents", "passage", "body") and, perhaps, "title" a line |
+| .parquet | columns of the same names |
 | a dataset's folder | what `datasets.Dataset.save_to_disk` left, columns as Parquet's |
-| any other folder | all of these in it, by name; hidden files are left out |
+| a BEIR folder | its corpus.jsonl |
+| any other folder | all of these in it, by name; hidden files and what this suite has built there are left out |
 
-Text files may be compressed, NAME.gz or NAME.zst. Everything is read as a stream, whatever its size.
+Text files may be compressed, NAME.gz or NAME.zst. Everything is read as a stream, whatever its size; no line, and no
+row group of a Parquet file, beyond a stated size.
 """
 
-import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rag.index.dpr_tsv import DPR_HEADER, DprRowError, cells, dpr_rows
+from rag.errors import UserError
+from rag.files import read_state
+from rag.knowledge.arguments import OUTPUT_NAMES, PASSAGES_FOLDER
+from rag.knowledge.records import (
+    MILLION,
+    ROW_GROUP_LINES,
+    Columns,
+    Document,
+    Notice,
+    Problem,
+    ReadingOptions,
+    TooLongError,
+    document,
+    find_columns,
+    one_line,
+    too_long,
+)
+from rag.knowledge.tables import COMPRESSIONS, limited_lines, open_text, read_table
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-TSV_HEADER = ["title", "text"]
 ROWS_AT_A_TIME = 1000
-LONGEST_HEADER = 1000  # characters that are looked at to find one
+BEIR_CORPUS = {"corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst"}
+BEIR_OTHERS = ("queries.jsonl", "qrels")
+
+Items = Iterator[Document | Problem | Notice]
 
 
-class Document(NamedTuple):
-    """Attributes:
-    title: may be empty.
-    text: never blank.
-    is_passage: whether it is not to be cut any more.
-    """
-
-    title: str
-    text: str
-    is_passage: bool = False
-
-
-class Problem(NamedTuple):
-    """Attributes:
-    place: file, and line or row from 1.
-    reason: what is wrong there and what to do.
-    """
-
-    place: str
-    reason: str
-
-
-def read_documents(path: str | os.PathLike) -> Iterator[Document | Problem]:
+def read_documents(path: str | os.PathLike, options: ReadingOptions | None = None) -> Items:
     """All documents of a file or folder in their order, a `Problem` in the place of each that cannot be one."""
-    path = Path(path)
-    if path.is_file():
-        yield from _read_file(path)
+    yield from _read(Path(path), options or ReadingOptions(), ())
+
+
+def _read(path: Path, options: ReadingOptions, above: tuple[str, ...]) -> Items:
+    """Args:
+    above: the folders that this one lies in, links followed: one that leads back to them is not followed again.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        remedy = "give a file or a folder of documents"
+        missing = isinstance(error, FileNotFoundError)
+        yield Problem(str(path), f"does not exist; {remedy}" if missing else f"{error.strerror or error}; {remedy}")
+        return
+    if stat.S_ISREG(mode):
+        yield from _read_file(path, options)
+    elif not stat.S_ISDIR(mode):
+        yield Problem(str(path), "is a device or a pipe, which is not read; give a file or a folder of documents")
     elif (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        yield from _read_dataset(path)
+        yield from _read_dataset(path, options)
     elif (path / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
-        yield Problem(str(path), f"holds the splits {splits}; give the folder of one of them")
-    elif path.is_dir():
-        for entry in sorted(path.iterdir()):
-            if not entry.name.startswith("."):
-                yield from read_documents(entry)
-    else:
-        yield Problem(str(path), "does not exist; give a file or a folder of documents")
+        yield _splits(path)
+    elif os.path.realpath(path) not in above:
+        yield from _read_folder(path, options, (*above, os.path.realpath(path)))
 
 
-def _read_file(path: Path) -> Iterator[Document | Problem]:
+def _read_folder(path: Path, options: ReadingOptions, above: tuple[str, ...]) -> Items:
+    try:
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        yield Problem(str(path), f"cannot be read ({error.strerror})")
+        return
+    names = {entry.name for entry in entries}
+    if names & BEIR_CORPUS and names & set(BEIR_OTHERS):
+        yield Notice(str(path), "is a BEIR data set: its corpus is read, its queries and qrels are not")
+        entries = [entry for entry in entries if entry.name in BEIR_CORPUS]
+    is_output = options.output is not None and os.path.realpath(path) == os.path.realpath(options.output)
+    if is_output or {PASSAGES_FOLDER, "index.json"} <= names:
+        if not is_output:
+            yield Notice(str(path), "holds knowledge that was built there, which is not read as documents")
+        entries = [entry for entry in entries if entry.name not in OUTPUT_NAMES]
+    for entry in entries:
+        yield from _read(entry, options, above)
+
+
+def _read_file(path: Path, options: ReadingOptions) -> Items:
     kind = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
-    if kind == ".parquet":
-        read = _read_parquet
-    elif kind in JSON_LINES:
-        read = _read_json_lines
-    else:
-        read = _read_dpr if _first_line(path) == DPR_HEADER else _read_tsv
+    read = _read_parquet if kind == ".parquet" else _read_json_lines if kind in JSON_LINES else read_table
     try:
-        yield from read(path)
+        yield from read(path, options)
+    except TooLongError as error:
+        yield too_long(path, error.line, options)
     except (OSError, pa.ArrowException) as error:
-        yield Problem(str(path), f"cannot be read to its end ({_one_line(error)}); make or fetch it again")
+        yield Problem(str(path), f"cannot be read to its end ({one_line(error)}); make or fetch it again")
 
 
-# --- Text files -------------------------------------------------------------------------------------------------------
-
-
-def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOWrapper:
-    """A text file, compressed or not, for reading; bytes that are not UTF-8 become surrogates."""
-    stream = pa.input_stream(str(path), compression=COMPRESSIONS.get(Path(path).suffix))
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def _first_line(path: Path) -> list[str] | None:
-    """The cells of a first line that could be a header, None where the file cannot be read."""
-    try:
-        with open_text(path) as file:
-            return cells(file.readline(LONGEST_HEADER))
-    except OSError:
-        return None
-
-
-def _read_tsv(path: Path) -> Iterator[Document | Problem]:
-    """Only \\n, \\r\\n and \\r end a line; quotation marks, `NA` and `null` are what they are."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removesuffix("\n")
-            if number == 1 and cells(line) == TSV_HEADER:
-                continue
-            place = f"{path} line {number}"
-            title, tab, text = line.partition("\t")
-            if not line.strip():
-                yield Problem(place, "is empty; remove it")
-            elif not tab:
-                yield Problem(place, "has no tab; write title, tab, text")
-            elif not text.strip():
-                yield Problem(place, "has no text behind the tab; write title, tab, text")
-            else:
-                yield _document(place, title, text)
-
-
-def _read_dpr(path: Path) -> Iterator[Document | Problem]:
-    with open_text(path, newline="") as file:
-        try:
-            for number, _, text, title in dpr_rows(file):
-                yield _document(f"{path} line {number}", title, text, is_passage=True)
-        except DprRowError as error:  # where the next row begins is not known
-            yield Problem(f"{path} line {error.line}", error.reason)
-
-
-def _read_json_lines(path: Path) -> Iterator[Document | Problem]:
+def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
     with open_text(path, newline="\n") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(limited_lines(file, options.longest), start=1):
             place = f"{path} line {number}"
+            if number == 1 and line.lstrip().startswith("["):
+                yield Problem(place, "begins a JSON array; write one object a line (jq -c '.[]' does)")
+                return
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield Problem(place, f"is not JSON ({_one_line(error)}); write one object a line")
+                yield Problem(place, f"is not JSON ({one_line(error)}); write one object a line", not line.strip())
                 continue
             if isinstance(row, dict):
-                yield _document(place, row.get("title"), row.get("text"))
+                columns = find_columns(name for name, value in row.items() if value is not None) or Columns("", "text")
+                yield document(place, row.get(columns.title), row.get(columns.text), options, columns)
             else:
                 yield Problem(place, 'is no object; write {"title": ..., "text": ...}')
 
@@ -152,68 +134,90 @@ def _read_json_lines(path: Path) -> Iterator[Document | Problem]:
 # --- Columns ----------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path) -> Iterator[Document | Problem]:
+def _read_parquet(path: Path, options: ReadingOptions) -> Items:
     if path.suffix in COMPRESSIONS:
         yield Problem(str(path), "is a packed Parquet file, which is compressed within; unpack it")
         return
     with pq.ParquetFile(path) as file:
-        columns = [name for name in TSV_HEADER if name in file.schema_arrow.names]
-        if "text" in columns:
-            # One thread, because several leave each their own share of unused memory behind.
-            yield from _read_batches(path, file.iter_batches(ROWS_AT_A_TIME, columns=columns, use_threads=False))
-        else:
-            yield _no_text_column(path, file.schema_arrow.names)
+        columns = find_columns(file.schema_arrow.names)
+    if columns is None:
+        yield _no_text_column(path, file.schema_arrow.names)
+        return
+    names = [name for name in columns if name]
+    # A text that many rows share is read once: a file of some KB can be made to hold any number of copies.
+    with pq.ParquetFile(path, read_dictionary=names) as file:
+        row = 0
+        for group in range(file.num_row_groups):
+            size = _size_on_disk(file.metadata.row_group(group), names)
+            if size <= options.longest_row_group:
+                size = 0
+                # One thread, because several leave each their own share of unused memory behind.
+                for batch in file.iter_batches(ROWS_AT_A_TIME, [group], names, use_threads=False):
+                    size += sum(map(_size_of, batch.columns))
+                    if size > options.longest_row_group:
+                        break
+                    yield from _read_batch(path, batch, columns, row, options)
+                    row += len(batch)
+            if size > options.longest_row_group:
+                yield Problem(
+                    f"{path} row group {group + 1}",
+                    f"holds more than {ROW_GROUP_LINES} times --max_line_mb {options.max_line_mb} (million bytes); "
+                    "write smaller row groups, or give more",
+                )
+                return
 
 
-def _read_dataset(path: Path) -> Iterator[Document | Problem]:
+def _size_on_disk(group: pq.RowGroupMetaData, names: list[str]) -> int:
+    """Bytes of the columns of a row group, unpacked."""
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names)
+
+
+def _size_of(column: pa.Array) -> int:
+    """Bytes of the values of a column, each counted as often as it occurs."""
+    if not isinstance(column, pa.DictionaryArray):
+        return column.nbytes
+    return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+
+
+def _read_dataset(path: Path, options: ReadingOptions) -> Items:
     import datasets
 
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        yield Problem(str(path), f"is not a whole dataset ({_one_line(error)}); save it again")
-        return
-    columns = [name for name in TSV_HEADER if name in dataset.column_names]
-    if "text" in columns:
-        yield from _read_batches(path, dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_A_TIME))
-    else:
-        yield _no_text_column(path, dataset.column_names)
+        columns = find_columns(dataset.column_names)
+        if columns is None:
+            yield _no_text_column(path, dataset.column_names)
+            return
+        rows = dataset.select_columns([name for name in columns if name]).with_format("arrow").iter(ROWS_AT_A_TIME)
+        row = 0
+        for batch in rows:
+            yield from _read_batch(path, batch, columns, row, options)
+            row += len(batch)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        yield Problem(str(path), f"is not a whole dataset ({one_line(error)}); save it again")
 
 
-def _read_batches(path: Path, batches: Iterable) -> Iterator[Document | Problem]:
-    """Rows of Arrow tables or record batches."""
-    number = 0
-    for batch in batches:
-        texts = batch["text"].to_pylist()
-        titles = batch["title"].to_pylist() if "title" in batch.schema.names else [None] * len(texts)
-        for title, text in zip(titles, texts, strict=True):
-            number += 1
-            yield _document(f"{path} row {number}", title, text)
-
-
-def _no_text_column(path: Path, columns: list[str]) -> Problem:
-    return Problem(str(path), f"has no column text (found: {', '.join(columns)}); name the two title and text")
-
-
-# --- All of them ------------------------------------------------------------------------------------------------------
-
-
-def _document(place: str, title, text, is_passage: bool = False) -> Document | Problem:
-    """A document of two values as they were read; no title is an empty one."""
-    if not isinstance(title, str | None):
-        return Problem(place, f"has a title that is no string but {title!r:.40}")
-    if not isinstance(text, str | None):
-        return Problem(place, f"has a text that is no string but {text!r:.40}")
-    if text is None or not text.strip():
-        return Problem(place, "has no text")
-    document = Document(title or "", text, is_passage)
+def _splits(path: Path) -> Problem:
     try:
-        document.title.encode()
-        text.encode()
-    except UnicodeEncodeError:
-        return Problem(place, "is not UTF-8; convert the file (iconv -t utf-8)")
-    return document
+        splits = ", ".join(read_state(path / "dataset_dict.json", "save it again")["splits"])
+    except (UserError, KeyError, TypeError) as error:
+        return Problem(str(path), f"is not a whole dataset ({one_line(error)}); save it again")
+    return Problem(str(path), f"holds the splits {splits}; give the folder of one of them")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+def _read_batch(path: Path, batch, columns: Columns, row: int, options: ReadingOptions) -> Items:
+    """Rows of an Arrow table or record batch, before which there are `row` others."""
+    titles = _values(batch[columns.title]) if columns.title else [None] * len(batch)
+    for number, (title, text) in enumerate(zip(titles, _values(batch[columns.text]), strict=True), start=row + 1):
+        yield document(f"{path} row {number}", title, text, options, columns)
+
+
+def _values(column: pa.Array | pa.ChunkedArray) -> Iterable:
+    """The values of a column, one after the other where all at once would take much memory."""
+    is_shared = pa.types.is_dictionary(column.type)
+    return (value.as_py() for value in column) if is_shared and _size_of(column) > MILLION else column.to_pylist()
+
+
+def _no_text_column(path: Path, columns: Iterable[str]) -> Problem:
+    return Problem(str(path), f"has no column text (found: {', '.join(columns)}); name the two title and text")

@@ -5,7 +5,7 @@
 
 index.json is written last and says what made the rest: its `digest` names the passages, the encoder and all settings
 that bear on the embeddings, and is the dataset's fingerprint; `parts` are the documents that were added one after the
-other.
+other; `checksums` are those of all files. What is found again and is not what was written is made again.
 """
 
 import os
@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
-from datasets import load_from_disk
 
 from rag.errors import UserError, raise_problems
 from rag.files import json_digest, remove, space_problems
@@ -32,23 +32,26 @@ from rag.index.index_files import (
     shard_path,
     write_description,
 )
-from rag.knowledge.arguments import ENCODER_FLAG, PASSAGES_FOLDER
-from rag.knowledge.embedding import (
-    PassageEmbedder,
-    ShardPlan,
-    add_shards,
-    embed_more,
-    embed_passages,
-    is_complete,
-    partial_folder,
-    shards_of,
+from rag.index.integrity import damage, note_undamaged
+from rag.knowledge.arguments import (
+    ENCODER_FLAG,
+    HNSW_FILE,
+    INDEX_FILE,
+    INDEXES,
+    OUTPUT_FLAG,
+    PASSAGES_FOLDER,
+    SHARDS_FOLDER,
 )
+from rag.knowledge.mending import all_checksums, damaged_files, index_is_whole, mend_lists, passages_are_whole
 from rag.knowledge.passages import PassageSource
 from rag.knowledge.recall import report_recall
+from rag.knowledge.shards import ShardPlan, digest_of, partial_folder, publish, shards_of, write_dataset, write_more
 
-HNSW_FILE = "my_knowledge_dataset_hnsw_index.faiss"
-INDEX_FILE = "my_knowledge_dataset_index.faiss"
-SHARDS_FOLDER = "my_knowledge_dataset_index"
+if TYPE_CHECKING:
+    from rag.knowledge.embedding import PassageEmbedder
+
+A_FILE = 2**13  # bytes that any file takes beside what is counted: its header, and what is left of its last block
+SMALL_FILES = 2**16  # state.json, index.json and their like, and room to replace them
 
 
 @dataclass
@@ -75,16 +78,44 @@ class Knowledge:
 
 
 def read_knowledge(output: Path) -> IndexDescription:
-    """The `index.json` of a folder; one that knows nothing where there is none, or one of an earlier version."""
-    description = read_description(output / PASSAGES_FOLDER)
+    """The `index.json` of a folder; one that knows nothing where there is none, or one of an earlier version.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    description = read_description(output / PASSAGES_FOLDER, OUTPUT_FLAG)
     return description if description.parts else IndexDescription()
 
 
 def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
     """The first `count` passages of a folder: those that were there before a command that may have been killed."""
+    from datasets import load_from_disk
+
     dataset = load_from_disk(str(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
     for rows in dataset.select(range(count)).iter(1000):
         yield from zip(rows["title"], rows["text"], strict=True)
+
+
+def verify(output: Path) -> Knowledge:
+    """--verify: read all files of a folder, whatever is known of them, and compare them with their checksums.
+
+    Raises:
+        UserError: some are damaged, or the folder is not finished.
+    """
+    description = read_knowledge(output)
+    if not (description.is_finished and description.checksums):
+        raise UserError(
+            f"--verify: {OUTPUT_FLAG} {output} is unfinished, or of a version that kept no checksums; run the command "
+            "that built it first"
+        )
+    raise_problems(
+        [
+            f"{OUTPUT_FLAG} {output}: {problem}; run the command that built it, which makes it again"
+            for problem in damage(output, description, verify=True)
+        ]
+    )
+    print(f"{output}: {len(description.checksums):,} files are as they were written")
+    return replace(_knowledge(output, description), reused=True)
 
 
 @dataclass
@@ -101,11 +132,12 @@ class KnowledgeFolder:
     """
 
     output: Path
-    embedder: PassageEmbedder
+    embedder: "PassageEmbedder"
     open_workers: Callable[[], AbstractContextManager]
     num_shards: int | None = None
     recall_queries: int = 0
     n_docs: int = 5
+    packages = ("torch", "transformers", "datasets", "faiss-cpu")
 
     def build(self, source: PassageSource, description: IndexDescription, plan: IndexPlan) -> Knowledge:
         """Embed the passages and index them, or take what an earlier run left.
@@ -115,37 +147,42 @@ class KnowledgeFolder:
         """
         earlier = read_knowledge(self.output)
         passages_path = self.output / PASSAGES_FOLDER
+        mend_lists(self.output, description, earlier)
         description = self._described(description, plan, earlier)
         knowledge = _knowledge(self.output, description)
 
-        embedded = is_complete(passages_path, description.digest)
-        if embedded and _same_index(description, earlier) and Path(knowledge.index_path).exists():
+        if passages_path.exists() and digest_of(passages_path) != description.digest:
+            raise UserError(
+                f"{OUTPUT_FLAG} {self.output} holds knowledge of other documents, another encoder or other settings, "
+                "or is damaged; give another folder or remove it"
+            )
+        embedded = passages_path.exists() and passages_are_whole(self.output, description)
+        if embedded and _same_index(description, earlier) and self._has_whole_index(earlier):
+            if not earlier.checksums:  # of an earlier version
+                write_description(self.output, replace(earlier, checksums=all_checksums(self.output, earlier)))
+            self._remove_leftovers()
             print(f"{self.output} holds this knowledge already and is reused")
             return replace(knowledge, reused=True)
-        if passages_path.exists() and not embedded:
-            raise UserError(
-                f"--output_dir {self.output} holds knowledge of other documents, another encoder or other settings; "
-                "give another folder or remove it"
-            )
         raise_problems(plan.problems(description.passages))
         self._require_room(source, description, plan)
 
         self.output.mkdir(parents=True, exist_ok=True)
         if earlier.parts:  # from here on there is no index that it describes
-            write_description(self.output, replace(earlier, index=""))
+            write_description(self.output, replace(earlier, index="", checksums={}))
         if not embedded:
             shards = ShardPlan(source.count, num_shards=self.num_shards, dtype=description.embeddings)
             with self.open_workers() as workers:
-                embed_passages(source.passages(), workers, passages_path, description.digest, shards)
+                write_dataset(source.passages(), workers, passages_path, description.digest, shards)
             _print_what_was_cut(workers)
         start = time.monotonic()
-        vectors = EmbeddingFiles(shards_of(passages_path), self.embedder.dimension)
-        build_digest = json_digest([description.digest, _index_fields(description)])
-        build_index(vectors, plan, Path(knowledge.index_path), build_digest)
-        self._finish(replace(description, index_seconds=round(time.monotonic() - start, 1)), vectors)
-        for name in {HNSW_FILE, INDEX_FILE, SHARDS_FOLDER} - {description.index}:
+        self._make_index(knowledge, description, plan)
+        self._finish(replace(description, index_seconds=round(time.monotonic() - start, 1)))
+        for name in INDEXES - {description.index}:
             remove(self.output / name)
         return knowledge
+
+    def _has_whole_index(self, earlier: IndexDescription) -> bool:
+        return index_is_whole(self.output, earlier, lambda path: self._index_fits(path, earlier))
 
     def _described(self, description: IndexDescription, plan: IndexPlan, earlier: IndexDescription) -> IndexDescription:
         """The description with its digest, its parts and the index that is to be built."""
@@ -158,10 +195,10 @@ class KnowledgeFolder:
             factory=plan.factory,
             shards=plan.shards,
             train_sample=plan.train_sample,
-            index=_index_name(plan),
+            index=self._index_name(plan),
         )
-        passages_path = self.output / PASSAGES_FOLDER
-        if earlier.parts and earlier.parts[0].digest == digest and is_complete(passages_path, earlier.digest):
+        there = digest_of(self.output / PASSAGES_FOLDER)
+        if earlier.parts and earlier.parts[0].digest == digest and there == earlier.digest:
             # Documents may have been added since.
             names = ("digest", "parts", "documents", "passages")
             return replace(description, **{name: getattr(earlier, name) for name in names})
@@ -172,10 +209,13 @@ class KnowledgeFolder:
         count, d = description.passages, plan.dimension
         index = count * plan.bytes_a_vector()
         in_memory = max(index // plan.shards, 4 * d * plan.sample_size(count) if plan.learns() else 0)
-        dataset = count * d * np.dtype(description.embeddings).itemsize + source.survey.text_bytes
+        vectors = count * d * np.dtype(description.embeddings).itemsize if d else 0
+        dataset = vectors + source.survey.text_bytes
         partial = partial_folder(self.output / PASSAGES_FOLDER, description.parts[0].digest)
+        files = ShardPlan(max(count, 1), num_shards=self.num_shards).names()
+        overhead = SMALL_FILES + A_FILE * (len(files) + 2 * plan.shards)
         written = sum(file.stat().st_size for file in partial.glob("data-*.arrow"))
-        needs = {partial: dataset + index - written}
+        needs = {partial: dataset + index + overhead - written}
         problems = space_problems(f"--output_dir {self.output}", needs, "give a folder on a larger disk")
         memory = psutil.virtual_memory().available
         if in_memory > memory:
@@ -203,7 +243,12 @@ class KnowledgeFolder:
         self._require_same_kind(earlier, new, factory)
         knowledge = _knowledge(self.output, earlier)
         passages_path, index_path = Path(knowledge.passages_path), Path(knowledge.index_path)
-        known, total = earlier.passages, earlier.passages + source.count
+        if damaged := damaged_files(self.output, earlier.checksums):
+            raise UserError(
+                f"{OUTPUT_FLAG} {self.output}: {damaged[0]} is damaged; run the command that built it, which makes it "
+                "again, then add the documents"
+            )
+        total = earlier.passages + source.count
         if not source.count or any(part.csv_digest == new.csv_digest for part in earlier.parts):
             print(f"{self.output} holds these documents already")
             return replace(knowledge, reused=True)
@@ -212,15 +257,15 @@ class KnowledgeFolder:
 
         shards = ShardPlan(source.count, f"data-{digest}", self.num_shards, earlier.embeddings)
         with self.open_workers() as workers:
-            files = embed_more(source.passages(), workers, passages_path, shards)
+            checksums = write_more(source.passages(), workers, passages_path, shards)
         _print_what_was_cut(workers)
         start = time.monotonic()
-        vectors = EmbeddingFiles(files, self.embedder.dimension)
-        staged = None if _rows_of(index_path) == total else extend_index(index_path, vectors, known, digest)
+        staged = self._extended(index_path, [passages_path / name for name in checksums], earlier.passages, digest)
 
-        add_shards(passages_path, files, digest)
-        if staged is not None:
-            os.replace(staged, shard_path(index_path, known, total) if index_path.is_dir() else index_path)
+        # A run that is killed from here on leaves files that are partly the new ones, for the next one to go on with.
+        write_description(self.output, replace(earlier, checksums={}))
+        publish(passages_path, checksums, digest)
+        self._put(staged, index_path, earlier.passages, total)
         description = replace(
             earlier,
             digest=digest,
@@ -229,7 +274,7 @@ class KnowledgeFolder:
             passages=total,
             index_seconds=round(time.monotonic() - start, 1),
         )
-        self._finish(description, vectors)
+        self._finish(description)
         return _knowledge(self.output, description)
 
     def _require_same_kind(self, earlier: IndexDescription, new: IndexDescription, factory: str | None) -> None:
@@ -252,23 +297,69 @@ class KnowledgeFolder:
 
     def _require_room_to_append(self, source: PassageSource, index_path: Path) -> None:
         vectors = source.count * self.embedder.dimension * 4
-        needed = source.survey.text_bytes + 2 * vectors + (0 if index_path.is_dir() else index_path.stat().st_size)
+        index = index_path.stat().st_size if index_path.is_file() else 0
+        needed = source.survey.text_bytes + 2 * vectors + index + SMALL_FILES
         raise_problems(space_problems(f"--output_dir {self.output}", {index_path: needed}, "free some to add to it"))
 
-    def _finish(self, description: IndexDescription, vectors: EmbeddingFiles) -> None:
-        """Measure the index and write `index.json`."""
-        for left in self.output.glob(f".{PASSAGES_FOLDER}*index.*"):  # of a run that was killed and never continued
-            remove(left)
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "faiss-cpu")}
-        description = replace(description, versions=versions, recall=None)
+    # --- The index: FAISS's ---
+
+    def _index_name(self, plan: IndexPlan) -> str:
+        if plan.shards > 1:
+            return SHARDS_FOLDER
+        return HNSW_FILE if plan.factory.startswith("HNSW") else INDEX_FILE
+
+    def _make_index(self, knowledge: Knowledge, description: IndexDescription, plan: IndexPlan) -> None:
+        vectors = EmbeddingFiles(shards_of(Path(knowledge.passages_path)), self.embedder.dimension)
+        digest = json_digest([description.digest, _index_fields(description)])
+        build_index(vectors, plan, Path(knowledge.index_path), digest)
+
+    def _index_fits(self, path: Path, earlier: IndexDescription) -> bool:
+        """Whether an index of which no checksum is known is one of all passages."""
+        return _rows_of(path) == earlier.passages
+
+    def _extended(self, index_path: Path, shards: list[Path], known: int, digest: str) -> Path | None:
+        """The file that adds the rows from `known` on to an index; None where a killed run has put it there."""
+        vectors = EmbeddingFiles(shards, self.embedder.dimension)
+        return None if _rows_of(index_path) == len(vectors) else extend_index(index_path, vectors, known, digest)
+
+    def _put(self, staged: Path | None, index_path: Path, known: int, total: int) -> None:
+        if staged is not None:
+            os.replace(staged, shard_path(index_path, known, total) if index_path.is_dir() else index_path)
+
+    def _measured(self, description: IndexDescription) -> IndexDescription:
+        """With the recall of the index, if it is wanted."""
+        if not self.recall_queries:
+            return description
+        knowledge = _knowledge(self.output, description)
+        passages_path = Path(knowledge.passages_path)
+        vectors = EmbeddingFiles(shards_of(passages_path), self.embedder.dimension)
+        rows = report_recall(
+            passages_path, Path(knowledge.index_path), self.embedder, vectors, description, self.recall_queries,
+            self.n_docs,
+        )  # fmt: skip
+        return replace(description, recall=rows)
+
+    # --- The end ---
+
+    def _finish(self, description: IndexDescription) -> None:
+        """Write `index.json`, then measure the index."""
+        self._remove_leftovers()
+        versions = {name: version(name) for name in self.packages}
+        description = replace(
+            description, versions=versions, recall=None, checksums=all_checksums(self.output, description)
+        )
         write_description(self.output, description)
-        if self.recall_queries:
-            knowledge = _knowledge(self.output, description)
-            rows = report_recall(
-                Path(knowledge.passages_path), Path(knowledge.index_path), self.embedder, vectors, description,
-                self.recall_queries, self.n_docs,
-            )  # fmt: skip
-            write_description(self.output, replace(description, recall=rows))
+        note_undamaged(self.output, description)
+        measured = self._measured(description)
+        if measured != description:
+            write_description(self.output, measured)
+            note_undamaged(self.output, measured)
+
+    def _remove_leftovers(self) -> None:
+        """What runs that were killed and never continued have left; locks stay."""
+        for left in self.output.glob(f".{PASSAGES_FOLDER}*"):
+            if left.suffix != ".lock":
+                remove(left)
 
 
 def _knowledge(output: Path, description: IndexDescription) -> Knowledge:
@@ -288,12 +379,6 @@ def _index_fields(description: IndexDescription) -> dict:
 
 def _same_index(one: IndexDescription, other: IndexDescription) -> bool:
     return _index_fields(one) == _index_fields(other)
-
-
-def _index_name(plan: IndexPlan) -> str:
-    if plan.shards > 1:
-        return SHARDS_FOLDER
-    return HNSW_FILE if plan.factory.startswith("HNSW") else INDEX_FILE
 
 
 def _rows_of(index_path: Path) -> int:

@@ -6,6 +6,7 @@ It answers what a user asks first of a new index: is its kind good enough, and a
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import load_from_disk
@@ -14,7 +15,10 @@ from rag.index.build import EmbeddingFiles
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.recall import exact_scores, measure_efforts
-from rag.knowledge.embedding import PassageEmbedder
+from rag.knowledge.passages import count_words, words_from
+
+if TYPE_CHECKING:
+    from rag.knowledge.embedding import PassageEmbedder
 
 WORDS_A_QUERY = 10
 
@@ -22,7 +26,7 @@ WORDS_A_QUERY = 10
 def report_recall(
     passages_path: Path,
     index_path: Path,
-    embedder: PassageEmbedder,
+    embedder: "PassageEmbedder",
     vectors: EmbeddingFiles,
     description: IndexDescription,
     queries: int,
@@ -61,9 +65,8 @@ def report_recall(
 
 
 def _middle(text: str) -> str:
-    words = text.split()
-    start = max((len(words) - WORDS_A_QUERY) // 2, 0)
-    return " ".join(words[start : start + WORDS_A_QUERY])
+    start = max((count_words(text) - WORDS_A_QUERY) // 2, 0)
+    return " ".join(words_from(text, start, WORDS_A_QUERY).split())
 
 
 def _size_of(path: Path) -> int:

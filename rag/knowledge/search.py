@@ -7,16 +7,15 @@
 The passages are printed as they are returned.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rag.errors import UserError
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import PASSAGES_FOLDER
+from rag.knowledge.printing import print_passages
 from rag.models.checkpoints import load_model, load_tokenizer, weights_digest
 from rag.models.encoders import load_encoder
 
@@ -80,19 +79,6 @@ def search_passages(
     return [print_passages(*row) for row in zip(questions, ids, scores, docs, strict=True)]
 
 
-def print_passages(question: str, ids: np.ndarray, scores: np.ndarray, docs: Mapping) -> list[dict]:
-    """Print a question and its passages, and return these; -1 among the ids ends them."""
-    print(f"Question: {question}")
-    passages = [
-        {"id": int(number), "score": float(score), "title": title, "text": text}
-        for number, score, title, text in zip(ids, scores, docs["title"], docs["text"], strict=True)
-        if number >= 0
-    ]
-    for passage in passages:
-        print(f"  {passage['score']:8.3f}  {passage['title']}: {passage['text']}")
-    return passages
-
-
 def answer_question(question: str, rag_model_name: str, index_flags: dict[str, str]) -> str:
     """Print the passages that a RAG model retrieves for a question, their scores, and its answer; return the answer."""
     from rag.generation.decoding import generate_answers
@@ -105,7 +91,9 @@ def answer_question(question: str, rag_model_name: str, index_flags: dict[str, s
     n_docs = min(model.config.n_docs, len(retriever.index))
     tokens = tokenizer.question_encoder(question, truncation=True, return_tensors="pt")
     with torch.inference_mode():
-        contexts = retrieve_contexts(model.rag, retriever, tokens["input_ids"], tokens["attention_mask"], n_docs)
+        contexts = retrieve_contexts(
+            model.rag, retriever, tokens["input_ids"], tokens["attention_mask"], n_docs, [question]
+        )
         ids = generate_answers(model, contexts.input_ids, contexts.attention_mask, contexts.doc_scores, n_docs=n_docs)
     answer = tokenizer.generator.decode(ids[0], skip_special_tokens=True).strip()
     print_passages(question, contexts.doc_ids[0], contexts.doc_scores[0].numpy(), contexts.docs[0])

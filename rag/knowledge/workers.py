@@ -1,7 +1,7 @@
 """Passages embedded by several processes at once: on this node, one a GPU, or wherever a Ray cluster has room.
 
     with encoding_workers(embedder, plan, resources) as workers:
-        embed_passages(passages, workers, folder, digest, shards)
+        write_dataset(passages, workers, folder, digest, shards)
 
 One process reads the documents and writes the shards; the workers get texts and give vectors back, so that nodes need
 no common disk for them. Two shards a worker are under way at a time. Each worker loads the encoder once, by its name,
@@ -28,7 +28,8 @@ from rag.distributed.ray_cluster import RayConnection
 from rag.distributed.stopped import StoppedClock
 from rag.errors import UserError
 from rag.knowledge.arguments import ENCODER_FLAG
-from rag.knowledge.embedding import PassageEmbedder, Passages
+from rag.knowledge.embedding import PassageEmbedder
+from rag.knowledge.shards import Passages
 from rag.models.checkpoints import load_tokenizer, weights_digest
 from rag.models.encoders import load_encoder
 

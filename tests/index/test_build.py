@@ -14,7 +14,7 @@ from rag.index.build import EmbeddingFiles, IndexPlan, build_index, extend_index
 from rag.index.index_files import shard_files
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.recall import exact_scores, measure_efforts, recall
-from rag.knowledge.embedding import shards_of
+from rag.knowledge.shards import shards_of
 from tests.conftest import assert_equal_but_for_rounding
 
 D, COUNT = 16, 1000

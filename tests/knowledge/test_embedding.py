@@ -11,16 +11,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from rag.errors import UserError
 from rag.index.columns import EmbeddingColumn
-from rag.knowledge import embedding
-from rag.knowledge.embedding import (
-    PassageEmbedder,
-    ShardPlan,
-    _publish,
-    embed,
-    embed_passages,
-    is_complete,
-    partial_folder,
-)
+from rag.knowledge import shards
+from rag.knowledge.embedding import PassageEmbedder, embed
+from rag.knowledge.shards import JOURNAL, ShardPlan, digest_of, partial_folder, publish, shard_checksums, write_dataset
 from rag.models.encoders import load_encoder
 from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig
 from tests.conftest import DIMENSION, PASSAGES
@@ -42,7 +35,7 @@ def embedder(context_encoder_folder, bert_tokenizer):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(embedding, "PASSAGES_PER_SHARD", 7)
+    monkeypatch.setattr(shards, "PASSAGES_PER_SHARD", 7)
 
 
 def one_by_one(embedder, passages):
@@ -72,7 +65,7 @@ def test_a_batch_of_documents_is_embedded_in_its_order(embedder, bert_tokenizer,
 
 
 def test_rows_are_in_order_and_do_not_depend_on_their_batch(embedder, passages, small_shards, tmp_path):
-    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
+    write_dataset(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     dataset = load_from_disk(str(tmp_path / "out"))
     assert dataset.column_names == ["title", "text", "embeddings"]
     assert dataset.features["embeddings"].length == DIMENSION
@@ -82,7 +75,7 @@ def test_rows_are_in_order_and_do_not_depend_on_their_batch(embedder, passages, 
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"data-{i:05d}-of-00006.arrow" for i in range(6)] + ["dataset_info.json", "state.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert is_complete(tmp_path / "out", "digest") and not is_complete(tmp_path / "out", "another")
+    assert digest_of(tmp_path / "out") == "digest"
 
 
 def test_batches_hold_texts_of_like_length(embedder, passages):
@@ -116,29 +109,29 @@ def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
 
     embedder._encode = killed
     with pytest.raises(KeyboardInterrupt):
-        embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
+        write_dataset(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     assert not (tmp_path / "out").exists()
     partial = partial_folder(tmp_path / "out", "digest")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.iterdir()}
-    assert len(kept) == 2  # of 7 passages each; the third was cut off
+    assert len(kept.keys() - {JOURNAL}) == 2  # of 7 passages each; the third was cut off
 
     # A run with other settings takes nothing of it.
     embedder._encode = encode
-    embed_passages(iter(passages[:3]), embedder, tmp_path / "other", "other digest", ShardPlan(3))
+    write_dataset(iter(passages[:3]), embedder, tmp_path / "other", "other digest", ShardPlan(3))
     assert {path.name: path.stat().st_mtime_ns for path in partial.iterdir()} == kept
 
     again = []
     embedder._encode = lambda batch: again.append(len(batch["input_ids"])) or encode(batch)
-    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
+    write_dataset(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     assert sum(again) == len(passages) - 14
     vectors = np.array(load_from_disk(str(tmp_path / "out"))["embeddings"], dtype=np.float32)
     assert_float32_of(vectors, one_by_one(embedder, passages))
 
 
 def test_many_passages_make_few_shards(embedder, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "PASSAGES_PER_SHARD", 2)
-    monkeypatch.setattr(embedding, "MOST_SHARDS", 3)
-    embed_passages(iter(PASSAGES), embedder, tmp_path / "out", "digest", ShardPlan(len(PASSAGES)))
+    monkeypatch.setattr(shards, "PASSAGES_PER_SHARD", 2)
+    monkeypatch.setattr(shards, "MOST_SHARDS", 3)
+    write_dataset(iter(PASSAGES), embedder, tmp_path / "out", "digest", ShardPlan(len(PASSAGES)))
     state = json.loads((tmp_path / "out" / "state.json").read_text())
     assert len(state["_data_files"]) == 3
     assert len(load_from_disk(str(tmp_path / "out"))) == len(PASSAGES)
@@ -162,13 +155,13 @@ def test_sentence_encoders_read_title_and_text_as_one(bert_tokenizer, passages):
 
 def test_no_passage_is_lost_to_an_odd_count(embedder, small_shards, tmp_path):
     for count in (1, 7, 8):
-        embed_passages(iter(PASSAGES[:count]), embedder, tmp_path / str(count), "digest", ShardPlan(count))
+        write_dataset(iter(PASSAGES[:count]), embedder, tmp_path / str(count), "digest", ShardPlan(count))
         assert len(load_from_disk(str(tmp_path / str(count)))) == count
 
 
 def test_a_number_of_shards_and_half_precision(embedder, passages, tmp_path):
     plan = ShardPlan(len(passages), num_shards=3, dtype="float16")
-    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", plan)
+    write_dataset(iter(passages), embedder, tmp_path / "out", "digest", plan)
     dataset = load_from_disk(str(tmp_path / "out"))
     assert dataset.features["embeddings"].feature.dtype == "float16"
     assert [len(chunk) for chunk in dataset.data.column("embeddings").chunks] == [14, 14, 12]
@@ -178,14 +171,14 @@ def test_a_number_of_shards_and_half_precision(embedder, passages, tmp_path):
     np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=2**-10.9, atol=2**-24)
     embedder._encode = lambda batch: np.full((len(batch["input_ids"]), DIMENSION), 7e4)
     with pytest.raises(UserError, match="--half_precision: a vector holds 70000"):
-        embed_passages(iter(passages), embedder, tmp_path / "large", "digest", plan)
+        write_dataset(iter(passages), embedder, tmp_path / "large", "digest", plan)
 
 
 def test_shards_of_another_cut_are_not_part_of_the_dataset(embedder, passages, tmp_path):
     partial = partial_folder(tmp_path / "out", "digest")
     partial.mkdir()
     (partial / "data-00000-of-00002.arrow").write_bytes(b"of a run with two shards")
-    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages), num_shards=4))
+    write_dataset(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages), num_shards=4))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.arrow")) == [
         f"data-{i:05d}-of-00004.arrow" for i in range(4)
     ]
@@ -195,17 +188,17 @@ def test_a_killed_run_with_another_number_of_shards_is_gone_on_with(embedder, pa
     """Both make two files of the same names; what does not fit is embedded again."""
     plan = ShardPlan(len(passages), num_shards=2)
     partial = partial_folder(tmp_path / "out", "digest")
-    embed_passages(iter(passages[:5]), embedder, tmp_path / "five", "other", ShardPlan(5, num_shards=1))
+    write_dataset(iter(passages[:5]), embedder, tmp_path / "five", "other", ShardPlan(5, num_shards=1))
     partial.mkdir(parents=True)
     shutil.copy(tmp_path / "five" / "data-00000-of-00001.arrow", partial / plan.names()[0])
-    embed_passages(iter(passages), embedder, tmp_path / "out", "digest", plan)
+    write_dataset(iter(passages), embedder, tmp_path / "out", "digest", plan)
     assert load_from_disk(str(tmp_path / "out"))["text"] == [text for _, text in passages]
 
 
 def test_what_others_keep_beside_the_dataset_stays(embedder, passages, tmp_path):
     folder = tmp_path / "out"
-    embed_passages(iter(passages[:5]), embedder, folder, "digest", ShardPlan(5))
+    write_dataset(iter(passages[:5]), embedder, folder, "digest", ShardPlan(5))
     (folder / "NOTES.md").write_text("mine")
     (folder / ".ipynb_checkpoints").mkdir()
-    _publish(folder, ["data-00000-of-00001.arrow"], "digest")
+    publish(folder, shard_checksums(folder), "digest")
     assert (folder / "NOTES.md").exists() and len(load_from_disk(str(folder))) == 5

@@ -38,6 +38,7 @@ def opened(knowledge) -> KnowledgeIndex:
 def contents(folder) -> dict:
     """All that is in a folder, but for times and speeds."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop(".lock", None)  # who held it
     description = json.loads(files.pop("index.json"))
     for name in ("index_seconds", "recall"):
         description.pop(name, None)
@@ -55,7 +56,9 @@ def contents(folder) -> dict:
 )
 def test_kinds_of_index(flags, tmp_path, capsys, settings, name):
     knowledge = run(flags, **settings, **{"--num_shards": 4})
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"my_knowledge_dataset", name, "index.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "my_knowledge_dataset", name, "index.json", ".lock"
+    }  # fmt: skip
     assert knowledge.index_path == str(tmp_path / "out" / name)
     assert len(list((tmp_path / "out" / "my_knowledge_dataset").glob("*.arrow"))) == 4
     index = opened(knowledge)
@@ -81,7 +84,7 @@ def test_another_kind_takes_the_place_of_the_first(flags, tmp_path, monkeypatch,
     assert not knowledge.reused and len(opened(knowledge)) == 11
     run(flags, **{"--recall_queries": 0})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "my_knowledge_dataset", "my_knowledge_dataset_hnsw_index.faiss", "index.json"
+        "my_knowledge_dataset", "my_knowledge_dataset_hnsw_index.faiss", "index.json", ".lock"
     }  # fmt: skip
     assert read_description(tmp_path / "out" / "any").recall is None
 
@@ -94,7 +97,7 @@ def test_what_killed_runs_have_left_is_removed(flags, tmp_path):
     (tmp_path / "out" / ".my_knowledge_dataset_hnsw_index.faiss.0123.faiss.saved").write_bytes(b"of an --append")
     (tmp_path / "out" / ".my_knowledge_dataset_bm25.lock").touch()  # which a process may hold
     run(flags, **{"--m": 4})
-    assert {path.name for path in (tmp_path / "out").glob(".*")} == {".my_knowledge_dataset_bm25.lock"}
+    assert {path.name for path in (tmp_path / "out").glob(".*")} == {".my_knowledge_dataset_bm25.lock", ".lock"}
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -131,10 +134,10 @@ def kill(monkeypatch, moment: str) -> None:
     places = {
         "embedding": (PassageEmbedder, "_encode"),
         "indexing": (EmbeddingFiles, "blocks"),
-        "before the dataset grows": (knowledge_folder, "add_shards"),
+        "before the dataset grows": (knowledge_folder, "publish"),
         "before index.json": (knowledge_folder.KnowledgeFolder, "_finish"),
     }
-    owner, name = places.get(moment, (knowledge_folder, "add_shards"))
+    owner, name = places.get(moment, (knowledge_folder, "publish"))
     original = getattr(owner, name)
     calls = itertools.count()
 
