@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rag.command_line.script import run_script
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
 from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_path, read_data
@@ -190,14 +190,18 @@ def model_type_of(args: EvalArguments) -> str:
     Raises:
         UserError: a flag does not fit the model.
     """
-    from rag.models.checkpoints import RAG_TYPES, infer_model_type
+    from rag.evaluation.predictors import size_problems
+    from rag.models.checkpoints import RAG_TYPES, fitting_model_type
+    from rag.models.loading import load_config
 
-    model_type = args.model_type or infer_model_type(args.model_name_or_path)
+    config = load_config(args.model_name_or_path)
+    model_type = fitting_model_type(config, args.model_name_or_path, args.model_type)
     model = f"--model_name_or_path {args.model_name_or_path} is a {model_type} model"
     if args.eval_mode == "retrieval" and model_type not in RAG_TYPES:
         raise UserError(f"{model}, which retrieves nothing; measure it with --eval_mode e2e")
     if args.eval_mode == "e2e" and args.decoding != "thorough" and model_type != "rag_sequence":
         raise UserError(f"--decoding {args.decoding} is for rag_sequence; leave it out: {model}")
+    raise_problems(size_problems(args, config))
     return model_type
 
 
@@ -216,7 +220,7 @@ def predict_missing(
     """
     import torch
 
-    from rag.evaluation.predictors import load_predictor, rag_config
+    from rag.evaluation.predictors import CONTEXT_COUNTS, load_predictor, rag_config
     from rag.models.checkpoints import RAG_TYPES
 
     args = replace(args, n_docs=identity.get("n_docs", args.n_docs))
@@ -244,14 +248,23 @@ def predict_missing(
 
     def collect(batches: list[range], parts: list) -> None:
         for batch, (lines, details) in zip(batches, parts[: len(batches)], strict=True):
+            counts = details[0].pop(CONTEXT_COUNTS, (0, 0, 0))
+            contexts.append(counts)
             predictions.append(batch.start, lines, details)
 
+    contexts: list[tuple[int, int, int]] = []  # made, cut, at which length
     desc = "Answering" if args.eval_mode == "e2e" else "Retrieving"
     if ranks.rank == 0:
         total = sum(map(len, batches))
         rounds = progress(rounds, total, desc, "questions", size=lambda batches: sum(map(len, batches)))
     with torch.inference_mode():
         ranks.in_rounds(f"{desc.lower()}, round", rounds, answer, collect)
+    made, cut = (sum(counts[n] for counts in contexts) for n in (0, 1))
+    if cut:
+        print(
+            f"{cut:,} of {made:,} contexts were longer than max_combined_length {contexts[0][2]} tokens: their "
+            "passages were cut"
+        )
 
 
 def require_same_files(expected: dict[str, Any], here: dict[str, Any], rank: int) -> None:

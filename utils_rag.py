@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 # Public names of this module, whose code is in rag/.
 from rag.files import atomic_write, load_json, read_lines, save_json
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
+from rag.models.questions import encode_questions
 
 if TYPE_CHECKING:
     import torch
@@ -144,9 +145,11 @@ class Seq2SeqDataset:
         The public suite names the targets `decoder_input_ids`. They are not: the loss shifts them first.
         """
         columns = {key: [example[key] for example in batch] for key in ("source", "target", "index")}
-        padded = {"truncation": True, "padding": "longest", "padding_side": "right", "return_tensors": "pt"}
-        sources = self.tokenizer(columns["source"], max_length=self.max_source_length, **padded)
-        targets = self.target_tokenizer(text_target=columns["target"], max_length=self.max_target_length, **padded)
+        padded = {"padding": "longest", "padding_side": "right", "return_tensors": "pt"}
+        sources = encode_questions(self.tokenizer, columns["source"], self.max_source_length, **padded)
+        targets = self.target_tokenizer(
+            text_target=columns["target"], max_length=self.max_target_length, truncation=True, **padded
+        )
         return {
             "input_ids": sources["input_ids"],
             "attention_mask": sources["attention_mask"],

@@ -79,6 +79,7 @@ class EncoderPlan:
     digest: str
     batch_size: int
     device: str
+    prompt: str | None = None
 
 
 def encoding_workers(embedder: PassageEmbedder, plan: EncoderPlan, resources: EncodingResources):
@@ -102,7 +103,7 @@ def embed_shard(plan: EncoderPlan, shard: Passages) -> tuple[np.ndarray, int]:
 
 @lru_cache(maxsize=1)
 def _embedder(plan: EncoderPlan) -> PassageEmbedder:
-    encoder = load_encoder(plan.name, "context", plan.pooling, flag=ENCODER_FLAG)
+    encoder = load_encoder(plan.name, "context", plan.pooling, flag=ENCODER_FLAG, prompt=plan.prompt)
     if weights_digest(encoder) != plan.digest:
         raise UserError(
             f"{ENCODER_FLAG} {plan.name} has other weights on {os.uname().nodename} than where the command was given; "

@@ -254,6 +254,8 @@ class GenerativeQAModule(BaseTransformer):
             return
         ids = zip(batch["index"], contexts.doc_ids.tolist(), strict=True)
         rows = self.gather_rows([{"index": index, "doc_ids": doc_ids} for index, doc_ids in ids])
+        if (made := getattr(self.retriever, "contexts", 0)) > 0:  # of this rank, since the training began
+            self.log("cut_contexts", self.retriever.cut_contexts / made)
         self.log("distinct_docs", distinct_share(np.array([row["doc_ids"] for row in rows])))
         self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean() * batch["loss_weight"], sync_dist=True)
 
