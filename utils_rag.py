@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Public names of this module, whose code is in rag/.
+from rag.errors import UserError
 from rag.files import atomic_write, load_json, read_lines, save_json
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
 
@@ -57,9 +58,14 @@ def data_file_problems(data_dir: str | os.PathLike, splits: Iterable[str]) -> li
         lengths = {}
         for path in (data_dir / f"{split}.source", data_dir / f"{split}.target"):
             if not path.is_file():
-                problems.append(f"--data_dir {data_dir}: {path.name} is missing; one example a line is expected in it")
+                what = "is a folder, a device or a pipe" if path.exists() else "is missing"
+                problems.append(f"--data_dir {data_dir}: {path.name} {what}; one example a line is expected in it")
                 continue
-            lines = read_lines(path)
+            try:
+                lines = read_lines(path)
+            except (UserError, OSError) as error:
+                problems.append(f"--data_dir {data_dir}: {path.name} cannot be read ({error})")
+                continue
             lengths[path.name] = len(lines)
             problems += _blank_line_problems(path, lines)
         if len(set(lengths.values())) > 1:
@@ -115,12 +121,24 @@ class Seq2SeqDataset:
         self.sources = [prefix + line for line in read_lines(Path(data_dir) / f"{type_path}.source")[:end]]
         self.targets = read_lines(Path(data_dir) / f"{type_path}.target")[:end]
         assert len(self.sources) == len(self.targets), "data_file_problems comes first"
+        self._warn_of_cut_sources(type_path)
         self._warn_of_cut_targets(type_path)
 
     @staticmethod
     def get_char_lens(data_file: str | os.PathLike) -> list[int]:
         """Characters of each line of a file, without its end."""
         return lmap(len, read_lines(data_file))
+
+    def _warn_of_cut_sources(self, type_path: str) -> None:
+        """A question beyond the limit loses its end. Only long lines are looked at: a token has a byte or more."""
+        long = [source for source in self.sources if len(source.encode(errors="replace")) > self.max_source_length - 2]
+        lengths = [len(ids) for ids in self.tokenizer(long, verbose=False)["input_ids"]] if long else []
+        cut = sum(length > self.max_source_length for length in lengths)
+        if cut:
+            logger.warning(
+                f"{cut} of {len(self.sources)} questions of {type_path}.source are longer than --max_source_length "
+                f"{self.max_source_length} tokens (the longest has {max(lengths)}) and are cut"
+            )
 
     def _warn_of_cut_targets(self, type_path: str) -> None:
         """A target beyond the limit trains without its end, and without the end token: worth a word."""

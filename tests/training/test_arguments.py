@@ -98,7 +98,7 @@ def test_trainer_flags_have_the_types_of_the_trainers_parameters():
         (["--fast_dev_run", "3"], 3),
         (["--deterministic", "warn"], "warn"),
         (["--inference_mode", "false"], False),
-        (["--check_val_every_n_epoch", "null"], None),
+        (["--check_val_every_n_epoch", "null", "--val_check_interval", "5"], None),
         (["--devices", "0,1"], "0,1"),
         (["--devices", "2"], 2),
         (["--precision", "16"], 16),
