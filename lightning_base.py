@@ -106,6 +106,8 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         seed = self.seed if self.trainer.overfit_batches == 0 else None
         loader = self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
         loader.prefetch = self.prefetch
+        if seed is not None and hasattr(self.datasets["train"], "draw_answers"):
+            self.datasets["train"].draw_answers(seed, loader.batch_sampler)
         self._require_interval_in_epoch(len(loader))
         return loader
 

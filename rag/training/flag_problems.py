@@ -17,6 +17,7 @@ from rag.command_line.trainer_flags import TrainerArguments
 if TYPE_CHECKING:
     from rag.training.arguments import FinetuneArguments, RetrievalArguments, RunArguments
 
+LARGEST_NUMBER = 2**31 - 1  # of anything counted: libraries in C take no larger one
 LARGEST_SEED = 2**32 - 1  # numpy's generator takes no larger one
 LARGEST_LEARNING_RATE = 10.0  # of both optimizers; a step of such a size leaves nothing of a pretrained model
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -94,13 +95,20 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
 def range_problems(args: "FinetuneArguments") -> list[str]:
     """Each setting for itself."""
     values = {name: value for group in vars(args).values() for name, value in vars(group).items() if value is not None}
-    endless = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-    return [f"--{name} {values[name]} must be a finite number" for name in endless] + [
-        f"--{name} {values[name]} {rule}"
+    problems = {
+        name: f"--{name} {values[name]} {rule}"
         for names, is_good, rule in RULES
         for name in names.split()
-        if name in values and name not in endless and not is_good(values[name])
-    ]
+        if name in values and not is_good(values[name])
+    }
+    for name, value in values.items():
+        if name == "seed":
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            problems[name] = f"--{name} {value} must be a finite number"
+        elif isinstance(value, int) and value > LARGEST_NUMBER:
+            problems.setdefault(name, f"--{name} {value} must be {LARGEST_NUMBER} or less")
+    return list(problems.values())
 
 
 def contradictions(args: "FinetuneArguments") -> list[str]:
@@ -174,7 +182,7 @@ def _retrieval_contradictions(retrieval: "RetrievalArguments") -> list[str]:
     if problems := retrieval.search_problems():
         return problems
     uses_ray = retrieval.distributed_retriever == "ray"
-    if retrieval.retrieval_worker_gpus and not uses_ray:
+    if retrieval.retrieval_worker_gpus > 0 and not uses_ray:
         return [
             f"--retrieval_worker_gpus {retrieval.retrieval_worker_gpus:g} is for --distributed_retriever ray; give "
             "--index_device cuda instead"

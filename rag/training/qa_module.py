@@ -295,7 +295,7 @@ class GenerativeQAModule(BaseTransformer):
         seconds = (time.perf_counter() - started) / len(token_ids)
         lengths = (token_ids != self.generator.config.pad_token_id).sum(1).tolist()
         for i, answer in enumerate(self.ids_to_clean_text(token_ids)):  # one line each in test_generations.txt
-            measures = self.calc_generative_metrics([answer], [batch["target"][i]])
+            measures = self._best_measures(answer, batch["answers"][i] if "answers" in batch else [batch["target"][i]])
             row = {
                 "index": batch["index"][i],
                 "answer": answer,
@@ -307,6 +307,11 @@ class GenerativeQAModule(BaseTransformer):
                 row["doc_ids"] = contexts.doc_ids[i].tolist()
                 row["doc_entropy"] = doc_entropy(contexts.doc_scores[i]).item()
             self.rows.append(row)
+
+    def _best_measures(self, answer: str, right_answers: list[str]) -> dict[str, float]:
+        """Each measure against the right answer that is best for it."""
+        each = [self.calc_generative_metrics([answer], [right]) for right in right_answers]
+        return {name: max(measures[name] for measures in each) for name in each[0]}
 
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, "min_length": 1, "max_length": max_length}
