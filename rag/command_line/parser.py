@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,7 +85,7 @@ class RagArgumentParser(HfArgumentParser):
         settings = [] if config_file is None else self._settings_as_words(config_file)
         for words in (settings, argv):
             self._refuse_two_values_of_one_setting(words)
-        argv = settings + argv
+        self.words = argv = settings + argv
         *parsed, rest, unknown = self.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
@@ -100,6 +101,15 @@ class RagArgumentParser(HfArgumentParser):
             return settings_as_words(config_file)
         except UserError as error:
             self.error(str(error))
+
+    def in_given_names(self, message: str) -> str:
+        """A message about settings, each under the name by which `parse` was given it, not the first that it has."""
+        for action in dict.fromkeys(options_of(self).values()):
+            first, *others = dict.fromkeys(option.replace("-", "_") for option in action.option_strings)
+            words = {word.split("=")[0].replace("-", "_") for word in self.words}
+            if given := next((other for other in others if other in words), None):
+                message = re.sub(f"--{first.strip('_')}(?![\\w-])", f"--{given.strip('_')}", message)
+        return message
 
     def _refuse_two_values_of_one_setting(self, argv: list[str]) -> None:
         """Of a setting that has several names argparse would take the last value given, whatever the others."""

@@ -24,6 +24,7 @@ from rag.models.loading import MODEL_FLAG
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
+from rag.training.seals import is_whole
 
 
 def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, Any]:
@@ -91,21 +92,34 @@ def read_lightning_checkpoint(
     Raises:
         UserError: there is no such file, it is no such checkpoint, or a change is no setting.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; give a checkpoint that finetune_rag.py wrote (checkpointN.ckpt)")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["hyper_parameters"] if hparams_file is None else load_json(hparams_file)
-        weights = checkpoint["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no checkpoint of finetune_rag.py that could be read without running what is in it; give "
-            "checkpointN.ckpt, or start from a Hugging Face checkpoint"
-        ) from error
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"] if hparams_file is None else load_json(hparams_file)
     exported = Path(path).with_suffix("")
     if (exported / "config.json").is_file() and "model_name_or_path" not in changes:
         changes |= {"model_name_or_path": str(exported), "config_name": None, "tokenizer_name": None}
-    return group_settings(settings, **changes), weights
+    return group_settings(settings, **changes), checkpoint["state_dict"]
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
+    """What Lightning saved of a run of `finetune_rag.py`, its bytes verified first; nothing is unpickled.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is no such checkpoint.
+    """
+    remedy = "give checkpointN.ckpt as finetune_rag.py wrote it, or start from a Hugging Face checkpoint"
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; {remedy}")
+    if not is_whole(path):
+        raise UserError(f"{path} is damaged, or no Lightning checkpoint; {remedy}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"{path} is no checkpoint that could be read without running what is in it; {remedy}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"hyper_parameters", "state_dict"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of finetune_rag.py; {remedy}")
+    return checkpoint
 
 
 def load_trained_parts(
