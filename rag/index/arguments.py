@@ -16,7 +16,7 @@ from rag.errors import raise_problems
 # What bears on a search of any index, and what belongs to wiki_dpr alone.
 SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
-# FAISS counts in 32 bits; an index allows less, by its size (rag/index/knowledge_index.py).
+# FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
 

@@ -7,7 +7,7 @@
 A row is read without decoding any other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import faiss
 import numpy as np
@@ -46,7 +46,7 @@ def equally_long(blocks: Iterable[np.ndarray]) -> bool:
     """Whether all vectors, in blocks (any, d), have one length but for the rounding of half precision."""
     least, most = np.inf, 0.0
     for block in blocks:
-        squares = np.einsum("nd,nd->n", block, block)
+        squares = np.einsum("ij,ij->i", block, block)
         least, most = np.minimum(least, squares.min()), np.maximum(most, squares.max())
         if not most <= least * (1 + LENGTHS_DIFFER):  # also where one is NaN
             return False
@@ -117,8 +117,9 @@ class TextColumn(_Column):
             chunk = chunk.cast(pa.large_string())
         _, offsets, data = chunk.buffers()
         # Of a memoryview a number is read in half the time that numpy takes.
-        form, size = ("q", 8) if pa.types.is_large_string(chunk.type) else ("i", 4)
-        offsets = memoryview(offsets)[chunk.offset * size : (chunk.offset + len(chunk) + 1) * size].cast(form)
+        size = 8 if pa.types.is_large_string(chunk.type) else 4
+        offsets = memoryview(offsets)[chunk.offset * size : (chunk.offset + len(chunk) + 1) * size]
+        offsets = offsets.cast("q") if size == 8 else offsets.cast("i")
         if (np.diff(np.asarray(offsets)) < 0).any():
             raise pa.ArrowInvalid("a string ends before it begins")
         return offsets, memoryview(data if data is not None else b"")
@@ -233,3 +234,16 @@ class IndexVectors:
         rows = range(self.faiss_index.ntotal) if rows is None else rows
         for start in range(rows.start, rows.stop, size):
             yield self.gather(np.arange(start, min(start + size, rows.stop)))
+
+
+def finite_blocks(embeddings: EmbeddingColumn | IndexVectors, rows: range, origin: str) -> Iterator[np.ndarray]:
+    """The vectors of these rows, in blocks as `blocks` gives them.
+
+    Raises:
+        UserError: one holds NaN or infinity.
+    """
+    first = rows.start
+    for block in embeddings.blocks(rows=rows):
+        require_finite(block, np.arange(first, first + len(block)), origin)
+        first += len(block)
+        yield block

@@ -15,8 +15,12 @@ import faiss
 from rag.checksums import found_once
 from rag.errors import UserError
 from rag.index.faiss_checks import ids_problem, rank_by_inner_product, ranking_of
+from rag.index.faiss_kinds import core_of
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import shard_files
+
+# Candidates or lists that any index may be searched with; more only if it has as many passages.
+ANY_EFFORT = 65_536
 
 
 def files_of(index_path: str | os.PathLike, count: int) -> list[tuple[str, int, int]]:
@@ -98,6 +102,23 @@ def joined(parts: list):
     for part in parts:
         whole.add_shard(part)
     return whole
+
+
+def set_effort(index, effort: dict[str, int | None], count: int) -> list[str]:
+    """Apply what is set of efSearch and nprobe to an index over `count` passages; the problems with it."""
+    problems = []
+    for (name, value), flag in zip(effort.items(), ("--ef_search", "--nprobe"), strict=True):
+        if value is None:
+            continue
+        if value > max(ANY_EFFORT, count):
+            problems.append(f"{flag} {value} is more than the index's {count} passages; give fewer")
+            continue
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except RuntimeError:
+            kind = type(core_of(index)).__name__
+            problems.append(f"{flag} {value}: an index of kind {kind} has no such setting; leave it out")
+    return problems
 
 
 def other_count(origin: str, vectors: int, expected: int) -> str:

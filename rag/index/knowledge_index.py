@@ -17,21 +17,19 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 """
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import faiss
 import numpy as np
 
 from rag.checksums import found_once
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
-from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, require_finite
+from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, finite_blocks
 from rag.index.device_search import DeviceSearch, DeviceUnavailableError
-from rag.index.faiss_kinds import core_of, describe_search
-from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows
+from rag.index.faiss_kinds import describe_search
+from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows, set_effort
 from rag.index.index_files import shard_files, write_faiss_index
 from rag.index.integrity import require_undamaged
 from rag.index.passage_checks import look_at_rows, open_passages, passage_problems
@@ -40,8 +38,6 @@ from rag.index.passage_rows import PassageDict, PassageRows
 logger = logging.getLogger(__name__)
 
 PASSAGE_COLUMNS = ("title", "text", "embeddings")
-# Candidates or lists that any index may be searched with; more only if it has as many passages.
-ANY_EFFORT = 65_536
 
 
 class KnowledgeIndex:
@@ -251,18 +247,11 @@ class KnowledgeIndex:
         assert self.embeddings is not None and self.device is not None
         try:
             self.device_search = DeviceSearch(
-                self._finite_blocks(self.embeddings), len(self.rows), self.vector_size, self.device
+                finite_blocks(self.embeddings, self.rows, self.origin), len(self.rows), self.vector_size, self.device
             )
         except DeviceUnavailableError as error:
             self.fallback = f"--index_device {self.device}: {error}; FAISS searches instead"
             logger.warning(self.fallback)
-
-    def _finite_blocks(self, embeddings: EmbeddingColumn | IndexVectors) -> Iterator[np.ndarray]:
-        first = self.rows.start
-        for block in embeddings.blocks(rows=self.rows):
-            require_finite(block, np.arange(first, first + len(block)), self.origin)
-            first += len(block)
-            yield block
 
     def _accept(self, faiss_index) -> None:
         problems = []
@@ -274,26 +263,10 @@ class KnowledgeIndex:
             )
         if faiss_index.ntotal != len(self.rows):
             problems.append(other_count(self.index_origin, faiss_index.ntotal, len(self.rows)))
-        raise_problems(problems + self._set_effort(faiss_index))
+        raise_problems(problems + set_effort(faiss_index, self.effort, len(self)))
         self.faiss_index = faiss_index
         if self.vectors_from == "index":
             self.embeddings = IndexVectors(faiss_index, self.vector_size)
-
-    def _set_effort(self, faiss_index) -> list[str]:
-        """Apply what is set of efSearch and nprobe; the problems with it."""
-        problems = []
-        for (name, value), flag in zip(self.effort.items(), ("--ef_search", "--nprobe"), strict=True):
-            if value is None:
-                continue
-            if value > max(ANY_EFFORT, len(self)):
-                problems.append(f"{flag} {value} is more than the index's {len(self)} passages; give fewer")
-                continue
-            try:
-                faiss.ParameterSpace().set_index_parameter(faiss_index, name, value)
-            except RuntimeError:
-                kind = type(core_of(faiss_index)).__name__
-                problems.append(f"{flag} {value}: an index of kind {kind} has no such setting; leave it out")
-        return problems
 
     def __len__(self) -> int:
         return len(self.passage_rows)

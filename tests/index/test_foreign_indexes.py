@@ -12,8 +12,9 @@ from rag.errors import UserError
 from rag.index import faiss_mapping
 from rag.index.faiss_checks import ids_problem, ranking_of
 from rag.index.faiss_mapping import map_index
+from rag.index.faiss_opening import ANY_EFFORT
 from rag.index.index_files import shard_path
-from rag.index.knowledge_index import ANY_EFFORT, KnowledgeIndex
+from rag.index.knowledge_index import KnowledgeIndex
 
 ROWS, D, N_DOCS = 300, 16, 4
 RANDOM = np.random.default_rng(5)
