@@ -66,10 +66,10 @@ def length_problems(config: PreTrainedConfig, lengths: Mapping[str, int | None],
 
 def beams_problems(generator: PreTrainedConfig, num_beams: int) -> list[str]:
     """Beam search takes twice as many different words a step as there are beams."""
-    most = generator.vocab_size // 2
-    if num_beams <= most:
+    words = getattr(generator.get_text_config(decoder=True), "vocab_size", None)
+    if words is None or num_beams <= words // 2:
         return []
-    return [f"--num_beams {num_beams} is more than half of the generator's {generator.vocab_size} words; lower it"]
+    return [f"--num_beams {num_beams} is more than half of the generator's {words} words; lower it"]
 
 
 def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:

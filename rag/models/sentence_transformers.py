@@ -146,7 +146,7 @@ def _lengths(path: str, folder: str, cache_dir: str | None, flag: str) -> dict[s
             f"{flag} {path}: max_seq_length {length} and do_lower_case {lower_case} are no number of tokens and no "
             "true or false; mend its sentence_bert_config.json"
         )
-    return {"max_length": length, "lower_case": lower_case}
+    return {"max_seq_length": length, "lower_case": lower_case}
 
 
 def _dense(path: str, folder: str, cache_dir: str | None, flag: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

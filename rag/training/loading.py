@@ -21,6 +21,7 @@ from rag.models.checkpoints import load_model, load_tokenizer
 from rag.models.fit import complete_start, require_fit
 from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG
+from rag.models.questions import with_prompt
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
@@ -55,6 +56,8 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
+    if isinstance(model.config, RagConfig):  # --tokenizer_name may be of an encoder with another prompt
+        with_prompt(tokenizer.question_encoder, model.config.question_encoder)
     return model, tokenizer
 
 
