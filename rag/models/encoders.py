@@ -7,6 +7,8 @@
 Each is called as transformers' DPR encoders are, and is saved with what says how it pools.
 """
 
+from typing import Any
+
 from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTrainedConfig, PreTrainedModel
 
 from rag.errors import UserError
@@ -62,7 +64,8 @@ def load_encoder(
         raise UserError(
             f"{flag} {path} is a {config.model_type} model, not an encoder; give a DPR or BERT-like encoder"
         )
-    transformer, settings = (path, {}) if card is None else (card.folder, card.settings)
+    transformer = path if card is None else card.folder
+    settings: dict[str, Any] = {} if card is None else card.settings
     if pooling != "auto":
         settings = settings | {"pooling": pooling, "normalize": False, "dense": None}
     settings = {"pooling": "cls", "normalize": False} | settings | prompts

@@ -57,11 +57,12 @@ def length_problems(config: PreTrainedConfig, lengths: Mapping[str, int | None],
     limits |= dict.fromkeys(TARGET_LENGTHS, (decoder and decoder - 1, "generator writes"))
     limits |= dict.fromkeys(ANSWER_LENGTHS, (decoder, "generator writes"))
     of_model = f" ({model})" if model else ""
-    return [
-        f"--{name} {value} is more than the {limits[name][0]} tokens that the {limits[name][1]}{of_model}; lower it"
-        for name, value in lengths.items()
-        if value is not None and limits[name][0] is not None and value > limits[name][0]
-    ]
+    problems = []
+    for name, value in lengths.items():
+        most, where = limits[name]
+        if value is not None and most is not None and value > most:
+            problems.append(f"--{name} {value} is more than the {most} tokens that the {where}{of_model}; lower it")
+    return problems
 
 
 def beams_problems(generator: PreTrainedConfig, num_beams: int) -> list[str]:

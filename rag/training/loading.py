@@ -50,8 +50,8 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
         config_name=model_args.config_name,
         prepare_config=prepare,
     )
-    named = model_args.tokenizer_name is not None
-    tokenizer_path, flag = (model_args.tokenizer_name, "--tokenizer_name") if named else (path, MODEL_FLAG)
+    name = model_args.tokenizer_name
+    tokenizer_path, flag = (path, MODEL_FLAG) if name is None else (name, "--tokenizer_name")
     model_type = model_args.model_type or ("rag_sequence" if model.config.model_type == "rag" else "auto")
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
