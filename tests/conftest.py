@@ -130,7 +130,7 @@ def question_encoder(bert_tokenizer):
     import torch
     from transformers import DPRQuestionEncoder
 
-    torch.manual_seed(0)
+    torch.manual_seed(6)
     return DPRQuestionEncoder(_dpr_config(len(bert_tokenizer))).eval()
 
 

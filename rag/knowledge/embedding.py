@@ -48,7 +48,7 @@ class PassageEmbedder:
         self.dimension = encoder_dimension(encoder)
         self.as_pair = encoder.config.model_type == "dpr"
         backbone = encoder.config if self.as_pair else encoder.config.backbone
-        own = getattr(encoder.config, "max_length", None) or ANY_LENGTH
+        own = getattr(encoder.config, "max_seq_length", None) or ANY_LENGTH
         self.max_length = min(tokenizer.model_max_length, most_tokens(backbone) or ANY_LENGTH, own)
         if self.max_length == ANY_LENGTH:  # nothing names a limit
             self.max_length = TOKENS_OF_NO_LIMIT

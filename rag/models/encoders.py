@@ -7,6 +7,8 @@
 Each is called as transformers' DPR encoders are, and is saved with what says how it pools.
 """
 
+from typing import Any
+
 from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTrainedConfig, PreTrainedModel
 
 from rag.errors import UserError
@@ -62,7 +64,8 @@ def load_encoder(
         raise UserError(
             f"{flag} {path} is a {config.model_type} model, not an encoder; give a DPR or BERT-like encoder"
         )
-    transformer, settings = (path, {}) if card is None else (card.folder, card.settings)
+    transformer = path if card is None else card.folder
+    settings: dict[str, Any] = {} if card is None else card.settings
     if pooling != "auto":
         settings = settings | {"pooling": pooling, "normalize": False, "dense": None}
     settings = {"pooling": "cls", "normalize": False} | settings | prompts
@@ -84,7 +87,9 @@ def _load_dpr(path, role, pooling, cache_dir, flag, prompt, config) -> PreTraine
     if pooling not in ("auto", "cls"):
         raise UserError(f"{flag} {path} is a DPR encoder, which takes its first token; leave the pooling on auto")
     if prompt:
-        raise UserError(f"{flag} {path} is a DPR encoder, which was trained without prompts; leave {prompt!r} out")
+        raise UserError(
+            f"{flag} {path} is a DPR encoder, which was trained without prompts; leave the prompt {prompt!r} out"
+        )
     return load_weights(dpr_class, path, flag, config=config, cache_dir=cache_dir)
 
 
@@ -105,7 +110,7 @@ def describe_encoder(encoder: PreTrainedModel) -> str:
     parts = [f"{type(encoder).__name__} of {config.backbone.model_type}", f"{config.pooling} pooling"]
     parts += [f"{len(config.dense)} dense"] if config.dense else []
     parts += ["normalized"] if config.normalize else []
-    parts += [f"{config.max_length} tokens"] if config.max_length else []
+    parts += [f"{config.max_seq_length} tokens"] if config.max_seq_length else []
     parts += ["lower-cased"] if config.lower_case else []
     parts += [f"{name} {value!r}" for name in PROMPTS.values() if (value := getattr(config, name))]
     return ", ".join(parts)

@@ -57,19 +57,20 @@ def length_problems(config: PreTrainedConfig, lengths: Mapping[str, int | None],
     limits |= dict.fromkeys(TARGET_LENGTHS, (decoder and decoder - 1, "generator writes"))
     limits |= dict.fromkeys(ANSWER_LENGTHS, (decoder, "generator writes"))
     of_model = f" ({model})" if model else ""
-    return [
-        f"--{name} {value} is more than the {limits[name][0]} tokens that the {limits[name][1]}{of_model}; lower it"
-        for name, value in lengths.items()
-        if value is not None and limits[name][0] is not None and value > limits[name][0]
-    ]
+    problems = []
+    for name, value in lengths.items():
+        most, where = limits[name]
+        if value is not None and most is not None and value > most:
+            problems.append(f"--{name} {value} is more than the {most} tokens that the {where}{of_model}; lower it")
+    return problems
 
 
 def beams_problems(generator: PreTrainedConfig, num_beams: int) -> list[str]:
     """Beam search takes twice as many different words a step as there are beams."""
-    most = generator.vocab_size // 2
-    if num_beams <= most:
+    words = getattr(generator.get_text_config(decoder=True), "vocab_size", None)
+    if words is None or num_beams <= words // 2:
         return []
-    return [f"--num_beams {num_beams} is more than half of the generator's {generator.vocab_size} words; lower it"]
+    return [f"--num_beams {num_beams} is more than half of the generator's {words} words; lower it"]
 
 
 def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:

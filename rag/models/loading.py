@@ -145,6 +145,18 @@ def hub_access(path: str) -> dict[str, bool]:
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
+def checkpoint_file(path: str, name: str, cache_dir: str | None) -> str | None:
+    """Where a file of the checkpoint at `path` (folder or hub name) lies here; None where it has none."""
+    return cached_file(
+        path,
+        name,
+        cache_dir=cache_dir,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_access(path),
+    )
+
+
 def read_json(path: str, name: str, cache_dir: str | None = None, flag: str = MODEL_FLAG, kind: type = dict) -> Any:
     """A JSON file of the checkpoint at `path` (folder or hub name); None where it has none.
 
@@ -152,16 +164,9 @@ def read_json(path: str, name: str, cache_dir: str | None = None, flag: str = MO
         UserError: it is no JSON, or not of this kind.
     """
     with checkpoint_errors(flag, path):
-        file = cached_file(
-            path,
-            name,
-            cache_dir=cache_dir,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_access(path),
-        )
+        file = checkpoint_file(path, name, cache_dir)
         content = None if file is None else load_json(file)
     if content is not None and not isinstance(content, kind):
-        what = {dict: "an object", list: "a list"}[kind]
+        what = "an object" if kind is dict else "a list"
         raise UserError(f"{flag} {path}: {name} holds a {type(content).__name__}, not {what}; give a whole checkpoint")
     return content

@@ -38,7 +38,7 @@ class PooledEncoderConfig(PreTrainedConfig):
         dense: layers behind the pooling, dicts of in_features, out_features, bias and activation.
         query_prompt: text that stands before every question.
         passage_prompt: text that stands before every passage.
-        max_length: tokens of a text that are read; None for as many as the encoder can.
+        max_seq_length: tokens of a text that are read; None for as many as the encoder can.
         lower_case: whether texts are lower-cased first.
     """
 
@@ -51,7 +51,7 @@ class PooledEncoderConfig(PreTrainedConfig):
     dense: list[dict] | None = None
     query_prompt: str = ""
     passage_prompt: str = ""
-    max_length: int | None = None
+    max_seq_length: int | None = None
     lower_case: bool = False
 
     def __post_init__(self, **kwargs):

@@ -9,17 +9,26 @@ BM25, the contexts and the generator see the bare question. Nothing heavy is imp
 
 from typing import Any
 
+from rag.errors import UserError
+
 # Attributes that `with_prompt` gives a tokenizer: the text before a question, the most tokens, whether case is dropped.
 PROMPT, LIMIT, LOWER_CASE = "question_prompt", "question_limit", "question_lower_case"
 
 
 def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
-    """The tokenizer, which from now on knows what the encoder with this config wants of questions."""
+    """The tokenizer, which from now on knows what the encoder with this config wants of questions.
+
+    Raises:
+        UserError: the prompt leaves no room for a question.
+    """
     from rag.models.limits import most_tokens
 
-    limits = [most_tokens(encoder_config), getattr(encoder_config, "max_length", None)]
-    setattr(tokenizer, PROMPT, getattr(encoder_config, "query_prompt", ""))
-    setattr(tokenizer, LIMIT, min((limit for limit in limits if limit), default=None))
+    limits = [most_tokens(encoder_config), getattr(encoder_config, "max_seq_length", None)]
+    prompt, limit = getattr(encoder_config, "query_prompt", ""), min((limit for limit in limits if limit), default=None)
+    if prompt and limit is not None and len(tokenizer(prompt)["input_ids"]) >= limit:
+        raise UserError(f"the query prompt {prompt!r} leaves no room for a question in the encoder's {limit} tokens")
+    setattr(tokenizer, PROMPT, prompt)
+    setattr(tokenizer, LIMIT, limit)
     setattr(tokenizer, LOWER_CASE, getattr(encoder_config, "lower_case", False))
     return tokenizer
 
@@ -43,9 +52,18 @@ def encode_questions(tokenizer: Any, questions: list[str], max_length: int | Non
 
 def bare_questions(tokenizer: Any, input_ids: Any) -> list[str]:
     """What token ids (B, S) say, without special tokens and without the prompt."""
-    questions = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-    if not (prompt := getattr(tokenizer, PROMPT, "").strip()):
-        return questions
-    prompt = prompt.lower() if getattr(tokenizer, LOWER_CASE, False) else prompt
-    decoded = tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"]).strip()
-    return [question.strip().removeprefix(decoded).strip() for question in questions]
+    if prompt := getattr(tokenizer, PROMPT, "").strip():
+        prompt = prompt.lower() if getattr(tokenizer, LOWER_CASE, False) else prompt
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        input_ids = [_without(row, ids, set(tokenizer.all_special_ids)) for row in input_ids.tolist()]
+    return tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+
+
+def _without(row: list[int], prompt: list[int], special: set[int]) -> list[int]:
+    """A row of token ids without those of the prompt, if it begins with it behind special tokens."""
+    for start in range(len(row)):
+        if row[start : start + len(prompt)] == prompt:
+            return row[start + len(prompt) :]
+        if row[start] not in special:
+            break
+    return row

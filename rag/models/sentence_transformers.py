@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers.utils import cached_file
 
 from rag.errors import UserError
-from rag.models.loading import checkpoint_errors, hub_access, read_json
+from rag.models.loading import checkpoint_errors, checkpoint_file, read_json
 from rag.models.pooled_encoder import ACTIVATIONS, POOLINGS
 
 OLD_MODES = {
@@ -70,7 +69,7 @@ def read_card(path: str, cache_dir: str | None, flag: str) -> Card | None:
             "order"
         )
     at = dict(zip(kinds, folders, strict=True))
-    settings = {"normalize": "Normalize" in layers}
+    settings: dict[str, Any] = {"normalize": "Normalize" in layers}
     settings |= _prompts(path, cache_dir, flag)
     settings |= _pooling(
         path, at["Pooling"], cache_dir, flag, bool(settings["query_prompt"] or settings["passage_prompt"])
@@ -139,14 +138,16 @@ def _prompts(path: str, cache_dir: str | None, flag: str) -> dict[str, str]:
 
 def _lengths(path: str, folder: str, cache_dir: str | None, flag: str) -> dict[str, Any]:
     places = [f"{folder}/{name}".lstrip("./") for name in LENGTH_FILES]
-    config = next((found for place in places if (found := read_json(path, place, cache_dir, flag)) is not None), {})
+    config: dict = next(
+        (found for place in places if (found := read_json(path, place, cache_dir, flag)) is not None), {}
+    )
     length, lower_case = config.get("max_seq_length"), config.get("do_lower_case", False)
     if (length is not None and (not isinstance(length, int) or length < 1)) or not isinstance(lower_case, bool):
         raise UserError(
             f"{flag} {path}: max_seq_length {length} and do_lower_case {lower_case} are no number of tokens and no "
             "true or false; mend its sentence_bert_config.json"
         )
-    return {"max_length": length, "lower_case": lower_case}
+    return {"max_seq_length": length, "lower_case": lower_case}
 
 
 def _dense(path: str, folder: str, cache_dir: str | None, flag: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -156,15 +157,12 @@ def _dense(path: str, folder: str, cache_dir: str | None, flag: str) -> tuple[di
     if activation not in ACTIVATIONS:
         raise UserError(f"{flag} {path} has the activation {activation}; only {', '.join(ACTIVATIONS)} can be read")
     with checkpoint_errors(flag, path):
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        access = {"cache_dir": cache_dir, **hub_access(path), **quiet}
-        if (file := cached_file(path, f"{folder}/model.safetensors", **access)) is not None:
+        if (file := checkpoint_file(path, f"{folder}/model.safetensors", cache_dir)) is not None:
             weights = load_file(file)
-        else:
-            file = cached_file(path, f"{folder}/pytorch_model.bin", **access)
-            if file is None:
-                raise OSError(f"{folder} has no weights")
+        elif (file := checkpoint_file(path, f"{folder}/pytorch_model.bin", cache_dir)) is not None:
             weights = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise OSError(f"{folder} has no weights")
         weights = {name.removeprefix("linear."): weight.float() for name, weight in weights.items()}
         out_features, in_features = weights["weight"].shape
     layer = {"in_features": in_features, "out_features": out_features, "bias": "bias" in weights}

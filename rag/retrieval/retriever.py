@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import RagConfig, RagRetriever, RagTokenizer
+from transformers import RagConfig, RagRetriever
 from transformers.models.rag.retrieval_rag import Index
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
@@ -21,8 +21,9 @@ from rag.index.arguments import INDEX_FLAGS
 from rag.index.columns import require_finite
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
+from rag.models.checkpoints import load_tokenizer
 from rag.models.limits import most_tokens
-from rag.models.questions import bare_questions
+from rag.models.questions import bare_questions, with_prompt
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -76,7 +77,8 @@ class RagKnowledgeRetriever(RagRetriever):
 
     @staticmethod
     def _tokenizers(retriever_name_or_path, config: RagConfig):
-        tokenizer = RagTokenizer.from_pretrained(retriever_name_or_path, config=config)
+        tokenizer = load_tokenizer(str(retriever_name_or_path), "rag_sequence")
+        with_prompt(tokenizer.question_encoder, config.question_encoder)
         return tokenizer.question_encoder, tokenizer.generator
 
     @classmethod

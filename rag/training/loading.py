@@ -21,6 +21,7 @@ from rag.models.checkpoints import load_model, load_tokenizer
 from rag.models.fit import complete_start, require_fit
 from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG
+from rag.models.questions import with_prompt
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
@@ -49,12 +50,14 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
         config_name=model_args.config_name,
         prepare_config=prepare,
     )
-    named = model_args.tokenizer_name is not None
-    tokenizer_path, flag = (model_args.tokenizer_name, "--tokenizer_name") if named else (path, MODEL_FLAG)
+    name = model_args.tokenizer_name
+    tokenizer_path, flag = (path, MODEL_FLAG) if name is None else (name, "--tokenizer_name")
     model_type = model_args.model_type or ("rag_sequence" if model.config.model_type == "rag" else "auto")
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
+    if isinstance(model.config, RagConfig):  # --tokenizer_name may be of an encoder with another prompt
+        with_prompt(tokenizer.question_encoder, model.config.question_encoder)
     return model, tokenizer
 
 
