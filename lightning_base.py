@@ -214,7 +214,9 @@ def build_trainer(
 
 
 def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[str]:
-    accelerator = kwargs["accelerator"]
+    accelerator, strategy = kwargs["accelerator"], kwargs["strategy"]
+    if strategy.endswith("_spawn"):
+        return [f"--strategy {strategy}: a model with a thread of its own cannot be handed to a new process; give ddp"]
     wants_gpu = accelerator in ("gpu", "cuda")
     flag = f"--gpus {args.run.gpus}" if args.run.gpus is not None else f"--accelerator {accelerator}"
     if wants_gpu and not torch.cuda.is_available():

@@ -228,6 +228,7 @@ def test_overfitting_sees_the_same_batches_every_epoch(tmp_path):
         (["--gpus", "0", "--fp16"], ["--fp16", "--bf16"]),
         (["--accelerator", "abacus"], ["abacus"]),
         (["--strategy", "luck"], ["luck"]),
+        (["--strategy", "ddp_spawn"], ["--strategy ddp_spawn", "give ddp"]),
         (["--limit_train_batches", "1.5"], ["limit_train_batches"]),
     ],
 )
