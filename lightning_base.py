@@ -270,7 +270,9 @@ def refusals(args: FinetuneArguments, *errors: type[Exception]) -> Iterator[None
 
 
 def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[str]:
-    accelerator = kwargs["accelerator"]
+    accelerator, strategy = kwargs["accelerator"], kwargs["strategy"]
+    if strategy.endswith("_spawn"):
+        return [f"--strategy {strategy}: a model with a thread of its own cannot be handed to a new process; give ddp"]
     wants_gpu = accelerator in ("gpu", "cuda")
     flag = f"--gpus {args.run.gpus}" if args.run.gpus is not None else f"--accelerator {accelerator}"
     half = "--fp16" if args.training.fp16 else f"--precision {kwargs['precision']}"

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 INTERVAL = 10.0  # seconds
+SECONDS_TO_JOIN = 5.0  # more only where the job falls apart anyway
 MISSED = 3  # beats after which a rank is silent
 
 
@@ -61,6 +62,8 @@ class Beats(threading.Thread):
 
     def leave(self) -> None:
         self.left.set()
+        if self.is_alive():
+            self.join(SECONDS_TO_JOIN)
 
     def _listen(self, store: dist.TCPStore) -> None:
         for rank in range(1, self.size):

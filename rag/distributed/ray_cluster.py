@@ -188,6 +188,8 @@ class ClusterGuard(threading.Thread):
     def leave(self) -> None:
         """From now on the cluster may end."""
         self.left.set()
+        if self.is_alive():
+            self.join()
 
     def _end_at_once(self) -> None:
         for process in psutil.Process().children(recursive=True):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from rag.distributed.beats import Beats
+from rag.distributed.beats import SECONDS_TO_JOIN, Beats
 from rag.distributed.stopped import StoppedClock, is_gone, is_stopped
 
 # Seconds that a rank has to end by itself when another one is lost: what it has started is to be stopped, too.
@@ -116,10 +116,12 @@ class RankWatch(threading.Thread):
             time.sleep(INTERVAL)  # the others look, too, and are not to find this one gone
 
     def leave(self) -> None:
-        """From now on ranks may end."""
+        """From now on ranks may end. No thread is left that Python would end in the middle of torch's code."""
         self.left.set()
         if self.beats is not None:
             self.beats.leave()
+        if self.is_alive():
+            self.join(SECONDS_TO_JOIN)
 
     def _look(self) -> bool:
         """Whether the job cannot go on."""

@@ -230,6 +230,7 @@ def test_overfitting_sees_the_same_batches_every_epoch(tmp_path):
         (["--strategy", "fsdp"], ["--strategy fsdp"]),
         (["--accelerator", "tpu"], ["--accelerator tpu"]),
         (["--precision", "16-mixed"], ["--precision 16-mixed"]),
+        (["--strategy", "ddp_spawn"], ["--strategy ddp_spawn", "give ddp"]),
     ],
 )
 def test_what_the_hardware_or_the_trainer_cannot_do_is_the_users_to_mend(flags, words, tmp_path, monkeypatch):
