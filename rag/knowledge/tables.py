@@ -110,12 +110,12 @@ def _item(place: str, fields: list[str], layout: Layout, options: ReadingOptions
         return Problem(place, f"has no {name}; write title, {name}, text")
     if len(fields) > layout.columns:
         fields = _without_surplus(fields, layout)
-    if len(fields) > layout.columns or (len(fields) < layout.columns and len(fields) <= layout.text):
+    if len(fields) != layout.columns:
         shown = layout.separator.join(fields)
         return Problem(place, f"has {len(fields)} columns instead of {layout.columns} ({shown!r:.80})")
     if not fields[layout.text].strip():
         return Problem(place, f"has no text behind the {name}; write title, {name}, text", is_empty=True)
-    title = fields[layout.title] if 0 <= layout.title < len(fields) else None
+    title = fields[layout.title] if layout.title >= 0 else None
     return document(place, title, fields[layout.text], options, is_passage=layout.is_passages)
 
 
@@ -259,7 +259,7 @@ def _header_of(line: str) -> tuple[Layout, bool]:
 
 def _with_quoting(path: Path, layout: Layout, longest: int) -> Layout:
     """Whether fields are quoted, seen in all of them."""
-    if not _has_quoted_field(path, layout.separator):
+    if not _has_quoted_field(path, layout.separator, longest):
         return layout
     quoted = _are_quoted(path, layout, longest)
     notice = ARE_QUOTED if quoted else ARE_TEXT
@@ -289,15 +289,18 @@ def _are_quoted(path: Path, layout: Layout, longest: int) -> bool:
     return evidence or all(always)
 
 
-def _has_quoted_field(path: Path, separator: str) -> bool:
+def _has_quoted_field(path: Path, separator: str, longest: int) -> bool:
     """Whether any field begins with a quotation mark: a fast look, which most files need no more than."""
     begins = re.compile(rf'[\n{separator}]"')
-    last = "\n"
+    last, length = "\n", 0  # of the line that goes on beyond a block
     with open_text(path) as file:
         while block := file.read(READ_AT_A_TIME):
             if begins.search(last + block):
                 return True
-            last = block[-1]
+            end = block.rfind("\n")
+            last, length = block[-1], len(block) - end - 1 if end >= 0 else length + len(block)
+            if length > longest or not block.strip():  # it is not read to its end, either
+                return False
     return False
 
 

@@ -122,7 +122,9 @@ def test_columns_that_nobody_names_are_a_fault_that_shows_the_line(tmp_path):
     (problem,) = problems(path)
     assert problem.startswith(r"line 1: has 3 columns, and no header says which are title and text ('1\tOslo is in")
     path.write_text("id\ttext\ttitle\n1\tx\n2\ta\tb\tc\n")
-    assert [problem.split(" (")[0] for problem in problems(path)] == ["line 3: has 4 columns instead of 3"]
+    assert [problem.split(" (")[0] for problem in problems(path)] == [
+        "line 2: has 2 columns instead of 3", "line 3: has 4 columns instead of 3"
+    ]  # fmt: skip
 
 
 def test_fields_of_any_length_up_to_the_limit(tmp_path):
