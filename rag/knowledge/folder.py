@@ -25,6 +25,7 @@ from rag.files import json_digest, remove, space_problems
 from rag.index.build import EmbeddingFiles, IndexPlan, build_index, extend_index
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import (
+    DESCRIPTION_FILE,
     VECTOR_FIELDS,
     IndexDescription,
     read_description,
@@ -155,6 +156,11 @@ class KnowledgeFolder:
             raise UserError(
                 f"{OUTPUT_FLAG} {self.output} holds knowledge of other documents, another encoder or other settings, "
                 "or is damaged; give another folder or remove it"
+            )
+        if not earlier.parts and not passages_path.exists() and (self.output / DESCRIPTION_FILE).exists():
+            raise UserError(
+                f"{OUTPUT_FLAG} {self.output} holds an {DESCRIPTION_FILE} that says nothing of passages; give another "
+                "folder or remove it"
             )
         embedded = passages_path.exists() and passages_are_whole(self.output, description)
         if embedded and _same_index(description, earlier) and self._has_whole_index(earlier):
