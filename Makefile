@@ -11,7 +11,7 @@ PYTEST_WORKERS ?= auto
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test test-cuda lint bench clean
+.PHONY: help quickstart test faults test-cuda lint bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (
 
 test: $(SETUP) lint ## run the linters and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+
+faults: $(SETUP) ## try a thousand faulty inputs, kills, full disks and lost ranks (an hour on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(PYTEST_WORKERS) tests/faults
 
 test-cuda: $(SETUP) ## run the tests that need a GPU, which the others do not see
 	$(BIN)/python -m pytest -m cuda

@@ -10,34 +10,36 @@ Names that the public suite has in this file are kept.
 """
 
 import os
-import re
-import shutil
+import secrets
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from rag.errors import UserError
-from rag.files import atomic_folder, remove
+from rag.files import atomic_write
 from rag.training.arguments import FinetuneArguments, trainer_kwargs
 
 # Public names of this module, whose code is in rag/, beside others.
+from rag.training.best_checkpoints import MONITOR, BestCheckpoints
 from rag.training.reports import (
+    LogKeeper,
     MetricsWriter,
     ProgressLines,
     Seq2SeqLoggingCallback,
     count_trainable_parameters,
-    is_real_run,
+    raise_on_all_ranks,
 )
 
 __all__ = [
     "BestCheckpoints",
     "MetricsWriter",
     "ProgressLines",
+    "RunDescription",
     "Seq2SeqLoggingCallback",
     "SharedFolder",
     "StopTogether",
@@ -51,7 +53,6 @@ __all__ = [
 
 SECONDS_TO_APPEAR = 60  # a network disk shows a new file that long after it was looked for in vain
 STOPPED = 128 + signal.SIGTERM  # exit status
-MONITOR = "val_em"  # exact match over the validation examples, a fraction, equal on every rank
 
 
 def build_callbacks(args: FinetuneArguments) -> list[Callback]:
@@ -62,11 +63,30 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
         BestCheckpoints(args.run.output_dir, save_interval=60 * args.run.save_interval),
         MetricsWriter(args.run.output_dir),
     ]
+    if args.run.logger_name == "default":
+        callbacks.append(LogKeeper(Path(args.run.output_dir) / "training_log.jsonl"))
     if args.training.early_stopping_patience >= 0:
         callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
     if not trainer_kwargs(args)["enable_progress_bar"]:
         callbacks.append(ProgressLines())
     return [*callbacks, StopTogether()]
+
+
+class RunDescription(Callback):
+    """Calls `write`, which tells what made the results, on rank 0 once there is something to describe.
+
+    That is behind the first batch: a start that is refused leaves nothing that a corrected one would be held to.
+    """
+
+    def __init__(self, write: Callable[[], None]):
+        self.write, self.is_written = write, False
+
+    def _write_once(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and not self.is_written:
+            self.write()
+            self.is_written = True
+
+    on_train_batch_end = on_train_end = on_test_batch_end = _write_once
 
 
 class SharedFolder(Callback):
@@ -79,164 +99,29 @@ class SharedFolder(Callback):
         """Collective."""
         if trainer.num_nodes == 1:
             return
-        own = trainer.ckpt_path or str(self.output_dir / "hparams.json")  # rank 0 has written it
-        sees_it = own == trainer.strategy.broadcast(own) and self._is_seen(own)
-        if not trainer.strategy.reduce_boolean_decision(sees_it):
-            raise UserError(
-                f"--output_dir {self.output_dir} is not the same folder on every node; put it on a disk that all share"
+        path, token = self.output_dir / ".nodes.lock", trainer.strategy.broadcast(secrets.token_hex(8))
+        if trainer.is_global_zero:
+            with atomic_write(path) as file:
+                file.write(token)
+        sees_it = trainer.ckpt_path == trainer.strategy.broadcast(trainer.ckpt_path) and self._is_seen(path, token)
+        is_shared = trainer.strategy.reduce_boolean_decision(sees_it)
+        if trainer.is_global_zero:
+            path.unlink()
+        if not is_shared:
+            raise_on_all_ranks(
+                trainer,
+                f"--output_dir {self.output_dir} is not the same folder on every node; put it on a disk that all share",
             )
 
     @staticmethod
-    def _is_seen(path: str) -> bool:
+    def _is_seen(path: Path, token: str) -> bool:
         deadline = time.monotonic() + SECONDS_TO_APPEAR
-        while not os.path.exists(path) and time.monotonic() < deadline:
+        while True:
+            if path.is_file() and path.read_text() == token:
+                return True
+            if time.monotonic() > deadline:
+                return False
             time.sleep(1)
-        return os.path.exists(path)
-
-
-class BestCheckpoints(Checkpoint):
-    """Keeps the best validations' weights, and `last.ckpt` to go on from.
-
-    After validation N, if it is among the best `keep` (of equals the later): `checkpointN/`, written by the module's
-    `export(folder)`, if it has one, in Hugging Face format, and `checkpointN.ckpt`, Lightning's. Then `last.ckpt`,
-    which also says what is kept; only then what is not kept any more is removed. So a kill at any time leaves a
-    `last.ckpt` whose checkpoints are all there, and what else lies about goes when that run is resumed.
-
-    This is not a ModelCheckpoint because there a tie keeps the earlier, and the state of a folder is not part of it.
-
-    Args:
-        save_interval: seconds between writings of `last.ckpt` inside an epoch; 0 for none.
-        monitor: the metric that tells the best, equal on every rank.
-        mode: "max", or "min" where less is better.
-    """
-
-    def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        save_interval: float = 0,
-        keep: int = 3,
-        monitor: str = MONITOR,
-        mode: str = "max",
-    ):
-        self.output_dir = Path(output_dir)
-        self.save_interval, self.keep = save_interval, keep
-        self.monitor, self.sign = monitor, {"max": 1, "min": -1}[mode]
-        self.validations = 0
-        self.kept: list[dict[str, Any]] = []  # {"number", "score"}, the best first
-        self._last_saved, self._saved_step, self._is_due = time.monotonic(), 0, False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations, "kept": self.kept}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations, self.kept = state_dict["validations"], state_dict["kept"]
-
-    @property
-    def best_model_path(self) -> str:
-        """The Lightning checkpoint of the best validation, of equals the latest; "" where there was none."""
-        return str(self._paths(self.kept[0]["number"])[1]) if self.kept else ""
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        # A run resumed into another folder starts without the checkpoints it kept in the old one.
-        paths = slice(None) if hasattr(pl_module, "export") else slice(1, None)
-        here = [kept for kept in self.kept if all(path.exists() for path in self._paths(kept["number"])[paths])]
-        self.kept = trainer.strategy.broadcast(here)
-        if trainer.is_global_zero:
-            self._remove_strays(also_last=trainer.ckpt_path is None)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not is_real_run(trainer):
-            return
-        self.validations += 1
-        new = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
-        ranking = sorted([*self.kept, new], key=lambda kept: (self.sign * kept["score"], kept["number"]), reverse=True)
-        self.kept = ranking[: self.keep]
-        if new in self.kept:
-            self._save(trainer, pl_module, new["number"])
-        if trainer.fit_loop._should_accumulate():
-            self._is_due = True  # half of the next step's gradients would be lost: save when the step is made
-        else:
-            self._save_last(trainer, same_as=self._paths(new["number"])[1] if new in self.kept else None)
-
-    def _score(self, metrics: dict[str, Any]) -> float:
-        if self.monitor not in metrics:
-            raise UserError(
-                f"checkpoints are kept by {self.monitor}, which the module does not log; it logs {', '.join(metrics)}"
-            )
-        return float(metrics[self.monitor])
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        if is_real_run(trainer) and self._is_due_on_rank_zero(trainer) and self._may_save_between_batches(trainer):
-            self._save_last(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Without a validation at the end of the training, its end is saved here."""
-        if is_real_run(trainer) and self._saved_step != trainer.global_step:
-            self._save_last(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """`StopTogether` has stopped all ranks between two batches."""
-        is_stopped = isinstance(exception, SIGTERMException)
-        if is_stopped and is_real_run(trainer) and self._may_save_between_batches(trainer):
-            self._save_last(trainer)
-
-    @staticmethod
-    def _may_save_between_batches(trainer: pl.Trainer) -> bool:
-        """Not where gradients are half collected, nor where Lightning would take the validation to come for done."""
-        loop = trainer.fit_loop
-        before_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        return not (before_validation or loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate())
-
-    def _is_due_on_rank_zero(self, trainer: pl.Trainer) -> bool:
-        """Collective: ranks whose clocks differ must agree."""
-        if self._is_due or trainer.should_stop or not self.save_interval:
-            return self._is_due or trainer.should_stop
-        return trainer.strategy.broadcast(time.monotonic() - self._last_saved >= self.save_interval)
-
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> None:
-        folder, checkpoint = self._paths(number)
-        if trainer.is_global_zero and hasattr(pl_module, "export"):
-            with atomic_folder(folder) as half_written:
-                pl_module.export(half_written)
-        trainer.save_checkpoint(checkpoint, weights_only=False)
-
-    def _save_last(self, trainer: pl.Trainer, same_as: Path | None = None) -> None:
-        last = self.output_dir / "last.ckpt"
-        if same_as is None:
-            trainer.save_checkpoint(last, weights_only=False)
-        elif trainer.is_global_zero:
-            _link(same_as, last)
-        self._last_saved, self._is_due, self._saved_step = time.monotonic(), False, trainer.global_step
-        if trainer.is_global_zero:
-            self._remove_strays()
-
-    def _paths(self, number: int) -> tuple[Path, Path]:
-        """The folder and the Lightning checkpoint of a validation."""
-        return self.output_dir / f"checkpoint{number}", self.output_dir / f"checkpoint{number}.ckpt"
-
-    def _remove_strays(self, also_last: bool = False) -> None:
-        """Remove checkpoints that are not kept: surpassed ones, or left by a killed or an earlier run."""
-        numbers = {kept["number"] for kept in self.kept}
-        for path in list(self.output_dir.glob("*")):
-            numbered = re.fullmatch(r"checkpoint(\d+)(\.ckpt)?", path.name)
-            half_written = re.fullmatch(r"\.(checkpoint\d+|last)(\.ckpt)?\.\d+\.(tmp|old)", path.name)
-            if half_written or (numbered and int(numbered[1]) not in numbers):
-                remove(path)
-        if also_last:
-            remove(self.output_dir / "last.ckpt")
-
-
-def _link(path: Path, name: Path) -> None:
-    """Give a file a second name in place of what had it: several GB are not written twice."""
-    beside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(path, beside)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, beside)
-    os.replace(beside, name)
 
 
 class StopTogether(Callback):

@@ -36,10 +36,13 @@ class ConsolidateArguments:
     config_name_or_path: str | None = flag(
         None, "RAG checkpoint whose settings (n_docs, separators, index) to take; else RagConfig's."
     )
-    question_encoder_pooling: Literal["auto", "cls", "mean", "max"] = flag(
+    question_encoder_pooling: Literal["auto", "cls", "mean", "max", "last"] = flag(
         "auto",
         "How token vectors become one vector. auto: a DPR encoder as it is, a sentence-transformers model "
         "as its authors meant, any other by its first token; the others do not normalize.",
+    )
+    question_encoder_prompt: str | None = flag(
+        None, "Text before every question; left out, the one that the encoder's sentence-transformers folder names."
     )
 
 
@@ -61,7 +64,9 @@ def main(args: ConsolidateArguments) -> Path:
     from transformers.utils import logging
 
     from rag.models.checkpoints import compose_rag, load_model, save_model, weights_digest
-    from rag.models.encoders import encoder_dimension, load_encoder
+    from rag.models.encoders import describe_encoder, encoder_dimension, load_encoder
+    from rag.models.fit import complete_start, generator_problems, vocabulary_problems
+    from rag.models.limits import most_tokens
 
     logging.disable_progress_bar()
     _require_parts(args)
@@ -69,11 +74,27 @@ def main(args: ConsolidateArguments) -> Path:
     tokenizers = RagTokenizer(
         question_encoder=_tokenizer(args, "question_encoder"), generator=_tokenizer(args, "generator")
     )
-    question_encoder = load_encoder(args.question_encoder_name_or_path, pooling=args.question_encoder_pooling)
+    question_encoder = load_encoder(
+        args.question_encoder_name_or_path,
+        pooling=args.question_encoder_pooling,
+        prompt=args.question_encoder_prompt,
+    )
     generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
-    _require_vocabularies(question_encoder, generator, tokenizers)
+    sources = [f"--{part}_tokenizer_name_or_path" for part in ("question_encoder", "generator")]
+    raise_problems(
+        vocabulary_problems(question_encoder, tokenizers.question_encoder, sources[0], "question encoder")
+        + vocabulary_problems(generator, tokenizers.generator, sources[1], "generator")
+        + generator_problems(generator, tokenizers.generator, sources[1])
+    )
+    complete_start(generator, tokenizers.generator, f"--generator_name_or_path {args.generator_name_or_path}")
     weights = weights_digest(question_encoder), weights_digest(generator)
     model = compose_rag(args.model_type, question_encoder, generator, config)
+    readable = most_tokens(generator.config)
+    if readable is not None and readable < model.config.max_combined_length:
+        print(
+            f"max_combined_length is {readable}, all that the generator reads, not {model.config.max_combined_length}"
+        )
+        model.config.max_combined_length = readable
     with atomic_folder(dest) as folder:
         save_model(model, folder, tokenizers)
         reloaded = load_model(str(folder), args.model_type)
@@ -83,8 +104,8 @@ def main(args: ConsolidateArguments) -> Path:
     print(
         f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters; the reload gives the same."
     )
-    print(f"  question encoder  {_model_line(question_encoder)}, {encoder_dimension(question_encoder)}-d")
-    print(f"  generator         {_model_line(generator)}")
+    print(f"  question encoder  {describe_encoder(question_encoder)}, {encoder_dimension(question_encoder)}-d")
+    print(f"  generator         {type(generator).__name__}")
     print(f"Next: python finetune_rag.py --model_name_or_path {dest} --model_type {args.model_type} --data_dir ...")
     return dest
 
@@ -114,20 +135,29 @@ def consolidate(
 
 def _require_parts(args: ConsolidateArguments) -> None:
     """Raise what is wrong with the parts by their configs, before any of them is loaded."""
-    from rag.models.checkpoints import RAG_TYPES, infer_model_type
-    from rag.models.loading import load_config
+    from rag.models.encoders import read_encoder_config
 
     problems = []
     for name, look in {
-        "generator_name_or_path": infer_model_type,
-        "question_encoder_name_or_path": load_config,
+        "generator_name_or_path": _require_generator,
+        "question_encoder_name_or_path": read_encoder_config,
     }.items():
         try:
-            if look(getattr(args, name), flag=f"--{name}") in RAG_TYPES:
-                problems.append(f"--{name} {getattr(args, name)} is a whole RAG checkpoint; give a bare generator")
+            look(getattr(args, name), flag=f"--{name}")
         except UserError as error:
             problems.append(str(error))
     raise_problems(problems)
+
+
+def _require_generator(path: str, flag: str) -> None:
+    from rag.generation.families import require_family
+    from rag.models.checkpoints import RAG_TYPES, fitting_model_type
+    from rag.models.loading import load_config
+
+    config = load_config(path, flag=flag)
+    if fitting_model_type(config, path, flag=flag) in RAG_TYPES:
+        raise UserError(f"{flag} {path} is a whole RAG checkpoint; give a bare generator")
+    require_family(config, f"{flag} {path}")
 
 
 def _rag_config(args: ConsolidateArguments):
@@ -153,27 +183,6 @@ def _tokenizer(args: ConsolidateArguments, part: str):
     given, beside = f"{part}_tokenizer_name_or_path", f"{part}_name_or_path"
     name = given if getattr(args, given) is not None else beside
     return load_tokenizer(getattr(args, name), flag=f"--{name}")
-
-
-def _require_vocabularies(question_encoder, generator, tokenizers) -> None:
-    """A tokenizer of another model would look up rows that the embeddings do not have, in mid-training."""
-    problems = []
-    for part, model in {"question_encoder": question_encoder, "generator": generator}.items():
-        words, rows = len(getattr(tokenizers, part)), model.get_input_embeddings().num_embeddings
-        if words > rows:
-            problems.append(
-                f"--{part}_tokenizer_name_or_path: the tokenizer has {words} tokens, the {part.replace('_', ' ')} "
-                f"only {rows}; give the tokenizer that belongs to it"
-            )
-    raise_problems(problems)
-
-
-def _model_line(model) -> str:
-    name = type(model).__name__
-    if name == "PooledEncoder":
-        normalized = ", normalized" if model.config.normalize else ""
-        name += f" of {model.config.backbone.model_type}, {model.config.pooling} pooling{normalized}"
-    return name
 
 
 def cli() -> NoReturn:

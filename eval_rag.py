@@ -15,20 +15,21 @@ fewer lines (a killed run's) is continued, one of another model or other setting
 PREDICTIONS.jsonl, a record a question (line number, question, answer, ids, titles and scores of the passages),
 PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
 
-Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; retrieval:
-the titles of the right passages, tab-separated.
+Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; e2e `regex`:
+as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated.
 """
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rag.command_line.script import run_script
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
-from rag.evaluation.gold import EvalData, checkpoint_folders, read_data
+from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_path, read_data
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
 from rag.evaluation.scores import (
     get_precision_at_k,
@@ -37,11 +38,14 @@ from rag.evaluation.scores import (
     require_titles,
     score_answer_ranks,
     score_answers,
+    score_patterns,
     score_titles,
 )
 from rag.files import save_json
 from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
-from rag.metrics import metric_max_over_ground_truths
+from rag.locks import lock_beside, one_at_a_time
+from rag.metrics import answer_recall_at_k, metric_max_over_ground_truths, pattern_recall_at_k
+from rag.outputs import writing
 from rag.progress import progress
 from rag.public_names import module_getattr
 
@@ -61,8 +65,6 @@ CHECKPOINT_FILES = (
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
 PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}
-# Seconds that rank 0 waits for the slowest rank's batch; one that has died is noticed at once.
-RANK_TIMEOUT = 3600.0
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -82,10 +84,10 @@ def main(args: EvalArguments) -> dict[str, Any]:
         data = read_data(args)  # its mistakes are told before torch is imported
         from rag.distributed.ranks import Ranks
 
-        return measure(args, data, Ranks(RANK_TIMEOUT))
+        return measure(args, data, Ranks(args.rank_timeout))
     from rag.distributed.ranks import joined_job
 
-    with joined_job(RANK_TIMEOUT) as ranks:
+    with joined_job(args.rank_timeout) as ranks:
         data = EvalData(**ranks.from_rank_zero("reading the questions", lambda: vars(read_data(args))))
         return measure(args, data, ranks)
 
@@ -95,13 +97,12 @@ def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
     if not args.eval_all_checkpoints:
         return evaluate(args, data, ranks)
     scores = {}
-    path = Path(args.predictions_path)
     folders = ranks.from_rank_zero(
         "listing the checkpoints", lambda: list(map(str, checkpoint_folders(args.model_name_or_path)))
     )
     for folder in map(Path, folders):
-        own_path = path.with_name(f"{path.stem}.{folder.name}{path.suffix}")
-        own_args = replace(args, model_name_or_path=str(folder), predictions_path=str(own_path))
+        own_path = own_predictions_path(args.predictions_path, folder)
+        own_args = replace(args, model_name_or_path=str(folder), predictions_path=own_path)
         scores[folder.name] = evaluate(own_args, data, ranks)
     if ranks.rank == 0:
         print_table(scores)
@@ -110,18 +111,23 @@ def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
 
 def evaluate(args: EvalArguments, data: EvalData, ranks) -> dict[str, float]:
     """Predict what is not predicted yet, score, print and write the scores of one checkpoint. Collective."""
-    predictions = ranks.on_rank_zero("opening the predictions file", lambda: open_predictions(args, data))
-    done, identity = ranks.from_rank_zero(
-        "reading the predictions file", lambda: (len(predictions.lines), predictions.identity)
-    )
-    if done < len(data.questions):
-        predict_missing(args, data, predictions, ranks, done, identity)
-    return ranks.from_rank_zero("scoring", lambda: score(args, data, predictions))
+    with ExitStack() as held:  # by rank 0
+        predictions = ranks.on_rank_zero("opening the predictions file", lambda: open_predictions(args, data, held))
+        done, identity = ranks.from_rank_zero(
+            "reading the predictions file", lambda: (len(predictions.lines), predictions.identity)
+        )
+        if done < len(data.questions):
+            predict_missing(args, data, predictions, ranks, done, identity)
+        return ranks.from_rank_zero("scoring", lambda: score(args, data, predictions))
 
 
-def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
+def open_predictions(args: EvalArguments, data: EvalData, held: ExitStack) -> Predictions:
+    """The predictions file, which no other run may use until `held` is closed."""
     enough = {"n_docs": max(args.k)} if args.eval_mode == "retrieval" else {}
     identity = run_identity(args, model_type_of(args))
+    with writing("--predictions_path", args.predictions_path):
+        lock = lock_beside(args.predictions_path)
+        held.enter_context(one_at_a_time(lock, "--predictions_path", args.predictions_path))
     predictions = Predictions(args.predictions_path, data.questions, identity, args.recalculate, enough)
     if args.eval_mode == "retrieval" and not predictions.origin_known:
         require_titles(args.predictions_path, predictions.lines, max(args.k))
@@ -133,7 +139,8 @@ def open_predictions(args: EvalArguments, data: EvalData) -> Predictions:
 
 def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
     if args.eval_mode == "e2e":
-        scores = score_answers(predictions.lines, data.gold)
+        score_lines = score_patterns if args.gold_data_mode == "regex" else score_answers
+        scores = score_lines(predictions.lines, data.gold)
     else:
         scores = score_titles(predictions.lines, data.gold, args.k, args.passages_per_question)
         if data.answers is not None:
@@ -172,6 +179,8 @@ def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
             identity["decoding"] = args.decoding
     elif args.answers_path is not None:
         identity["answers_path"] = file_identity(args.answers_path)
+        if args.gold_data_mode == "regex":
+            identity["gold_data_mode"] = "regex"
     return identity
 
 
@@ -181,14 +190,18 @@ def model_type_of(args: EvalArguments) -> str:
     Raises:
         UserError: a flag does not fit the model.
     """
-    from rag.models.checkpoints import RAG_TYPES, infer_model_type
+    from rag.evaluation.predictors import size_problems
+    from rag.models.checkpoints import RAG_TYPES, fitting_model_type
+    from rag.models.loading import load_config
 
-    model_type = args.model_type or infer_model_type(args.model_name_or_path)
+    config = load_config(args.model_name_or_path)
+    model_type = fitting_model_type(config, args.model_name_or_path, args.model_type)
     model = f"--model_name_or_path {args.model_name_or_path} is a {model_type} model"
     if args.eval_mode == "retrieval" and model_type not in RAG_TYPES:
         raise UserError(f"{model}, which retrieves nothing; measure it with --eval_mode e2e")
     if args.eval_mode == "e2e" and args.decoding != "thorough" and model_type != "rag_sequence":
         raise UserError(f"--decoding {args.decoding} is for rag_sequence; leave it out: {model}")
+    raise_problems(size_problems(args, config))
     return model_type
 
 
@@ -207,7 +220,7 @@ def predict_missing(
     """
     import torch
 
-    from rag.evaluation.predictors import load_predictor, rag_config
+    from rag.evaluation.predictors import CONTEXT_COUNTS, load_predictor, rag_config
     from rag.models.checkpoints import RAG_TYPES
 
     args = replace(args, n_docs=identity.get("n_docs", args.n_docs))
@@ -218,7 +231,9 @@ def predict_missing(
             require_same_files(identity, run_identity(args, model_type), ranks.rank)
         config = rag_config(args) if model_type in RAG_TYPES else None
         only_titles = args.eval_mode == "retrieval"
-        return load_predictor(args.model_name_or_path, model_type, args.answer_plan, config, args.device, only_titles)
+        holds = pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k
+        plan = args.answer_plan
+        return load_predictor(args.model_name_or_path, model_type, plan, config, args.device, only_titles, holds)
 
     predict, index = ranks.all_or_none("loading the model", load)
     ranks.on_rank_zero("starting the predictions file", lambda: predictions.start(index))
@@ -233,14 +248,23 @@ def predict_missing(
 
     def collect(batches: list[range], parts: list) -> None:
         for batch, (lines, details) in zip(batches, parts[: len(batches)], strict=True):
+            counts = details[0].pop(CONTEXT_COUNTS, (0, 0, 0))
+            contexts.append(counts)
             predictions.append(batch.start, lines, details)
 
+    contexts: list[tuple[int, int, int]] = []  # made, cut, at which length
     desc = "Answering" if args.eval_mode == "e2e" else "Retrieving"
     if ranks.rank == 0:
         total = sum(map(len, batches))
         rounds = progress(rounds, total, desc, "questions", size=lambda batches: sum(map(len, batches)))
     with torch.inference_mode():
         ranks.in_rounds(f"{desc.lower()}, round", rounds, answer, collect)
+    made, cut = (sum(counts[n] for counts in contexts) for n in (0, 1))
+    if cut:
+        print(
+            f"{cut:,} of {made:,} contexts were longer than max_combined_length {contexts[0][2]} tokens: their "
+            "passages were cut"
+        )
 
 
 def require_same_files(expected: dict[str, Any], here: dict[str, Any], rank: int) -> None:
@@ -260,7 +284,8 @@ def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores
     made_with = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
     path = f"{args.predictions_path}.scores.json"
     gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
-    save_json({"scores": scores, **gold, **made_with}, path)
+    with writing("--predictions_path", args.predictions_path):
+        save_json({"scores": scores, **gold, **made_with}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):
         if args.print_predictions:
             print(f"Q: {record['question']} - A: {line}")

@@ -18,26 +18,14 @@ from typing import NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
-from rag.files import load_json, save_json
+from rag.files import save_json
+from rag.outputs import output_folder_problems, writing
 from rag.public_names import module_getattr
 from rag.training.arguments import FinetuneArguments
 from rag.training.arguments import parse_args as parse_finetune_args
 from rag.training.namespaces import finetune_arguments
+from rag.training.run_folder import checkpoint_to_resume, continuation_problems, held
 from utils_rag import data_file_problems, save_git_info
-
-# What an earlier run in the same folder must agree with, for this one to be its continuation. Left out: what changes
-# neither weights nor order of examples, and how long to train.
-FREE_TO_CHANGE = {
-    "retrieval": {
-        "distributed_retriever",
-        "ray_address",
-        "num_retrieval_workers",
-        "retrieval_worker_gpus",
-        "distributed_port",
-    },
-    "data": {"eval_batch_size", "num_workers", "n_test", "test_max_target_length"},
-    "training": {"num_train_epochs", "early_stopping_patience", "fp16_opt_level"},
-}
 
 ELSEWHERE = {"GenerativeQAModule": "rag.training.qa_module"}
 REPLACED = {
@@ -57,8 +45,17 @@ def main(args: FinetuneArguments | Namespace) -> dict[str, float]:
     A namespace is one of a parser with `GenerativeQAModule.add_model_specific_args` and `add_retriever_specific_args`.
     """
     args = finetune_arguments(args)
-    raise_problems(_data_problems(args) + args.retrieval.path_problems() + _continuation_problems(args))
-    return finetune(args)
+    output_dir = args.run.output_dir
+    raise_problems(
+        output_folder_problems("--output_dir", output_dir)
+        + _data_problems(args)
+        + args.retrieval.path_problems()
+        + _measure_problems(args)
+    )
+    with writing("--output_dir", output_dir), held(output_dir):
+        raise_problems(continuation_problems(args))
+        args.run.resume_from_checkpoint = checkpoint_to_resume(args)
+        return finetune(args)
 
 
 def _data_problems(args: FinetuneArguments) -> list[str]:
@@ -66,54 +63,44 @@ def _data_problems(args: FinetuneArguments) -> list[str]:
     return data_file_problems(args.data.data_dir, splits + (["test"] if args.run.do_predict else []))
 
 
-def _continuation_problems(args: FinetuneArguments) -> list[str]:
-    """What keeps this run from going on with the one that --output_dir holds."""
-    folder = Path(args.run.output_dir)
-    if not args.run.do_train or args.run.overwrite_output_dir:
+def _measure_problems(args: FinetuneArguments) -> list[str]:
+    """A training that would be measured never, so that no checkpoint would be the best and none exported."""
+    trainer, epochs = args.trainer, args.training.num_train_epochs
+    if not args.run.do_train or trainer.fast_dev_run:
         return []
-    if not (folder / "hparams.json").is_file():
-        strays = sorted(path.name for path in folder.glob("*checkpoint*"))
-        remedy = "choose another folder, or give --overwrite_output_dir to remove them"
-        return (
-            [f"--output_dir {folder} holds {strays[0]}, which no run of this script left; {remedy}"] if strays else []
-        )
-    earlier, now = load_json(folder / "hparams.json"), args.to_dict()
-    changes = [
-        f"--{name} was {earlier[group].get(name)} and is {value}"
-        for group in ("model", "retrieval", "data", "training")
-        for name, value in now[group].items()
-        if name not in FREE_TO_CHANGE.get(group, ()) and earlier[group].get(name) != value
-    ]
-    if not changes:
-        return []
-    return [
-        f"--output_dir {folder} holds a run with other settings ({'; '.join(changes)}); choose another folder, or give "
-        "--overwrite_output_dir to remove that run"
-    ]
+    if trainer.limit_val_batches == 0:
+        return ["--limit_val_batches 0 measures nothing, so that no checkpoint would be exported; leave it out"]
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch > epochs:
+        return [
+            f"--check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than --num_train_epochs {epochs}: "
+            "nothing would be measured, and no checkpoint exported; lower it"
+        ]
+    return []
 
 
 def finetune(args: FinetuneArguments) -> dict[str, float]:
     """`main` behind the checks that need nothing heavy."""
     import pytorch_lightning as pl
 
-    from callbacks_rag import build_callbacks
-    from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
+    from callbacks_rag import RunDescription, build_callbacks
+    from lightning_base import Seq2SeqDataModule, build_logger, build_trainer, refusals
     from rag.distributed.launch import ended_together
     from rag.training.loading import load_model_and_tokenizer
     from rag.training.qa_module import GenerativeQAModule
 
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
-    trainer = build_trainer(args, build_callbacks(args), build_logger(args))
+    only_tests = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
+    callbacks = build_callbacks(args)
+    if not only_tests:  # a test leaves the description of the run that trained
+        callbacks.append(RunDescription(lambda: write_run_description(args)))
+    trainer = build_trainer(args, callbacks, build_logger(args))
     model, tokenizer = load_model_and_tokenizer(args)
-    with ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
+    with refusals(args), ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
         module = GenerativeQAModule(args, model, tokenizer, retriever)
         tokenizers = (module.question_tokenizer, module.answer_tokenizer)
         prefetch = module.prefetch_retrieval if module.can_prefetch(trainer.strategy.root_device) else None
         data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, prefetch)
         metrics, checkpoint_to_test = {}, args.run.resume_from_checkpoint
-        only_tests = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
-        if trainer.is_global_zero and not only_tests:  # a test leaves the description of the run that trained
-            write_run_description(args)
         if args.run.do_train:
             trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
             metrics |= trainer.callback_metrics
@@ -151,7 +138,7 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
 def _pytorch_retriever(args: FinetuneArguments, parts: tuple):
     from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
 
-    yield RagPyTorchDistributedRetriever(*parts)
+    yield RagPyTorchDistributedRetriever(*parts, timeout=args.run.rank_timeout)
 
 
 @contextmanager
@@ -160,9 +147,9 @@ def _ray_retriever(args: FinetuneArguments, parts: tuple):
 
     retrieval = args.retrieval
     with RetrievalWorkers(
-        retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus
+        retrieval.num_retrieval_workers, retrieval.ray_address, retrieval.retrieval_worker_gpus, args.run.rank_timeout
     ) as workers:
-        yield RagRayDistributedRetriever(*parts, workers)
+        yield RagRayDistributedRetriever(*parts, workers, timeout=args.run.rank_timeout)
 
 
 @contextmanager

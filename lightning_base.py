@@ -10,11 +10,13 @@ The module's base class is `rag.training.base_module.BaseTransformer`.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
+from rag.distributed.addresses import open_store
 from rag.distributed.launch import use_rank_launcher
 from rag.distributed.meeting import rank_problems
 from rag.errors import UserError, raise_problems
@@ -38,8 +41,11 @@ from rag.public_names import Replaced, module_getattr
 from rag.training.arguments import DataArguments, FinetuneArguments, trainer_kwargs
 from rag.training.base_module import BaseTransformer
 from rag.training.batches import GlobalBatchSampler, ResumableDataLoader
+from rag.training.loading import read_checkpoint
 from rag.training.namespaces import add_run_flags, finetune_arguments
 from rag.training.optimizer import SCHEDULES
+from rag.training.reports import raise_on_all_ranks
+from rag.training.seals import SealedFile
 from utils_rag import Seq2SeqDataset
 
 logger = logging.getLogger(__name__)
@@ -100,8 +106,28 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         # --overfit_batches wants the same batches every epoch
         seed = self.seed if self.trainer.overfit_batches == 0 else None
         loader = self._loader(ResumableDataLoader, "train", self.data.train_batch_size, seed=seed, lengths=lengths)
-        loader.prefetch = self.prefetch
+        loader.prefetch, loader.renumbered = self.prefetch, self._renumber_batches
+        if seed is not None and hasattr(self.datasets["train"], "draw_answers"):
+            self.datasets["train"].draw_answers(seed, loader.batch_sampler)
+        self._require_interval_in_epoch(len(loader))
         return loader
+
+    def _require_interval_in_epoch(self, batches: int) -> None:
+        interval, limit = self.trainer.val_check_interval, self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        counts_epochs = self.trainer.check_val_every_n_epoch is not None
+        if counts_epochs and isinstance(interval, int) and interval > batches:
+            raise_on_all_ranks(
+                self.trainer,
+                f"--val_check_interval {interval} is more than the {batches} batches of an epoch; lower it, or give "
+                "--check_val_every_n_epoch null to count batches across epochs",
+            )
+
+    def _renumber_batches(self, difference: int) -> None:
+        """Have Lightning count the batches of a resumed epoch as if this number of ranks had begun it."""
+        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(current, count, getattr(current, count) + difference)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(DataLoader, "val", self.data.eval_batch_size)
@@ -123,14 +149,19 @@ class Seq2SeqDataModule(pl.LightningDataModule):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints whole or not at all, not held in memory a second time, and read without unpickling anything."""
+    """Checkpoints whole or not at all, not held in memory a second time, sealed, and read without unpickling anything.
+
+    What was damaged since it was written is refused by a `UserError`.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
         with atomic_write(path, "wb") as file:
-            torch.save(checkpoint, file)
+            sealed = SealedFile(file)
+            torch.save(checkpoint, sealed)
+            sealed.seal()
 
     def load_checkpoint(self, path: str, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return read_checkpoint(path, map_location)
 
 
 class JsonLinesLogger(Logger):
@@ -138,7 +169,7 @@ class JsonLinesLogger(Logger):
 
     def __init__(self, path: str | os.PathLike, append: bool):
         super().__init__()
-        self.path, self.mode = Path(path), "a" if append else "w"
+        self.path, self.mode, self.is_open = Path(path), "a" if append else "w", False
 
     @property
     def name(self) -> str:
@@ -151,12 +182,20 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.mode == "a" and not self.is_open:
+            _drop_half_line(self.path)
         with open(self.path, self.mode, encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.mode = "a"
+        self.mode, self.is_open = "a", True
 
     def log_hyperparams(self, params: Any) -> None:
         """They are in hparams.json."""
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a kill or a full disk has left of a last line, so that the next one is not glued to it."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 # --- The Trainer ------------------------------------------------------------------------------------------------------
@@ -192,27 +231,54 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
     if args.run.profile and profiler is None:
         profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
-    use_rank_launcher()
-    try:
+    use_rank_launcher(args.run.rank_timeout)
+    with refusals(args, ValueError, TypeError, RuntimeError, ImportError):
         trainer = pl.Trainer(
             **kwargs, callbacks=callbacks, logger=logger, profiler=profiler, plugins=[AtomicCheckpointIO()]
         )
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise UserError(f"the Lightning Trainer refuses its settings: {' '.join(str(error).split())}") from error
     nodes = trainer.num_nodes
     raise_problems(rank_problems(kwargs["devices"], nodes, trainer.num_devices * nodes))
+    if trainer.world_size > 1:
+        open_store(trainer.strategy.cluster_environment, one_node=nodes == 1)
     return trainer
+
+
+@contextmanager
+def refusals(args: FinetuneArguments, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what Lightning says of settings that it refuses into one line, with those that were given.
+
+    Args:
+        errors: that mean this, too, beside its own.
+
+    Raises:
+        UserError: it refuses them.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, *errors) as error:
+        given = [
+            f"--{field.name} {getattr(args.trainer, field.name)}"
+            for field in dataclasses.fields(args.trainer)
+            if getattr(args.trainer, field.name) != field.default
+        ]
+        raise UserError(
+            f"the Lightning Trainer refuses its settings ({' '.join(given) or 'all defaults'}): "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[str]:
     accelerator = kwargs["accelerator"]
     wants_gpu = accelerator in ("gpu", "cuda")
     flag = f"--gpus {args.run.gpus}" if args.run.gpus is not None else f"--accelerator {accelerator}"
+    half = "--fp16" if args.training.fp16 else f"--precision {kwargs['precision']}"
     if wants_gpu and not torch.cuda.is_available():
         return [f"{flag}: torch sees no CUDA device here; use --accelerator cpu, or a CUDA build of torch"]
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and str(kwargs["precision"]) in ("16", "16-mixed", "16-true"):
-        return ["--fp16 (float16) needs a GPU; use --bf16 or neither on a CPU"]
+        return [f"{half} (float16) needs a GPU; use --bf16, or leave it out on a CPU"]
     available = torch.cuda.device_count()
     if wants_gpu and isinstance(kwargs["devices"], int) and kwargs["devices"] > available:
         return [f"{flag}: {kwargs['devices']} devices are asked for, torch sees {available}"]

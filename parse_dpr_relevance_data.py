@@ -4,19 +4,22 @@
         --evaluation_set output/biencoder-nq-dev.questions --gold_data_path output/biencoder-nq-dev.pages
 
 The source is one JSON array of records with a `question` and its `positive_ctxs`, up to gigabytes long
-(https://dl.fbaipublicfiles.com/dpr/data/retriever/biencoder-nq-dev.json.gz). It is read record by record. Line n of the
-gold file holds the tab-separated titles of the positive passages of the question on line n. A record without positive
-passages would score 0 whatever was retrieved: it is left out of both files and counted.
+(https://dl.fbaipublicfiles.com/dpr/data/retriever/biencoder-nq-dev.json.gz). It is read record by record, a .gz file as
+it is. Line n of the gold file holds the tab-separated titles of the positive passages of the question on line n. A
+record without positive passages would score 0 whatever was retrieved: it is left out of both files and counted.
 """
 
 import codecs
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import ijson
 
@@ -24,11 +27,16 @@ from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, file_problems, raise_problems
+from rag.evaluation.gold import strip_title
 from rag.files import atomic_write
+from rag.locks import lock_beside, one_at_a_time
+from rag.outputs import output_file_problems, writing
 from rag.progress import progress
 
 CHUNK_BYTES = 1 << 20
 LONGEST_PIECE = 1 << 20  # bytes without a `}` that are kept together: DPR's passages are a thousand times shorter
+LONGEST_RECORD = 256 << 20  # bytes; one takes several times as much memory
+GZIP = b"\x1f\x8b"
 WHITE_SPACE = b" \t\r\n"
 NEEDED = "needs a `question` and `positive_ctxs`, each with a `title`"
 DEEPEST, LONGEST_NUMBER = 1000, 1000  # brackets in brackets, digits: what is more, ijson's parser in C does not survive
@@ -42,7 +50,7 @@ STRING_OR_CONSTANT = re.compile(rb'("(?:[^"\\]|\\.)*(?:"|\Z))|-?Infinity|NaN', r
 class ParseArguments:
     evaluation_set: str = required_flag("File to write: a question a line.")
     gold_data_path: str = required_flag("File to write: the question's gold titles a line, tab-separated.")
-    src_path: str = flag("biencoder-nq-dev.json", "DPR's relevance data, unzipped: a JSON array of records.")
+    src_path: str = flag("biencoder-nq-dev.json", "DPR's relevance data: a JSON array of records, also as .gz.")
 
 
 def parse_args(argv: list[str] | None = None) -> ParseArguments:
@@ -53,8 +61,12 @@ def main(args: ParseArguments) -> dict[str, int]:
     """Write both files, whole or not at all; return the number of records written and skipped."""
     require_arguments(args)
     written = skipped = 0
-    chunks = progress(read_chunks(args.src_path), os.path.getsize(args.src_path), "Parsing", "bytes", size=len)
-    with atomic_write(args.evaluation_set) as questions, atomic_write(args.gold_data_path) as pages:
+    total = None if is_gzip(args.src_path) else os.path.getsize(args.src_path)
+    chunks = progress(read_chunks(args.src_path), total, "Parsing", "bytes", size=len)
+    with (
+        output("--evaluation_set", args.evaluation_set) as questions,
+        output("--gold_data_path", args.gold_data_path) as pages,
+    ):
         for record, end in read_records(args.src_path, chunks):
             try:
                 question, titles = question_and_titles(record)
@@ -66,19 +78,28 @@ def main(args: ParseArguments) -> dict[str, int]:
                 skipped += 1
                 continue
             written += 1
-            questions.write(question + "\n")
-            pages.write("\t".join(titles) + "\n")
+            with writing("--evaluation_set", args.evaluation_set):
+                questions.write(question + "\n")
+            with writing("--gold_data_path", args.gold_data_path):
+                pages.write("\t".join(titles) + "\n")
     print(f"{written:,} questions in {args.evaluation_set}, their titles in {args.gold_data_path}")
     if skipped:
         print(f"{skipped:,} of {written + skipped:,} records have no positive passage and were left out of both files")
     return {"written": written, "skipped": skipped}
 
 
+@contextmanager
+def output(flag: str, path: str) -> Iterator[IO]:
+    """A file that appears when the block ends well; no other run may write it meanwhile."""
+    with writing(flag, path), one_at_a_time(lock_beside(path), flag, path), atomic_write(path) as file:
+        yield file
+
+
 def require_arguments(args: ParseArguments) -> None:
-    problems = file_problems("--src_path", args.src_path, "download and unzip DPR's biencoder-nq-dev.json.gz")
+    problems = file_problems("--src_path", args.src_path, "download DPR's biencoder-nq-dev.json.gz")
     for name, path in (("--evaluation_set", args.evaluation_set), ("--gold_data_path", args.gold_data_path)):
-        if Path(path).is_dir():
-            problems.append(f"{name} {path} is a folder; name a file in it")
+        longest = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp") if Path(path).name else path
+        problems += output_file_problems(name, path) or output_file_problems(name, longest)
     paths = [args.src_path, args.evaluation_set, args.gold_data_path]
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         problems.append("--src_path, --evaluation_set and --gold_data_path name one file twice; give three names")
@@ -96,22 +117,34 @@ def question_and_titles(record: Any) -> tuple[str, list[str]]:
     question = on_one_line(record["question"])
     if not question.strip():
         raise ValueError("its `question` is blank")
-    return question, [title for title in titles if title.strip()]
+    return question, [title for title in titles if strip_title(title)]
 
 
 def on_one_line(text: str) -> str:
     return re.sub(r"[\t\r\n]+", " ", text)
 
 
-def read_chunks(path: str) -> Iterator[bytes]:
-    """The bytes of a file; blanks stand in for a byte order mark, so that places in the file stay what they are."""
+def is_gzip(path: str) -> bool:
     with open(path, "rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
-            yield b" " * len(codecs.BOM_UTF8)
-        else:
-            file.seek(0)
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+        return file.read(len(GZIP)) == GZIP
+
+
+def read_chunks(path: str) -> Iterator[bytes]:
+    """The bytes of a file, unzipped; blanks stand in for a byte order mark, so that places in it stay what they are.
+
+    Raises:
+        UserError: it is a damaged .gz file.
+    """
+    try:
+        with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+                yield b" " * len(codecs.BOM_UTF8)
+            else:
+                file.seek(0)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"--src_path {path} is a damaged .gz file ({error}); download it again") from error
 
 
 # --- A JSON array, record by record -----------------------------------------------------------------------------------
@@ -133,6 +166,9 @@ def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]
     try:
         for piece in _pieces(chunks):
             rest += piece
+            if len(rest) > LONGEST_RECORD:
+                what = f"a record of more than {LONGEST_RECORD >> 20} MB"
+                raise UserError(f"--src_path {name} is no JSON array of records: {what}, behind byte {start}")
             if start == 0 and not rest.lstrip(WHITE_SPACE).startswith(b"["):
                 raise _syntax_error(name, rest, start)
             depth += _opened(piece)
@@ -199,7 +235,7 @@ def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = 
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(rest)  # `rest` may end inside a character
     except UnicodeDecodeError as not_utf8:
-        problem, byte = "not UTF-8 text (a .gz file has to be unzipped first)", start + not_utf8.start
+        problem, byte = "not UTF-8 text (of archives only .gz is read)", start + not_utf8.start
     else:
         problem, at = _first_problem(text, ",]" if start else "[")
         if isinstance(error, UnicodeError):  # \ud800 to \udfff without the escape behind or before it, for a pair

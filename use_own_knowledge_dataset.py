@@ -121,7 +121,11 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
     from rag.knowledge.search import load_question_encoder, search_passages
 
     encoder, tokenizer = load_question_encoder(
-        description, args.question_encoder_name_or_path, args.question_encoder_pooling, args.rag_model_name
+        description,
+        args.question_encoder_name_or_path,
+        args.question_encoder_pooling,
+        args.rag_model_name,
+        args.question_encoder_prompt,
     )
     effort = {"ef_search": args.ef_search, "nprobe": args.nprobe}
     return search_passages(output, description, encoder, tokenizer, args.search, args.n_docs, **effort)
@@ -171,6 +175,7 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
         description.encoder_digest,
         args.batch_size,
         resources.device,
+        args.ctx_encoder_prompt,
     )
     folder = KnowledgeFolder(
         Path(args.output_dir),
@@ -267,12 +272,16 @@ def open_encoder(
     from rag.index.index_files import IndexDescription, pooling_of
     from rag.knowledge.embedding import PassageEmbedder
     from rag.models.checkpoints import load_tokenizer, weights_digest
-    from rag.models.encoders import load_encoder
+    from rag.models.encoders import describe_encoder, load_encoder
+    from rag.models.fit import vocabulary_problems
 
     name = args.dpr_ctx_encoder_model_name
-    encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG)
+    encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
+    tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
+    raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
+    print(f"{ENCODER_FLAG} {name}: {describe_encoder(encoder)}")
     encoder_digest = weights_digest(encoder)
-    embedder = PassageEmbedder(encoder, load_tokenizer(name, flag=ENCODER_FLAG), args.batch_size)
+    embedder = PassageEmbedder(encoder, tokenizer, args.batch_size)
     d = embedder.dimension
     raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(

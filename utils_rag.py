@@ -11,13 +11,17 @@ import itertools
 import logging
 import os
 import pickle
+import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Public names of this module, whose code is in rag/.
+from rag.errors import UserError
+from rag.evaluation.gold import parse_lines, parse_qa_line
 from rag.files import atomic_write, load_json, read_lines, save_json
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
+from rag.models.questions import encode_questions
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +42,7 @@ __all__ = [
     "load_json",
     "normalize_answer",
     "pickle_save",
+    "read_answers",
     "save_git_info",
     "save_json",
     "set_extra_model_params",
@@ -48,24 +53,72 @@ __all__ = [
 
 
 def data_file_problems(data_dir: str | os.PathLike, splits: Iterable[str]) -> list[str]:
-    """What is wrong with `{split}.source` and `{split}.target`, one line a problem, before anything heavy is loaded."""
+    """What is wrong with `{split}.source`, `.target` and, if it is there, `.qa`, before anything heavy is loaded."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         return [f"--data_dir {data_dir} is not a folder; it must hold train|val|test .source and .target files"]
     problems = []
     for split in splits:
         lengths = {}
+        problems += _answers_problems(data_dir, split)
         for path in (data_dir / f"{split}.source", data_dir / f"{split}.target"):
             if not path.is_file():
-                problems.append(f"--data_dir {data_dir}: {path.name} is missing; one example a line is expected in it")
+                what = "is a folder, a device or a pipe" if path.exists() else "is missing"
+                problems.append(f"--data_dir {data_dir}: {path.name} {what}; one example a line is expected in it")
                 continue
-            lines = read_lines(path)
+            try:
+                lines = read_lines(path)
+            except (UserError, OSError) as error:
+                problems.append(f"--data_dir {data_dir}: {path.name} cannot be read ({error})")
+                continue
             lengths[path.name] = len(lines)
             problems += _blank_line_problems(path, lines)
         if len(set(lengths.values())) > 1:
             counts = " but ".join(f"{name} has {length} lines" for name, length in lengths.items())
             problems.append(f"--data_dir {data_dir}: {counts}; line n of one belongs to line n of the other")
     return problems
+
+
+def _answers_problems(data_dir: Path, split: str) -> list[str]:
+    """What is wrong with the answers of a split, which a folder may have or not."""
+    try:
+        if (answers := read_answers(data_dir, split)) is None:
+            return []
+        questions = read_lines(data_dir / f"{split}.source")
+    except UserError as error:
+        return str(error).splitlines()
+    except OSError:  # of the source, which is told by itself
+        return []
+    name = f"--data_dir {data_dir}: {split}.qa"
+    if len(answers) != len(questions):
+        return [f"{name} has {len(answers)} lines but {split}.source has {len(questions)}; line n belongs to line n"]
+    others = [n for n, (question, _) in enumerate(answers) if _letters(question) != _letters(questions[n])]
+    if 2 * len(others) <= len(questions):
+        return []
+    first = others[0]
+    return [
+        f"{name}: {len(others)} of its questions are not those of {split}.source, the first on line {first + 1}: "
+        f"{answers[first][0][:80]!r} against {questions[first][:80]!r}; line n of one belongs to line n of the other"
+    ]
+
+
+def _letters(text: str) -> str:
+    """A question without what csv writers and tokenizers do to it."""
+    return "".join(filter(str.isalnum, text.lower()))
+
+
+def read_answers(data_dir: str | os.PathLike, split: str) -> list[tuple[str, list[str]]] | None:
+    """The questions of `{split}.qa` and their right answers, several a question; None where there is no such file.
+
+    Raises:
+        UserError: a line is no `question TAB ['answer', ...]`.
+    """
+    path = Path(data_dir) / f"{split}.qa"
+    if not path.is_file():
+        return None
+    lines = read_lines(path)
+    answers = parse_lines("--data_dir", str(path), lines, parse_qa_line)
+    return list(zip((line.partition("\t")[0] for line in lines), answers, strict=True))
 
 
 def _blank_line_problems(path: Path, lines: list[str]) -> list[str]:
@@ -82,6 +135,9 @@ def _blank_line_problems(path: Path, lines: list[str]) -> list[str]:
 
 class Seq2SeqDataset:
     """Pairs of one line of `{type_path}.source` and one of `{type_path}.target`, read by a torch `DataLoader`.
+
+    Where there is a `{type_path}.qa`, too, each batch has the "answers" that are right, lists of texts; and after
+    `draw_answers` the target is one of them, another in each epoch.
 
     Args:
         tokenizer: reads the sources and the targets; of a `RagTokenizer` the question encoder's reads the sources and
@@ -115,6 +171,10 @@ class Seq2SeqDataset:
         self.sources = [prefix + line for line in read_lines(Path(data_dir) / f"{type_path}.source")[:end]]
         self.targets = read_lines(Path(data_dir) / f"{type_path}.target")[:end]
         assert len(self.sources) == len(self.targets), "data_file_problems comes first"
+        answers = read_answers(data_dir, type_path)
+        self.answers = None if answers is None else [right for _, right in answers[:end]]
+        self.seed, self.epochs = 0, None
+        self._warn_of_cut_sources(type_path)
         self._warn_of_cut_targets(type_path)
 
     @staticmethod
@@ -122,9 +182,21 @@ class Seq2SeqDataset:
         """Characters of each line of a file, without its end."""
         return lmap(len, read_lines(data_file))
 
+    def _warn_of_cut_sources(self, type_path: str) -> None:
+        """A question beyond the limit loses its end. Only long lines are looked at: a token has a byte or more."""
+        long = [source for source in self.sources if len(source.encode(errors="replace")) > self.max_source_length - 2]
+        lengths = [len(ids) for ids in self.tokenizer(long, verbose=False)["input_ids"]] if long else []
+        cut = sum(length > self.max_source_length for length in lengths)
+        if cut:
+            logger.warning(
+                f"{cut} of {len(self.sources)} questions of {type_path}.source are longer than --max_source_length "
+                f"{self.max_source_length} tokens (the longest has {max(lengths)}) and are cut"
+            )
+
     def _warn_of_cut_targets(self, type_path: str) -> None:
         """A target beyond the limit trains without its end, and without the end token: worth a word."""
-        lengths = [len(ids) for ids in self.target_tokenizer(text_target=self.targets, verbose=False)["input_ids"]]
+        targets = self.targets if self.answers is None else list(itertools.chain(*self.answers))
+        lengths = [len(ids) for ids in self.target_tokenizer(text_target=targets, verbose=False)["input_ids"]]
         cut = sum(length > self.max_target_length for length in lengths)
         if cut:
             logger.warning(
@@ -135,18 +207,34 @@ class Seq2SeqDataset:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def draw_answers(self, seed: int, epochs: Any) -> None:
+        """Let each epoch have an answer of its own, drawn by seed, epoch and example, whatever the number of ranks.
+
+        Args:
+            epochs: its attribute `epoch` is the epoch that an example is read for.
+        """
+        self.seed, self.epochs = seed, epochs
+
+    def _target(self, index: int) -> str:
+        if self.answers is None or self.epochs is None:
+            return self.targets[index]
+        return random.Random(f"{self.seed} {self.epochs.epoch} {index}").choice(self.answers[index])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"source": self.sources[index], "target": self.targets[index], "index": index}
+        example = {"source": self.sources[index], "target": self._target(index), "index": index}
+        return example if self.answers is None else example | {"answers": self.answers[index]}
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenize a batch, each side padded on the right to its longest: input_ids (B, S), labels (B, T), int64.
 
         The public suite names the targets `decoder_input_ids`. They are not: the loss shifts them first.
         """
-        columns = {key: [example[key] for example in batch] for key in ("source", "target", "index")}
-        padded = {"truncation": True, "padding": "longest", "padding_side": "right", "return_tensors": "pt"}
-        sources = self.tokenizer(columns["source"], max_length=self.max_source_length, **padded)
-        targets = self.target_tokenizer(text_target=columns["target"], max_length=self.max_target_length, **padded)
+        columns = {key: [example[key] for example in batch] for key in batch[0]}
+        padded = {"padding": "longest", "padding_side": "right", "return_tensors": "pt"}
+        sources = encode_questions(self.tokenizer, columns["source"], self.max_source_length, **padded)
+        targets = self.target_tokenizer(
+            text_target=columns["target"], max_length=self.max_target_length, truncation=True, **padded
+        )
         return {
             "input_ids": sources["input_ids"],
             "attention_mask": sources["attention_mask"],

@@ -5,7 +5,8 @@
 
 The file is that of an HNSW128 index of 768 dimensions with true levels and offsets; links and vectors, which opening
 should not read, are a hole in the file, so that 80 GiB take 250 MB of disk. FAISS reads all links, from memory here: of
-more than --faiss_passages they would not fit there. Each opening is in a process of its own; medians.
+more than --faiss_passages they would not fit there. Ours reads them the first time, to see that each is in range. Each
+opening is in a process of its own; medians, but for the first time.
 """
 
 import json
@@ -53,6 +54,7 @@ def write_hollow_index(path: Path, passages: int, dimension: int) -> None:
     graph = faiss.HNSW(LINKS)
     levels = 1 + np.array([graph.random_level() for _ in range(min(passages, 100_000))], dtype="<i4")
     levels = np.resize(levels, passages)
+    levels[0] = levels.max()  # links of zeros lead to the first vector, on whatever level
     probabilities, ranges = (faiss.vector_to_array(v) for v in (graph.assign_probas, graph.cum_nneighbor_per_level))
     offsets = np.concatenate([[0], np.cumsum(ranges[levels], dtype="<u8")]).astype("<u8")
     entry_point = int(levels.argmax())
@@ -85,10 +87,10 @@ def open_once(args: BenchmarkArguments) -> float:
     return seconds
 
 
-def median_of(args: BenchmarkArguments, side: str, index: Path) -> float:
+def first_and_median(args: BenchmarkArguments, side: str, index: Path) -> tuple[float, float]:
     words = ("--side", side, "--index", index)
     seconds = [in_its_own_process(__file__, *words) for _ in range(args.openings + 1)]
-    return statistics.median(seconds[1:])
+    return seconds[0], statistics.median(seconds[1:])
 
 
 def main(args: BenchmarkArguments) -> list[dict]:
@@ -97,7 +99,8 @@ def main(args: BenchmarkArguments) -> list[dict]:
         return []
     print(
         f"{header('faiss-cpu')}\nHNSW{LINKS}, {args.dimension} dimensions, medians of {args.openings} openings\n\n"
-        "| passages | GiB | ours, s (bar 0.1) | FAISS, mapped, s | ratio |\n|---|---|---|---|---|",
+        "| passages | GiB | the first time, s | ours, s (bar 0.1) | FAISS, mapped, s | ratio |\n"
+        "|---|---|---|---|---|---|",
         flush=True,
     )
     rows = []
@@ -105,13 +108,14 @@ def main(args: BenchmarkArguments) -> list[dict]:
         path = args.folder / f"hnsw-{passages}.faiss"
         try:
             write_hollow_index(path, passages, args.dimension)
-            size, ours = path.stat().st_size / 2**30, median_of(args, "ours", path)
-            theirs = median_of(args, "faiss", path) if passages <= args.faiss_passages else None
+            size = path.stat().st_size / 2**30
+            first, ours = first_and_median(args, "ours", path)
+            theirs = first_and_median(args, "faiss", path)[1] if passages <= args.faiss_passages else None
         finally:
             path.unlink(missing_ok=True)
         shown = f"{theirs:.3f} | {theirs / ours:.0f}x" if theirs else " | "
-        print(f"| {passages:,} | {size:.1f} | {ours:.4f} | {shown} |", flush=True)
-        rows.append({"passages": passages, "ours": ours, "faiss": theirs})
+        print(f"| {passages:,} | {size:.1f} | {first:.4f} | {ours:.4f} | {shown} |", flush=True)
+        rows.append({"passages": passages, "first": first, "ours": ours, "faiss": theirs})
     return rows
 
 

@@ -17,6 +17,14 @@ class ReportedError(UserError):
     """A mistake of the user's that another process of the same job prints."""
 
 
+class JobError(RuntimeError):
+    """What ended a job and is no mistake of the user's, such as a lost process; printed without traceback, status 1."""
+
+
+class RankError(JobError):
+    """Another rank failed, left, or kept this one waiting for too long; the message names it and the step."""
+
+
 def raise_problems(problems: list[str]) -> None:
     """Raise all problems as one `UserError`; return quietly when there is none."""
     if problems:

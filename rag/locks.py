@@ -4,15 +4,16 @@
         ...
 
 The lock is the operating system's (flock, by the filelock package) on a small file that stays, `.lock` in a folder or
-`.NAME.lock` beside a file; in it stands who holds it. On a disk that several nodes share it holds where the disk has
-locks: NFS with its lock service, Lustre mounted with `flock`.
+`.NAME.lock` beside a file; in it stands who holds it, or nothing. On a disk that several nodes share it holds where the
+disk has locks: NFS with its lock service, Lustre mounted with `flock`.
 """
 
+import glob
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def one_at_a_time(lock_path: str | os.PathLike, flag: str, output: str | os.Path
         _remove_leftovers(lock_path)
         yield
     finally:
+        with suppress(OSError):
+            os.truncate(lock_path, 0)  # so that the outputs of two equal runs are equal
         lock.release()
 
 
@@ -84,8 +87,15 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _remove_leftovers(lock_path: Path) -> None:
-    """The unfinished files of `rag.files.atomic_write`: nobody but the holder of the lock writes here."""
-    name = "*" if lock_path.name == ".lock" else f"{lock_path.name.removeprefix('.').removesuffix('.lock')}*"
-    for left in lock_path.parent.glob(f".{name}.[0-9]*.tmp"):
-        if left.is_file():
-            left.unlink(missing_ok=True)
+    """The unfinished files of `rag.files.atomic_write`: nobody but the holder of the lock writes here.
+
+    Beside a file, those of its name and of names that go on behind a point; of the latter not a living process's, which
+    may write `preds.tsv` where this one's output is `preds`.
+    """
+    name = glob.escape(lock_path.name.removesuffix(".lock"))
+    for pattern in (name, f"{name}.*") if name else (".*",):
+        for left in lock_path.parent.glob(f"{pattern}.[0-9]*.tmp"):
+            pid = left.name.split(".")[-2]
+            is_anothers = name and pattern != name and pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()
+            if left.is_file() and not is_anothers:
+                left.unlink(missing_ok=True)

@@ -11,12 +11,20 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import starmap
+from math import prod
 
 import regex
 
+LONGEST_PATTERN, MOST_REPEATS = 10_000, 1_000_000  # characters, copies that `regex` makes of what is repeated
+PATTERN_SECONDS = 10.0
+_COUNT = re.compile(r"(.?)\{(\d*)(?:,(\d*))?\}", re.DOTALL)
+# What `re` reads as letters, and `regex` as leave to err: a{e<=1}.
+_FUZZY = re.compile(r"(?<!\\)\{(?=[^{}]*[a-z<=][^{}]*\})")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")  # not of `regex`, whose words end elsewhere beside combining marks, ² and ½
-_DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+# Scripts that put no blanks between words: there a letter, with the marks on it, is compared like a word.
+_NO_BLANKS = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\uff70\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_DPR_TOKEN = regex.compile(rf"(?V1)[{_NO_BLANKS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{_NO_BLANKS}]]+|[^\p{{Z}}\p{{C}}]")
 
 
 def normalize_answer(s: str) -> str:
@@ -72,7 +80,8 @@ def reciprocal_rank(retrieved_titles: Sequence[str], gold_titles: Iterable[str])
 def answer_recall_at_k(retrieved_texts: Sequence[str], answers: Iterable[str], k: int) -> bool:
     """Whether one of the first k passages contains one of the answers, word for word (DPR, Karpukhin et al. 2020).
 
-    Words are compared case-folded and Unicode-normalized; "Rome" is not found in "Romeo".
+    Words are compared case-folded and Unicode-normalized; "Rome" is not found in "Romeo". Of scripts without blanks,
+    such as Chinese, Japanese and Thai, letters are compared: an answer may stand anywhere in a sentence.
     """
     needles = [needle for needle in map(_dpr_words, answers) if needle.strip()]
     return any(needle in text for text in map(_dpr_words, retrieved_texts[:k]) for needle in needles)
@@ -81,3 +90,56 @@ def answer_recall_at_k(retrieved_texts: Sequence[str], answers: Iterable[str], k
 def _dpr_words(text: str) -> str:
     """DPR's words between single spaces, with one before the first and one behind the last."""
     return f" {' '.join(_DPR_TOKEN.findall(unicodedata.normalize('NFD', text.lower())))} "
+
+
+# --- Regular expressions in the place of answers, as CuratedTrec has them ---------------------------------------------
+
+
+def compile_pattern(pattern: str) -> regex.Pattern:
+    """A regular expression of Python's, whatever the case of letters.
+
+    Raises:
+        ValueError: it cannot be compiled, or would be too large.
+    """
+    try:
+        re.compile(pattern)  # `regex`, which can stop after a time, understands more than is meant here
+        if len(pattern) > LONGEST_PATTERN or _most_repeats(pattern) > MOST_REPEATS:
+            raise ValueError("too long, or repeats too often")
+        return regex.compile(_FUZZY.sub(r"\{", pattern), regex.IGNORECASE | regex.MULTILINE)
+    except (ValueError, re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{pattern[:80]!r} is no regular expression: {error}") from error
+
+
+def _most_repeats(pattern: str) -> int:
+    """No less than how often a part of a pattern is repeated by counts in braces, within each other."""
+    counts = [(behind, max(int(least or 1), int(most or 1))) for behind, least, most in _COUNT.findall(pattern)]
+    alone = max((count for behind, count in counts if behind != ")"), default=1)
+    return prod((count for behind, count in counts if behind == ")"), start=alone)
+
+
+def pattern_match_score(prediction: str, pattern: str) -> bool:
+    """Whether a pattern matches an answer from its beginning on (DrQA, Chen et al. 2017; so do ORQA and DPR).
+
+    Raises:
+        ValueError: the pattern is none, or matching takes too long.
+    """
+    return _timed(compile_pattern(pattern).match, pattern, prediction)
+
+
+def pattern_recall_at_k(retrieved_texts: Sequence[str], patterns: Iterable[str], k: int) -> bool:
+    """Whether one of the first k passages holds, anywhere, what one of the patterns matches (DPR).
+
+    Raises:
+        ValueError: as of `pattern_match_score`.
+    """
+    compiled = [(compile_pattern(pattern).search, pattern) for pattern in patterns]
+    return any(_timed(search, pattern, text) for text in retrieved_texts[:k] for search, pattern in compiled)
+
+
+def _timed(find: Callable, pattern: str, text: str) -> bool:
+    try:
+        return find(text, timeout=PATTERN_SECONDS) is not None
+    except (TimeoutError, MemoryError) as error:
+        raise ValueError(
+            f"the pattern {pattern[:80]!r} has not come to an end after {PATTERN_SECONDS:g} s on {text[:80]!r}"
+        ) from error

@@ -120,7 +120,7 @@ def _dpr_config(vocabulary: int):
 
     return DPRConfig(
         vocab_size=vocabulary, hidden_size=DIMENSION, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=0.5,
     )  # fmt: skip
 

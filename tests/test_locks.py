@@ -41,6 +41,7 @@ def test_a_sigkill_frees_the_lock_and_the_next_one_holds_it_by_name(tmp_path, ho
     holder.join()
     with one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / ".lock").read_text() == ""
     with one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):  # and again by the same process
         pass
 
@@ -64,9 +65,13 @@ def test_a_lock_that_does_not_say_who_holds_it(tmp_path, holder, content):
 
 
 def test_half_written_files_of_killed_runs_go(tmp_path):
-    for name in (".p.txt.123.tmp", ".p.txt.jsonl.9.tmp", ".other.7.tmp", "p.txt.1.tmp", ".p.txt.lock"):
+    dead, alive = 2**22 + 1, os.getppid()
+    for name in (f".p.txt.{alive}.tmp", f".p.txt.jsonl.{dead}.tmp", ".p.txt.lock"):
+        (tmp_path / name).touch()
+    others = [f".other.{dead}.tmp", f".p.txt.tsv.{alive}.tmp", f".p.txt2.{dead}.tmp", f"p.txt.{dead}.tmp"]
+    for name in others:
         (tmp_path / name).touch()
     with one_at_a_time(lock_beside(tmp_path / "p.txt"), "--predictions_path", "p.txt"):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".other.7.tmp", ".p.txt.lock", "p.txt.1.tmp"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".p.txt.lock"])
     with one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".p.txt.lock", "p.txt.1.tmp"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".p.txt.lock", others[-1]]

@@ -6,14 +6,18 @@ import string
 import unicodedata
 
 import pytest
+import regex
 
 from rag.metrics import (
+    _dpr_words,
     answer_recall_at_k,
     calculate_exact_match,
     exact_match_score,
     f1_score,
     metric_max_over_ground_truths,
     normalize_answer,
+    pattern_match_score,
+    pattern_recall_at_k,
     precision_at_k,
     reciprocal_rank,
 )
@@ -123,3 +127,51 @@ def test_answers_are_found_as_whole_words():
     assert not answer_recall_at_k(passages, ["são paulo"], 1)
     assert answer_recall_at_k(passages, ["1,024"], 3) and answer_recall_at_k(passages, ["U.S."], 3)
     assert not answer_recall_at_k(passages, ["", "  "], 3)
+
+
+@pytest.mark.parametrize(
+    ("passage", "found", "missed"),
+    [
+        (
+            "奥斯陆是挪威的首都，1990年人口约70万。",
+            ["奥斯陆", "挪威", "首都", "1990", "1990年", "70万"],
+            ["伦敦", "199"],
+        ),
+        ("東京はｶﾞラスの都市、ローマでもがくえん。", ["東京", "ローマ", "がくえん"], ["かくえん", "大阪"]),
+        ("กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย", ["กรุงเทพ", "ประเทศไทย", "เมืองหลวง"], ["ลอนดอน"]),
+        ("ໂຕກຽວ ຢູ່ຍີ່ປຸ່ນ; ភ្នំពេញជារដ្ឋធានី", ["ຍີ່ປຸ່ນ", "ភ្នំពេញ"], ["ລອນດອນ"]),
+        ("The iPhone手机 of 東京 Tower", ["iPhone", "手机", "東京 tower", "iphone手"], ["Phone"]),
+        ("서울에서 만나요", ["서울에서"], ["서울"]),  # Korean has blanks
+    ],
+)
+def test_answers_are_found_in_scripts_without_blanks(passage, found, missed):
+    for answer in found:
+        assert answer_recall_at_k([passage], [answer], 1), answer
+    for answer in missed:
+        assert not answer_recall_at_k([passage], [answer], 1), answer
+
+
+def test_a_letter_without_its_marks_is_another():
+    assert not answer_recall_at_k(["กิน"], ["ก"], 1) and not answer_recall_at_k(["が"], ["か"], 1)
+
+
+def test_words_of_scripts_with_blanks_are_dprs():
+    """DPR's own tokens, by its pattern, of every letter that is not of a script without blanks."""
+    pattern = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+    rng = random.Random(2)
+    letters = "aé\u0301ß1²½ اب\u064eΩжקששֿ한국ञि.,-_'’😀\u200d\u00a0\t"
+    for _ in range(300):
+        text = "".join(rng.choices(letters, k=20))
+        words = pattern.findall(unicodedata.normalize("NFD", text.lower()))
+        assert _dpr_words(text) == f" {' '.join(words)} "
+
+
+def test_patterns_match_answers_from_their_beginning_and_passages_anywhere():
+    assert pattern_match_score("January 1st, 2000", "jan(uary)? 1(st)?") and not pattern_match_score("On Jan 1", "jan")
+    assert not pattern_match_score("", "a+") and pattern_match_score("", "a*")
+    assert pattern_recall_at_k(["no", "It was in JAN 1."], [r"\bjan\b", "x"], 2)
+    assert not pattern_recall_at_k(["no", "It was in JAN 1."], [r"\bjan\b", "x"], 1)
+    assert pattern_match_score("a{e<=1}b", "a{e<=1}") and not pattern_match_score("b", "a{e<=1}")  # as Python reads it
+    for pattern in ("(", "a{99999999999}", "(a{9999}){9999}", "x" * 10_001, r"\p{L}", "(?R)"):
+        with pytest.raises(ValueError, match="is no regular expression"):
+            pattern_match_score("x", pattern)

@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
-import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rag.errors import UserError
 
 
 def _load_hf_argument_parser():
@@ -80,10 +82,10 @@ class RagArgumentParser(HfArgumentParser):
         """Parse `argv` into the dataclasses, in their order, then a namespace of the other flags if there are any."""
         argv = sys.argv[1:] if argv is None else list(argv)
         config_file = _value_of("--config_file", argv)
-        settings = [] if config_file is None else self._settings_as_argv(config_file)
+        settings = [] if config_file is None else self._settings_as_words(config_file)
         for words in (settings, argv):
             self._refuse_two_values_of_one_setting(words)
-        argv = settings + argv
+        self.words = argv = settings + argv
         *parsed, rest, unknown = self.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
@@ -91,6 +93,23 @@ class RagArgumentParser(HfArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         del rest.config_file
         return (*parsed, rest) if vars(rest) else tuple(parsed)
+
+    def _settings_as_words(self, config_file: str) -> list[str]:
+        from rag.command_line.config_file import settings_as_words  # and with it YAML, which `--help` does not need
+
+        try:
+            return settings_as_words(config_file)
+        except UserError as error:
+            self.error(str(error))
+
+    def in_given_names(self, message: str) -> str:
+        """A message about settings, each under the name by which `parse` was given it, not the first that it has."""
+        for action in dict.fromkeys(options_of(self).values()):
+            first, *others = dict.fromkeys(option.replace("-", "_") for option in action.option_strings)
+            words = {word.split("=")[0].replace("-", "_") for word in self.words}
+            if given := next((other for other in others if other in words), None):
+                message = re.sub(f"--{first.strip('_')}(?![\\w-])", f"--{given.strip('_')}", message)
+        return message
 
     def _refuse_two_values_of_one_setting(self, argv: list[str]) -> None:
         """Of a setting that has several names argparse would take the last value given, whatever the others."""
@@ -105,27 +124,6 @@ class RagArgumentParser(HfArgumentParser):
                 if len({read(text) for text in given.values()}) > 1:
                     pairs = " and ".join(f"{name} {text}" for name, text in given.items())
                     self.error(f"{pairs} are one setting under two names; give one of them")
-
-    def _settings_as_argv(self, config_file: str) -> list[str]:
-        """The settings of a YAML or JSON file as command-line words, so that both are checked by the same code."""
-        import yaml
-
-        if not Path(config_file).is_file():
-            self.error(f"--config_file {config_file} does not exist")
-        text = Path(config_file).read_text(encoding="utf-8")
-        try:
-            settings = json.loads(text) if config_file.endswith(".json") else yaml.safe_load(text)
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
-            self.error(f"--config_file {config_file} cannot be read: {' '.join(str(error).split())}")
-        if not isinstance(settings, dict):
-            self.error(f"--config_file {config_file} must hold `flag: value` pairs")
-        words = []
-        for name, value in settings.items():
-            if value is None:
-                continue
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *map(str, values)]
-        return words
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:

@@ -17,7 +17,7 @@ import time
 from typing import NoReturn
 
 from rag.command_line.parser import program_name
-from rag.errors import ReportedError, UserError
+from rag.errors import JobError, ReportedError, UserError
 
 
 def _parse_once(parse_args):
@@ -45,7 +45,8 @@ def _leave_it_to_the_reporter() -> NoReturn:
 def run_script(parse_args, main) -> NoReturn:
     """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130.
 
-    SIGTERM ends it with 143, by way of every `finally`.
+    What ended a job of several processes (`JobError`) ends with its message and status 1. SIGTERM ends with 143, by way
+    of every `finally`.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # torch and transformers make millions of objects that stay: looking through them again and again takes a tenth of
@@ -64,6 +65,9 @@ def run_script(parse_args, main) -> NoReturn:
     except UserError as error:
         print(*(f"{script}: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(2)
+    except JobError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"{script}: interrupted; run the same command again to resume", file=sys.stderr)

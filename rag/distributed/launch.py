@@ -8,55 +8,60 @@ Whatever ends rank 0, a mistake of the user's, Ctrl-C or an error, leaves no ran
 fails leaves rank 0 time to end by itself, as what it has started is to be stopped.
 """
 
-import ipaddress
+import inspect
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
-import psutil
 import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
+from rag.distributed.addresses import choose_interface
+from rag.distributed.beats import Beats
 from rag.distributed.meeting import port_in_use
-from rag.errors import UserError
-
-# Seconds that rank 0 has to end when a rank that it launched has failed. Over gloo it hears of that at once; on GPUs it
-# may wait for the lost rank without end.
-PATIENCE = 30
+from rag.distributed.ranks import reason_of
+from rag.distributed.watch import LAUNCHER, LEFT_ALONE, PATIENCE, RankWatch, peers_of, tell
+from rag.errors import RankError, UserError
 
 
 class RankLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher, which looks after what it launches: left alone, it kills rank 0 where a rank has failed."""
 
-    def launch(self, function, *args, trainer=None, **kwargs):
-        if not self.cluster_environment.creates_processes_externally:
-            self._call_children_scripts()  # which also makes this process one whose siblings are there
-            threading.Thread(target=self._watch, daemon=True).start()
-        _choose_interface(self.cluster_environment.main_address)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+    watch: RankWatch | None = None
 
-    def _watch(self) -> None:
-        while not any(process.poll() for process in self.procs):  # None while it runs, 0 where all went well
-            if all(process.returncode == 0 for process in self.procs):
-                return
-            time.sleep(0.5)
-        time.sleep(PATIENCE)
-        print("a rank has failed and rank 0 waits for it: rank 0 is killed", file=sys.stderr, flush=True)
-        self.kill(signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def launch(self, function, *args, trainer=None, **kwargs):
+        environment = self.cluster_environment
+        if not environment.creates_processes_externally:
+            os.environ[LAUNCHER] = str(os.getpid())
+            self._call_children_scripts()  # which also makes this process one whose siblings are there
+        choose_interface(environment.main_address, one_node=self.num_nodes == 1)
+        if self.num_nodes > 1 and environment.global_rank() == 0 and not dist.is_initialized():
+            place = f"MASTER_ADDR {environment.main_address}, MASTER_PORT {environment.main_port}"
+            print(f"rank 0 waits for the ranks of {self.num_nodes} nodes at {place}", file=sys.stderr, flush=True)
+        if self.watch is None:
+            rank = environment.global_rank()
+
+            def step() -> str:
+                return f"step {trainer.global_step}"
+
+            beats = Beats(rank, environment.world_size(), step) if self.num_nodes > 1 else None
+            self.watch = RankWatch(peers_of(self.procs), rank, step, self.procs, beats=beats)
+            self.watch.start()
+        return super().launch(function, *args, trainer=trainer, **kwargs)
 
     def end(self, seconds: float) -> None:
         """Wait for the launched ranks; kill those that are still there after so many seconds."""
+        if self.watch is not None:
+            self.watch.leave()
         deadline = time.monotonic() + seconds
         for process in self.procs:
             try:
@@ -80,18 +85,23 @@ class _StartsRanks:
             self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 
-def use_rank_launcher() -> None:
+def use_rank_launcher(timeout: float | None = None) -> None:
     """Have the Trainers that are made from now on start their ranks by a `RankLauncher`, whatever their strategy.
 
     Lightning chooses the strategy by name and number of devices, so each name stands for one that does so.
+
+    Args:
+        timeout: seconds that a rank waits for another one in a collective call; None for Lightning's 1800.
     """
     for name in StrategyRegistry.available_strategies():
         known = StrategyRegistry[name]
-        strategy, init_params = known["strategy"], known["init_params"]
+        strategy, init_params = known["strategy"], dict(known["init_params"])
         # Those that fork or spawn have another launcher, and may have to be pickled.
         if init_params.get("start_method", "popen") == "popen" and not issubclass(strategy, _StartsRanks):
-            ours = type(strategy.__name__, (_StartsRanks, strategy), {})
-            StrategyRegistry.register(name, ours, known["description"], override=True, **init_params)
+            strategy = type(strategy.__name__, (_StartsRanks, strategy), {})
+        if timeout is not None and "timeout" in inspect.signature(strategy).parameters:
+            init_params["timeout"] = timedelta(seconds=timeout)
+        StrategyRegistry.register(name, strategy, known["description"], override=True, **init_params)
 
 
 @contextmanager
@@ -107,12 +117,34 @@ def ended_together(trainer: pl.Trainer) -> Iterator[None]:
                 raise KeyboardInterrupt from None
             end.code = 128 + signal.SIGINT
         raise
-    except dist.DistNetworkError as error:
-        patience = 0.0  # they wait for rank 0
-        raise UserError(_meeting_problem(trainer.global_rank, error)) from error
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) and not dist.is_initialized():
+            patience = 0.0  # they wait for rank 0
+            raise UserError(_meeting_problem(trainer.global_rank, error)) from error
+        if not _is_collective(error):
+            raise
+        _explain(trainer, error)
+        sys.exit(1 if trainer.is_global_zero else LEFT_ALONE)
     finally:
         if isinstance(trainer.strategy.launcher, RankLauncher):
             trainer.strategy.launcher.end(patience)
+
+
+def _is_collective(error: RuntimeError) -> bool:
+    """Whether an error is of a call that all ranks make, and so may well be another rank's."""
+    return isinstance(error, RankError | dist.DistError) or "gloo/" in str(error) or "NCCL" in str(error)
+
+
+def _explain(trainer: pl.Trainer, error: RuntimeError) -> None:
+    """Have one rank of each machine say which rank was lost."""
+    problem = str(error)
+    if not isinstance(error, RankError):
+        problem = f"another rank was lost, or did not come within --rank_timeout ({reason_of(error)})"
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, RankLauncher) and launcher.watch is not None:
+        launcher.watch.explain(problem)
+    else:
+        tell(f"rank {trainer.global_rank}: {problem}")
 
 
 def _meeting_problem(rank: int, error: Exception) -> str:
@@ -123,25 +155,3 @@ def _meeting_problem(rank: int, error: Exception) -> str:
         f"rank {rank}: the ranks cannot meet at MASTER_ADDR {address}, MASTER_PORT {port} "
         f"({str(error).splitlines()[0]}); set both, on every node, to an address and a free port of the node of rank 0"
     )
-
-
-def _choose_interface(main_address: str) -> None:
-    """Have gloo talk over the network interface that leads to rank 0's node.
-
-    Left to itself it takes the one that this machine's host name stands for, which may be none, or one that no other
-    node reaches.
-    """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    try:
-        family, _, _, _, address = socket.getaddrinfo(main_address, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            own = ipaddress.ip_address(probe.getsockname()[0])
-    except OSError:  # rank 0's node is not to be found: said where it is called
-        return
-    for name, addresses in psutil.net_if_addrs().items():
-        found = {ipaddress.ip_address(one.address.split("%")[0]) for one in addresses if one.family == family}
-        if own in found or (own.is_loopback and any(one.is_loopback for one in found)):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-            return

@@ -7,6 +7,16 @@ import socket
 LAUNCHED = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "LSB_JOBID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
+LONGEST_TIMEOUT = 10_000_000.0  # seconds; torch counts in nanoseconds of 64 bits, and this is four months
+
+
+def timeout_problems(seconds: float) -> list[str]:
+    """--rank_timeout is none, or one that torch could not count."""
+    if 1 <= seconds <= LONGEST_TIMEOUT:
+        return []
+    return [f"--rank_timeout {seconds:g} must be from 1 to {LONGEST_TIMEOUT:.0f} seconds"]
+
+
 def rank_problems(devices: int | str, num_nodes: int, ranks: int) -> list[str]:
     """Torchrun has started another number of ranks than the flags ask for.
 
@@ -20,6 +30,20 @@ def rank_problems(devices: int | str, num_nodes: int, ranks: int) -> list[str]:
     return [
         f"--devices {devices} on --num_nodes {num_nodes} makes {ranks} ranks, torchrun has started {started}; leave "
         "--num_nodes and --devices (or --gpus, --num_processes) out to take torchrun's"
+    ]
+
+
+def node_problems(num_nodes: int) -> list[str]:
+    """Several nodes are asked for and nothing says where the others are, so that rank 0 would wait for nobody."""
+    if num_nodes == 1 or any(name in os.environ for name in LAUNCHED if name != "NODE_RANK"):
+        return []
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if not missing:
+        return []
+    return [
+        f"--num_nodes {num_nodes}: {' and '.join(missing)} not set, so that the nodes cannot meet; start the command "
+        "by torchrun on every node (docs/several_nodes.md), or set these two and NODE_RANK there, or leave --num_nodes "
+        "out to train on this one"
     ]
 
 

@@ -10,6 +10,7 @@ needs no group: it is rank 0 of 1.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from rag.errors import ReportedError, UserError
+from rag.distributed.addresses import choose_interface
+from rag.distributed.beats import Beats
+from rag.distributed.watch import RankWatch, peers_of
+from rag.errors import RankError, ReportedError, UserError
 
 GOOD, USER_ERROR, ERROR = range(3)
-
-
-class RankError(RuntimeError):
-    """Another rank failed, left, or kept this one waiting for too long; the message names it and the step."""
 
 
 def world_size() -> int:
@@ -52,13 +52,27 @@ def joined_job(timeout: float) -> Iterator["Ranks"]:
         raise UserError(
             f"WORLD_SIZE is {size} and {', '.join(missing)} not set: start the ranks with torchrun, or unset WORLD_SIZE"
         )
+    one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ["WORLD_SIZE"]
+    choose_interface(os.environ["MASTER_ADDR"], one_node)
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=2 * timeout))
     except RuntimeError as error:
-        raise RankError(f"rank {os.environ['RANK']}: the {size} ranks did not meet ({_reason(error)})") from error
+        raise RankError(f"rank {os.environ['RANK']}: the {size} ranks did not meet ({reason_of(error)})") from error
+    watch: RankWatch | None = None
     try:
-        yield Ranks(timeout)
+        ranks = Ranks(timeout)
+        beats = None if one_node else Beats(ranks.rank, size, lambda: ranks.step)
+        watch = RankWatch(peers_of([]), ranks.rank, lambda: ranks.step, beats=beats)
+        watch.start()
+        yield ranks
+    except RankError as error:
+        if watch is None:
+            raise
+        watch.explain(str(error))
+        sys.exit(1)
     finally:
+        if watch is not None:
+            watch.leave()
         dist.destroy_process_group()
 
 
@@ -77,12 +91,13 @@ class Ranks:
         self.size = world_size()
         self.rank = dist.get_rank() if self.size > 1 else 0
         self.others = range(1, self.size)
+        self.step = "start"  # the last one that was begun
         if self.size > 1:
             try:
                 self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout))
             except RuntimeError as error:
                 raise RankError(
-                    f"rank {self.rank}: the ranks did not all meet within {2 * timeout:g} s ({_reason(error)}); if "
+                    f"rank {self.rank}: the ranks did not all meet within {2 * timeout:g} s ({reason_of(error)}); if "
                     "they run on several nodes, name the network interface between them in GLOO_SOCKET_IFNAME"
                 ) from error
 
@@ -98,6 +113,7 @@ class Ranks:
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, step: str) -> "Transfer":
         """Begin to receive an array: the sooner the quicker it comes. Arrays come in the order they were sent in."""
+        self.step = step
         tensor = torch.empty(shape, dtype=dtype)
         hint = "has failed, left or is late" if source else "has failed or left, its own message says why"
         problem = f"{step}: rank {source} {hint}"
@@ -295,7 +311,7 @@ class Transfer:
             if self.work is not None:
                 self.work.wait(timedelta(seconds=seconds))
         except RuntimeError as error:
-            raise RankError(f"{self.problem} ({_reason(error)})") from error
+            raise RankError(f"{self.problem} ({reason_of(error)})") from error
         return self.tensor.numpy()
 
 
@@ -307,6 +323,6 @@ def _attempt(work: Callable[..., Any], *args: Any) -> tuple[Any, Exception | Non
         return None, error
 
 
-def _reason(error: RuntimeError) -> str:
-    """Gloo's own words, without the place in its source and its advice."""
+def reason_of(error: RuntimeError) -> str:
+    """The first words of gloo or NCCL, without the place in its source and its advice."""
     return str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]

@@ -8,6 +8,7 @@
 Ray is an optional package, imported where it is used.
 """
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -15,12 +16,21 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
+from pathlib import Path
 
+import psutil
+
+from rag.distributed.stopped import StoppedClock, is_gone
+from rag.distributed.watch import tell
 from rag.errors import UserError
 
 # Ray's queues and arrays on a cluster of our own: a batch of queries and ids is far below a megabyte.
 OBJECT_STORE_BYTES = 100 * 2**20
+DAEMONS = ("gcs_server", "raylet")  # without one of these a cluster of our own answers nobody
+SECONDS_TO_END = 3.0  # that this process has where one of them has ended, maybe because the whole job was asked to
 
 
 class RayConnection:
@@ -37,6 +47,7 @@ class RayConnection:
     def __init__(self, address: str):
         self.address = address
         self.folder: str | None = None  # sockets and logs of a cluster of our own
+        self.guard: ClusterGuard | None = None
         self.opened = False
 
     def open(self, num_workers: int) -> dict:
@@ -66,13 +77,16 @@ class RayConnection:
 
     def close(self) -> None:
         """Disconnect, which ends what this process created; a cluster of our own ends altogether."""
+        if self.guard is not None:
+            self.guard.leave()
+            self.guard = None
         if self.opened:
             import ray
 
             ray.shutdown()
             self.opened = False
         if self.folder is not None:
-            self.remover.communicate()
+            self.remover.communicate(b"Ray is shut down\n")
             self.folder = None
 
     def _start(self, num_workers: int) -> str:
@@ -99,6 +113,8 @@ class RayConnection:
         if not _is_loopback(address):  # the switch is there and does nothing any more
             self.close()
             raise _not_on_loopback(f"it listens on {address}")
+        self.guard = ClusterGuard(self.remover.pid)
+        self.guard.start()
         return address
 
     def _connect(self, address: str, loopback: bool = False) -> None:
@@ -138,12 +154,47 @@ def _init_ray(**settings) -> None:
 
 
 def _remover(folder: str) -> subprocess.Popen:
-    """A process that removes the folder at the end of the pipe to it, so also where this process is killed.
-
-    The kernel ends Ray's processes then; they may write on for a moment.
-    """
-    command = ["sh", "-c", 'cat; rm -rf "$0"; while [ -e "$0" ]; do sleep 0.2; rm -rf "$0"; done', folder]
+    """A process that removes the cluster at the end of the pipe to it, so also where this process is killed."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("ray_remover.py")), folder]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+class ClusterGuard(threading.Thread):
+    """Ends this process and all that it started when its cluster's own processes die: Ray waits a minute or more.
+
+    Args:
+        remover: id of the process that sees to the rest of the cluster.
+    """
+
+    def __init__(self, remover: int):
+        super().__init__(daemon=True)
+        self.remover = remover
+        own = {process: process.name() for process in psutil.Process().children()}
+        self.daemons = {process: name for process, name in own.items() if name in DAEMONS}
+        self.clock = StoppedClock()
+        self.left = threading.Event()
+
+    def run(self) -> None:
+        while not self.left.wait(1.0):
+            fates = {process: "has died" for process in self.daemons if is_gone(process)}
+            fates |= dict.fromkeys(self.clock.stood_still(self.daemons), "was stopped (SIGSTOP)")
+            for process, fate in fates.items():
+                if not self.left.wait(SECONDS_TO_END):
+                    name = f"Ray's {self.daemons[process]} (process {process.pid})"
+                    tell(f"{name} {fate}, without which its workers are lost; the same command resumes")
+                    self._end_at_once()
+                return
+
+    def leave(self) -> None:
+        """From now on the cluster may end."""
+        self.left.set()
+
+    def _end_at_once(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            if process.pid != self.remover:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        os._exit(1)
 
 
 def _running_cluster() -> str | None:
@@ -223,8 +274,6 @@ def _takes_token(address: str, unknown: bool) -> bool:
     Args:
         unknown: the answer where that cannot be seen.
     """
-    import psutil
-
     host, _, port = address.rpartition(":")
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] != "raylet":

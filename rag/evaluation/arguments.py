@@ -13,12 +13,15 @@ from typing import Literal
 
 from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import parse_into
+from rag.distributed.meeting import timeout_problems
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 
 logger = logging.getLogger(__name__)
 
 AT_LEAST_ONE = ("n_docs", "eval_batch_size", "max_source_length", "num_beams", "max_length")
+# Above these it is a slip of the keyboard, and would end for want of memory.
+AT_MOST = dict.fromkeys(AT_LEAST_ONE, 1_000_000) | {"num_beams": 10_000}
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class EvalArguments(SearchArguments):
     eval_mode: Literal["e2e", "retrieval"] = flag(
         "e2e", "e2e measures answers (EM, F1), retrieval passages (precision@k, MRR)."
     )
-    gold_data_mode: Literal["qa", "ans"] = flag(
-        "qa", "e2e: qa is `question TAB ['answer', ...]`, ans is one answer a line."
+    gold_data_mode: Literal["qa", "ans", "regex"] = flag(
+        "qa",
+        "qa is `question TAB ['answer', ...]`, ans is one answer a line, regex is qa with regular expressions "
+        "(CuratedTrec); of retrieval the --answers_path, qa or regex.",
     )
     answers_path: str | None = flag(
-        None, "retrieval: file of answers (qa), for recall@k: is an answer in one of k passages?"
+        None, "retrieval: file of answers (qa or regex), for recall@k: is an answer in one of k passages?"
     )
     predictions_path: str = flag("predictions.txt", "File of predictions: written, continued or scored again.")
     recalculate: bool = flag(False, "Overwrite the predictions that are there.")
@@ -71,6 +76,11 @@ class EvalArguments(SearchArguments):
     max_length: int = flag(50, "Most tokens of an answer.")
     print_predictions: bool = flag(False, "Print each question and its answer.")
     print_docs: bool = flag(False, "Print titles and scores of each question's passages.")
+    rank_timeout: float = flag(
+        600.0,
+        "torchrun: seconds that process 0 waits for the slowest one's batch; a stopped or killed one of this machine "
+        "is told within half a minute.",
+    )
     device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
 
     @property
@@ -92,18 +102,25 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 def _range_problems(args: EvalArguments) -> list[str]:
-    problems = [
-        f"--{name} {getattr(args, name)} must be 1 or more"
-        for name in AT_LEAST_ONE
-        if getattr(args, name) is not None and getattr(args, name) < 1
+    problems = [f"--{name} {getattr(args, name)} must be 1 or more" for name in AT_LEAST_ONE if getattr(args, name) < 1]
+    problems += [
+        f"--{name} {getattr(args, name)} is too much; give {most:,} or fewer"
+        for name, most in AT_MOST.items()
+        if getattr(args, name) > most
     ]
-    if min(args.k, default=0) < 1:
-        problems.append(f"--k {' '.join(map(str, args.k))}: give one or more numbers, each 1 or more")
-    problems += args.search_problems()
+    most_k = AT_MOST["n_docs"]
+    if min(args.k, default=0) < 1 or max(args.k) > most_k:
+        ks = " ".join(map(str, args.k))
+        problems.append(f"--k {ks}: give one or more numbers, each 1 or more, and {most_k:,} or fewer")
+    problems += args.search_problems() + timeout_problems(args.rank_timeout)
+    if args.min_length < 0:
+        problems.append(f"--min_length {args.min_length} must be 0 or more")
     if args.min_length > args.max_length:
         problems.append(f"--min_length {args.min_length} is more than --max_length {args.max_length}; lower it")
     if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "auto"):
         problems.append(f"--model_type {args.model_type} retrieves nothing; measure it with --eval_mode e2e")
     if args.eval_mode == "e2e" and args.answers_path is not None:
         problems.append(f"--answers_path {args.answers_path} is for --eval_mode retrieval; leave it out")
+    if args.eval_mode == "retrieval" and args.answers_path is None and args.gold_data_mode == "regex":
+        problems.append("--gold_data_mode regex is for answers; with --eval_mode retrieval give --answers_path, too")
     return problems

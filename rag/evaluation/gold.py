@@ -6,18 +6,25 @@
 All problems of the files are reported at once, before a model is loaded.
 """
 
-import ast
+import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rag.errors import UserError, file_problems, raise_problems
 from rag.evaluation.arguments import EvalArguments
+from rag.evaluation.literals import CSV_FIELD, read_list, unquoted
 from rag.files import read_lines
+from rag.metrics import compile_pattern
+from rag.outputs import output_file_problems
 
 logger = logging.getLogger(__name__)
+
+FILE_ENDS = ("", ".jsonl", ".settings.json", ".scores.json")  # of the files that belong to the predictions
 
 
 @dataclass
@@ -25,24 +32,23 @@ class EvalData:
     """The questions and, for each, what counts as right."""
 
     questions: list[str]
-    gold: list[list[str]]  # answers (e2e) or titles (retrieval)
-    answers: list[list[str]] | None = None  # retrieval: for recall@k
+    gold: list[list[str]]  # answers or patterns (e2e), titles (retrieval)
+    answers: list[list[str]] | None = None  # retrieval: answers or patterns, for recall@k
 
 
 def read_data(args: EvalArguments) -> EvalData:
     """Questions and gold; one `UserError` for all the files that are missing or do not fit each other."""
     raise_problems(_input_problems(args))
-    questions = read_lines(args.evaluation_set)
+    questions = read_flag_lines("--evaluation_set", args.evaluation_set)
     blank = [number for number, line in enumerate(questions, start=1) if not line.strip()]
     if blank or not questions:
         what = f"line {blank[0]} is blank" if blank else "there is none"
         raise UserError(f"--evaluation_set {args.evaluation_set}: {what}; a question a line is expected")
-    if args.eval_mode == "e2e":
-        parse_line = {"qa": parse_qa_line, "ans": parse_ans_line}[args.gold_data_mode]
-        return EvalData(questions, _read_gold("--gold_data_path", args.gold_data_path, questions, parse_line))
-    data = EvalData(questions, _read_gold("--gold_data_path", args.gold_data_path, questions, parse_titles_line))
+    mode = args.gold_data_mode if args.eval_mode == "e2e" else "titles"
+    data = EvalData(questions, _read_gold("--gold_data_path", args.gold_data_path, questions, mode))
     if args.answers_path is not None:
-        data.answers = _read_gold("--answers_path", args.answers_path, questions, parse_qa_line)
+        mode = "regex" if args.gold_data_mode == "regex" else "qa"
+        data.answers = _read_gold("--answers_path", args.answers_path, questions, mode)
     return data
 
 
@@ -52,49 +58,182 @@ def checkpoint_folders(path: str) -> list[Path]:
     return sorted(folders, key=lambda folder: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", folder.name)])
 
 
+def own_predictions_path(path: str, folder: Path) -> str:
+    """--eval_all_checkpoints: where the predictions of a checkpoint's folder go."""
+    return str(Path(path).with_name(f"{Path(path).stem}.{folder.name}{Path(path).suffix}"))
+
+
 def _input_problems(args: EvalArguments) -> list[str]:
-    problems = file_problems("--evaluation_set", args.evaluation_set, "give a file of questions, one a line")
-    problems += file_problems("--gold_data_path", args.gold_data_path, "give the file of right answers or titles")
-    if args.answers_path is not None:
-        problems += file_problems("--answers_path", args.answers_path, "give a file `question TAB ['answer', ...]`")
-    if Path(args.predictions_path).is_dir():
-        problems.append(f"--predictions_path {args.predictions_path} is a folder; name a file in it")
-    for name in ("evaluation_set", "gold_data_path", "answers_path"):
-        path = getattr(args, name)
-        if path is not None and Path(path).exists() and Path(path).resolve() == Path(args.predictions_path).resolve():
-            problems.append(
-                f"--predictions_path {args.predictions_path} is --{name}, which would be overwritten; name another file"
-            )
-    if args.eval_all_checkpoints and not checkpoint_folders(args.model_name_or_path):
+    inputs = {
+        "evaluation_set": "give a file of questions, one a line",
+        "gold_data_path": "give the file of right answers or titles",
+        "answers_path": "give a file `question TAB ['answer', ...]`",
+    }
+    if args.answers_path is None:
+        del inputs["answers_path"]
+    problems = []
+    for name, remedy in inputs.items():
+        problems += file_problems(f"--{name}", getattr(args, name), remedy)
+    folders = checkpoint_folders(args.model_name_or_path) if args.eval_all_checkpoints else []
+    if args.eval_all_checkpoints and not folders:
         problems.append(
             f"--model_name_or_path {args.model_name_or_path} holds no folder checkpoint* with a config.json; "
             "give the --output_dir of finetune_rag.py, or leave --eval_all_checkpoints out"
         )
+    if output_problems := output_file_problems("--predictions_path", args.predictions_path):
+        return problems + output_problems
+    outputs = [own_predictions_path(args.predictions_path, folder) for folder in folders] or [args.predictions_path]
+    problems += _side_file_problems(outputs)
+    written = {os.path.realpath(f"{path}{end}"): f"{path}{end}" for path in outputs for end in FILE_ENDS}
+    for name in inputs:
+        path = getattr(args, name)
+        if Path(path).exists() and (file := written.get(os.path.realpath(path))):
+            what = f"--predictions_path {args.predictions_path}"
+            what += " is" if file == args.predictions_path else f": {file}, beside it, is"
+            problems.append(f"{what} --{name}, which would be overwritten; name another file")
     return problems
 
 
-def _read_gold(flag: str, path: str, questions: list[str], parse_line: Callable[[str], list[str]]) -> list[list[str]]:
-    lines = read_lines(path)
+def _side_file_problems(outputs: list[str]) -> list[str]:
+    """Why one of the files of these predictions cannot be written, as a list of none or one line."""
+    longest = f".settings.json.{os.getpid()}.tmp"  # of the names that `rag.files.atomic_write` gives
+    for path in outputs:
+        names = [f"{path}{end}" for end in FILE_ENDS] + [str(Path(path).with_name(f".{Path(path).name}{longest}"))]
+        for name in names:
+            if problems := output_file_problems("--predictions_path", name):
+                return problems
+    return []
+
+
+def _read_gold(flag: str, path: str, questions: list[str], mode: str) -> list[list[str]]:
+    lines = gold_lines(flag, path, mode)
     if len(lines) != len(questions):
         raise UserError(
             f"{flag} {path} has {len(lines)} lines, but --evaluation_set has {len(questions)}; "
-            "line n of one belongs to line n of the other"
+            f"line n of one belongs to line n of the other{_header_hint(lines)}"
         )
-    gold = parse_lines(flag, path, lines, parse_line)
-    if parse_line is parse_qa_line:
-        _warn_of_other_questions(flag, path, [line.partition("\t")[0] for line in lines], questions)
+    gold = parse_lines(flag, path, lines, mode)
+    if mode in WITH_QUESTIONS:
+        _warn_of_other_questions(flag, path, [split_qa_line(line)[0] for line in lines], questions)
     return gold
 
 
-def parse_lines(flag: str, path: str, lines: list[str], parse_line: Callable[[str], list[str]]) -> list[list[str]]:
+# --- The lines of a gold file -----------------------------------------------------------------------------------------
+
+
+def gold_lines(flag: str, path: str, mode: str) -> list[str]:
+    """The lines of a gold file; those of a .jsonl file as `question TAB ["answer", ...]`.
+
+    Args:
+        mode: of `PARSE_LINE`.
+    """
+    lines = read_flag_lines(flag, path)
+    is_json = str(path).endswith(".jsonl")
+    if mode not in WITH_QUESTIONS:
+        # Read as titles, or as one answer, such lines would score 0 without an error.
+        if is_json or sum(map(_is_qa_line, lines)) > len(lines) / 2:
+            what = (
+                "--eval_mode retrieval reads titles; give answers as --answers_path"
+                if mode == "titles"
+                else "--gold_data_mode ans reads an answer a line; give --gold_data_mode qa"
+            )
+            raise UserError(f"{flag} {path} has questions with their answers, but {what}")
+        return lines
+    return _each(flag, path, lines, _qa_line_of_json) if is_json else _joined_fields(flag, path, lines)
+
+
+def read_flag_lines(flag: str, path: str) -> list[str]:
+    """As `rag.files.read_lines`; its error names the flag."""
+    try:
+        return read_lines(path)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+
+
+def parse_lines(flag: str, path: str, lines: list[str], mode: str) -> list[list[str]]:
     """What counts as right on each line, or a `UserError` that names the first faulty one."""
-    gold = []
+    return _each(flag, path, lines, PARSE_LINE[mode])
+
+
+def _each(flag: str, path: str, lines: list[str], parse: Callable[[str], Any]) -> list:
+    results = []
     for number, line in enumerate(lines, start=1):
         try:
-            gold.append(parse_line(line))
+            results.append(parse(line))
         except ValueError as error:
-            raise UserError(f"{flag} {path}, line {number}: {error}") from error
-    return gold
+            hint = _header_hint(lines) if number == 1 else ""
+            raise UserError(f"{flag} {path}, line {number}: {error}{hint}") from error
+    return results
+
+
+def _qa_line_of_json(line: str) -> str:
+    """`{"question": ..., "answer": [...]}`, as NQ-open has it, or with `answers`, as a line with a tab."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("question"), str):
+        record = {}
+    answers = record.get("answers", record.get("answer"))
+    if answers is None:
+        raise ValueError(f'`{{"question": "...", "answer": ["...", ...]}}` is expected, not {line[:80]!r}')
+    question = " ".join(record["question"].split())
+    return f"{question}\t{json.dumps([answers] if isinstance(answers, str) else answers)}"
+
+
+def _joined_fields(flag: str, path: str, lines: list[str]) -> list[str]:
+    """The lines of a qa file, those of a quoted list of answers in one: NumPy breaks its lists at 75 characters."""
+    joined: list[str] = []
+    is_open = False
+    for line in lines:
+        if is_open:
+            joined[-1] += "\n" + line
+            is_open = line.count('"') % 2 == 0
+        else:
+            joined.append(line)
+            answers = split_qa_line(line)[1]
+            is_open = answers.startswith(('"[', '"(', '"array(')) and answers.count('"') % 2 == 1
+    if is_open:
+        raise UserError(f"{flag} {path}, line {len(joined)}: a quote before its answers is not closed")
+    return joined
+
+
+def split_qa_line(line: str) -> tuple[str, str]:
+    """The question and its answers as they are written, a csv writer's quotes and all; no answers without a tab."""
+    quoted = CSV_FIELD.match(line)  # a tab may be in it
+    if quoted and line[quoted.end() : quoted.end() + 1] == "\t":
+        return quoted[0], line[quoted.end() + 1 :].strip()
+    question, _, answers = line.partition("\t")
+    return question, answers.strip()
+
+
+def parse_qa_line(line: str) -> list[str]:
+    """`question TAB ['answer', ...]`: the answers, a list as Python, JSON or NumPy print it, quoted or not.
+
+    Blank answers are left out.
+    """
+    _, text = split_qa_line(line)
+    try:
+        answers = read_list(unquoted(text))
+    except ValueError as error:
+        hint = "" if "\t" in line else "; for an answer a line give --gold_data_mode ans"
+        raise ValueError(f"`question TAB ['answer', ...]` is expected, not {_start_of(line)}{hint}") from error
+    answers = [answer for answer in answers if answer.strip()]
+    if not answers:
+        raise ValueError(f"no answer that is not blank in {_start_of(line)}")
+    return answers
+
+
+def _start_of(line: str) -> str:
+    return repr(line if len(line) <= 80 else f"{line[:80]}...")
+
+
+def parse_pattern_line(line: str) -> list[str]:
+    """`question TAB ['pattern', ...]`: regular expressions, each of which is right."""
+    patterns = parse_qa_line(line)
+    for pattern in patterns:
+        compile_pattern(pattern)
+    return patterns
 
 
 def parse_ans_line(line: str) -> list[str]:
@@ -106,10 +245,17 @@ def parse_ans_line(line: str) -> list[str]:
 
 def parse_titles_line(line: str) -> list[str]:
     """Tab-separated titles."""
-    titles = [strip_title(title) for title in line.split("\t") if title.strip()]
+    titles = [title for title in map(strip_title, line.split("\t")) if title]
     if not titles:
         raise ValueError("blank, but tab-separated titles are expected")
     return titles
+
+
+def _is_qa_line(line: str) -> bool:
+    try:
+        return "\t" in line and bool(parse_qa_line(line))
+    except ValueError:
+        return False
 
 
 def strip_title(title: str) -> str:
@@ -117,23 +263,29 @@ def strip_title(title: str) -> str:
     return title.strip().removeprefix('"').removesuffix('"').strip()
 
 
-def parse_qa_line(line: str) -> list[str]:
-    """`question TAB ['answer', ...]`: the answers, a Python list of strings."""
-    _, tab, text = line.partition("\t")
-    try:
-        answers = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        answers = None
-    if not answers or not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        hint = "" if tab else "; for an answer a line give --gold_data_mode ans"
-        raise ValueError(f"`question TAB ['answer', ...]` is expected, not {line[:80]!r}{hint}")
-    return answers
+# By --gold_data_mode, and of retrieval.
+PARSE_LINE: dict[str, Callable[[str], list[str]]] = {
+    "qa": parse_qa_line,
+    "regex": parse_pattern_line,
+    "ans": parse_ans_line,
+    "titles": parse_titles_line,
+}
+WITH_QUESTIONS = ("qa", "regex")
+
+
+def _header_hint(lines: list[str]) -> str:
+    """Of a table's first line, which pandas writes unless it is told not to."""
+    if lines and re.fullmatch(r'"?questions?"?\t"?answers?"?\s*', lines[0], re.IGNORECASE):
+        return f"; its first line, {lines[0]!r}, is a header: take it out"
+    return ""
 
 
 def _warn_of_other_questions(flag: str, path: str, file_questions: list[str], questions: list[str]) -> None:
     """A file that is a line off scores 0 without an error."""
     pairs = zip(file_questions, questions, strict=True)
-    other = [n for n, (theirs, ours) in enumerate(pairs) if theirs.split() != ours.split()]
+    other = [
+        n for n, (theirs, ours) in enumerate(pairs) if ours.split() not in (theirs.split(), unquoted(theirs).split())
+    ]
     if other:
         logger.warning(
             f"{flag} {path}: {len(other)} of {len(questions)} questions are not those of --evaluation_set; the first, "

@@ -13,19 +13,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import RagConfig
+from transformers import PreTrainedConfig, RagConfig
 
 from rag.errors import UserError
 from rag.evaluation.arguments import AnswerPlan, EvalArguments
 from rag.evaluation.gold import strip_title
 from rag.generation.decoding import generate_answers
+from rag.generation.families import require_family
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
 from rag.models.checkpoints import load_model, load_tokenizer
-from rag.models.loading import load_config
+from rag.models.fit import complete_start, require_fit
+from rag.models.limits import beams_problems, length_problems
+from rag.models.loading import MODEL_FLAG, load_config
+from rag.models.questions import encode_questions
 from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
 
 logger = logging.getLogger(__name__)
+
+# Among the details of a batch's first question: contexts made for the batch, those that were cut, and at which length.
+CONTEXT_COUNTS = "context_counts"
 
 
 def load_predictor(
@@ -35,6 +42,7 @@ def load_predictor(
     config: RagConfig | None = None,
     device: str | None = None,
     retrieve_only: bool = False,
+    holds_answer: Callable[..., bool] = answer_recall_at_k,
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
 
@@ -42,19 +50,27 @@ def load_predictor(
         config: of a RAG model, with the index that it is to search; None for a closed-book generator.
         device: as `pick_device`'s.
         retrieve_only: lines are titles, not answers; the generator stays where it is.
+        holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
     """
     where = pick_device(device)
     tokenizer = load_tokenizer(model_name_or_path, model_type)
+    source = f"{MODEL_FLAG} {model_name_or_path}"
     if config is None:
         model = load_model(model_name_or_path, model_type).to(where)
+        require_fit(model, tokenizer, source)
+        complete_start(model, tokenizer, source)
         return partial(answer_closed_book, plan, model, tokenizer), {}
+    require_family(config.generator, source)
     # The index first: it opens in milliseconds, and says what does not fit.
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
     index = retriever.index.description()
     model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
+    require_fit(model, tokenizer, source)
+    complete_start(model, tokenizer, source)
     if retrieve_only:
-        return partial(retrieve_passages, plan, model.rag.question_encoder.to(where), retriever), index
+        question_encoder = model.rag.question_encoder.to(where)
+        return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
     return partial(answer_from_passages, plan, model.to(where), retriever), index
 
 
@@ -64,6 +80,16 @@ def rag_config(args: EvalArguments) -> RagConfig:
     config.n_docs = args.passages_per_question
     args.apply_to(config)
     return config
+
+
+def size_problems(args: EvalArguments, config: PreTrainedConfig) -> list[str]:
+    """Flags that ask for more than the model can read or write."""
+    answers = ("max_length", "min_length") if args.eval_mode == "e2e" else ()
+    lengths = {name: getattr(args, name) for name in ("max_source_length", *answers)}
+    problems = length_problems(config, lengths, f"{MODEL_FLAG} {args.model_name_or_path}")
+    if args.eval_mode == "e2e":
+        problems += beams_problems(config.generator if isinstance(config, RagConfig) else config, args.num_beams)
+    return problems
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -82,7 +108,9 @@ def pick_device(name: str | None) -> torch.device:
 
 def answer_from_passages(plan: AnswerPlan, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, model.device)
+    before = _context_counts(retriever)
     contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
+    made, cut = (now - then for now, then in zip(_context_counts(retriever), before, strict=True))
     token_ids = generate_answers(
         model,
         contexts.input_ids,
@@ -94,7 +122,14 @@ def answer_from_passages(plan: AnswerPlan, model, retriever, questions: list[str
     )
     answers = decode(retriever.generator_tokenizer, token_ids)
     passages = passage_details(contexts.doc_ids, contexts.docs, contexts.doc_scores.cpu().numpy())
-    return answers, [{"answer": answer, **details} for answer, details in zip(answers, passages, strict=True)]
+    details = [{"answer": answer, **passage} for answer, passage in zip(answers, passages, strict=True)]
+    details[0][CONTEXT_COUNTS] = [made, cut, getattr(retriever, "context_length", 0)]
+    return answers, details
+
+
+def _context_counts(retriever) -> tuple[int, int]:
+    """Contexts made so far, and those that had to be cut; of another retriever it is not known."""
+    return getattr(retriever, "contexts", 0), getattr(retriever, "cut_contexts", 0)
 
 
 def answer_closed_book(plan: AnswerPlan, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
@@ -105,7 +140,12 @@ def answer_closed_book(plan: AnswerPlan, model, tokenizer, questions: list[str],
 
 
 def retrieve_passages(
-    plan: AnswerPlan, question_encoder, retriever, questions, answers
+    plan: AnswerPlan,
+    question_encoder,
+    retriever,
+    questions,
+    answers,
+    holds_answer: Callable[..., bool] = answer_recall_at_k,
 ) -> tuple[list[str], list[dict]]:
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
     vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
@@ -114,17 +154,22 @@ def retrieve_passages(
     lines = ["\t".join(one_line(strip_title(title)) for title in detail["titles"]) for detail in details]
     if answers is not None:
         for detail, doc, right in zip(details, docs, answers, strict=True):
-            ranks = (n for n, text in enumerate(doc["text"], start=1) if answer_recall_at_k([text], right, 1))
-            detail["answer_rank"] = next(ranks, None)
+            detail["answer_rank"] = answer_rank(doc["text"], right, holds_answer)
     return lines, details
+
+
+def answer_rank(texts: list[str], answers: list[str], holds_answer: Callable[..., bool]) -> int | None:
+    """The rank, from 1, of the first passage with an answer."""
+    try:
+        return next((n for n, text in enumerate(texts, start=1) if holds_answer([text], answers, 1)), None)
+    except ValueError as error:  # a pattern takes too long
+        raise UserError(f"--answers_path: {error}; write it in another way") from error
 
 
 def encode(plan, tokenizer, questions: list[str], device):
     """input_ids and attention_mask, (B, S), padded to the longest."""
     questions = [plan.prefix + question for question in questions]
-    tokens = tokenizer(
-        questions, max_length=plan.max_source_length, truncation=True, padding="longest", return_tensors="pt"
-    )
+    tokens = encode_questions(tokenizer, questions, plan.max_source_length, padding="longest", return_tensors="pt")
     return tokens.to(device)
 
 

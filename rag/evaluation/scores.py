@@ -8,16 +8,22 @@ Line n of the predictions is scored against line n of the gold.
 """
 
 import logging
-from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
 from rag.errors import UserError
 from rag.evaluation.arguments import EvalArguments
-from rag.evaluation.gold import parse_ans_line, parse_lines, parse_qa_line, parse_titles_line, strip_title
+from rag.evaluation.gold import gold_lines, parse_lines, strip_title
 from rag.evaluation.predictions import Predictions
 from rag.files import read_lines
-from rag.metrics import exact_match_score, f1_score, metric_max_over_ground_truths, precision_at_k, reciprocal_rank
+from rag.metrics import (
+    exact_match_score,
+    f1_score,
+    metric_max_over_ground_truths,
+    pattern_match_score,
+    precision_at_k,
+    reciprocal_rank,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,21 @@ def score_answers(lines: list[str], gold: list[list[str]]) -> dict[str, float]:
         name: fmean(metric_max_over_ground_truths(metric, line, right) for line, right in pairs)
         for name, metric in (("em", exact_match_score), ("f1", f1_score))
     }
+
+
+def score_patterns(lines: list[str], patterns: list[list[str]]) -> dict[str, float]:
+    """EM: share of the answers that one of their patterns matches. F1 has no meaning for patterns.
+
+    Raises:
+        UserError: a pattern takes too long; names the line.
+    """
+    right = []
+    for number, (line, own) in enumerate(zip(lines, patterns, strict=True), start=1):
+        try:
+            right.append(any(pattern_match_score(line, pattern) for pattern in own))
+        except ValueError as error:
+            raise UserError(f"--gold_data_path, line {number}: {error}; write it in another way") from error
+    return {"em": fmean(right)}
 
 
 def score_titles(lines: list[str], gold: list[list[str]], ks: list[int], n_docs: int) -> dict[str, float]:
@@ -72,13 +93,13 @@ def get_scores(args: Any, preds_path: str, gold_data_path: str) -> dict[str, flo
     """EM and F1 of a file of answers, as fractions; logged in percent.
 
     Args:
-        args: has `gold_data_mode`, "qa" or "ans".
+        args: has `gold_data_mode`, "qa", "regex" or "ans".
 
     Raises:
         UserError: the files are of different length, or a gold line is faulty.
     """
-    parse_line = {"qa": parse_qa_line, "ans": parse_ans_line}[args.gold_data_mode]
-    return _logged(score_answers(*_read_both(preds_path, gold_data_path, parse_line)))
+    score = score_patterns if args.gold_data_mode == "regex" else score_answers
+    return _logged(score(*_read_both(preds_path, gold_data_path, args.gold_data_mode)))
 
 
 def get_precision_at_k(args: Any, preds_path: str, gold_data_path: str) -> dict[str, float]:
@@ -88,19 +109,19 @@ def get_precision_at_k(args: Any, preds_path: str, gold_data_path: str) -> dict[
         args: has `k`, a number or a list of them.
     """
     ks = [args.k] if isinstance(args.k, int) else args.k
-    lines, gold = _read_both(preds_path, gold_data_path, parse_titles_line)
+    lines, gold = _read_both(preds_path, gold_data_path, "titles")
     require_titles(preds_path, lines, max(ks))
     return _logged(score_titles(lines, gold, ks, n_docs=max(len(line.split("\t")) for line in lines)))
 
 
-def _read_both(preds_path: str, gold_data_path: str, parse_line: Callable) -> tuple[list[str], list[list[str]]]:
-    lines, gold_lines = read_lines(preds_path), read_lines(gold_data_path)
-    if len(lines) != len(gold_lines) or not lines:
+def _read_both(preds_path: str, gold_data_path: str, mode: str) -> tuple[list[str], list[list[str]]]:
+    lines, gold = read_lines(preds_path), gold_lines("gold_data_path", gold_data_path, mode)
+    if len(lines) != len(gold) or not lines:
         raise UserError(
-            f"{preds_path} has {len(lines)} lines and {gold_data_path} {len(gold_lines)}; give two files of which line "
+            f"{preds_path} has {len(lines)} lines and {gold_data_path} {len(gold)}; give two files of which line "
             "n of one belongs to line n of the other"
         )
-    return lines, parse_lines("gold_data_path", gold_data_path, gold_lines, parse_line)
+    return lines, parse_lines("gold_data_path", gold_data_path, gold, mode)
 
 
 def _logged(scores: dict[str, float]) -> dict[str, float]:

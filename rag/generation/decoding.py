@@ -26,7 +26,8 @@ from transformers.generation import (
 )
 
 from rag.generation.beams import BeamSearch
-from rag.generation.token_trees import CHUNK_TOKENS, Past, tree_decoder
+from rag.generation.plain_decoder import decoder_of
+from rag.generation.token_trees import CHUNK_TOKENS, Past
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def generate_answers(
     assert decoding in ("thorough", "fast"), decoding
     assert doc_scores.shape == (len(context_input_ids) // n_docs, n_docs), doc_scores.shape
     settings = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length, **generate_kwargs}
-    decoder = tree_decoder(model.generator)
+    decoder = decoder_of(model.generator)
     lost = doc_scores.isneginf().all(1, keepdim=True)
     first = torch.arange(n_docs, device=doc_scores.device) == 0
     doc_scores = doc_scores.to(decoder.dtype).masked_fill(lost & first, 0.0)
@@ -222,7 +223,8 @@ class _Search:
         self.processors = self.owner._get_logits_processor(
             self.config,
             input_ids_seq_length=1,
-            encoder_input_ids=self.context_input_ids,
+            # Rules on repetition hold for all contexts of an item.
+            encoder_input_ids=self.context_input_ids.reshape(-1, self.documents * self.context_input_ids.shape[1]),
             logits_processor=self.custom_processors,
             device=self.device,
         )

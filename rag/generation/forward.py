@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from rag.generation.families import FAST
+
 # What one group more costs, as tokens that could be encoded in its time: on a CPU another turn at the weights'
 # gradients, on a GPU the launch of some thousand kernels.
 GROUP_COST = {"cpu": 64, "cuda": 4096}
@@ -60,6 +62,8 @@ def context_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
 def encode_contexts(generator, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The encoder's last hidden states (N, S, d) of contexts (N, S); what stands at padding is not to be read."""
     encoder, longest, device = generator.get_encoder(), input_ids.shape[1], input_ids.device
+    if generator.config.model_type not in FAST:  # which may scale embeddings, or read differently at another length
+        return encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
     lengths = context_lengths(attention_mask).cpu().numpy()
     groups = groups_of_similar_length(lengths, GROUP_COST.get(device.type, GROUP_COST["cuda"]))
     embedded = encoder.get_input_embeddings()(input_ids)  # at once: each lookup has a gradient as large as the table
@@ -85,7 +89,9 @@ def decode_answers(generator, encoded, attention_mask, decoder_input_ids) -> tor
 
 def scaled(hidden: torch.Tensor, config) -> torch.Tensor:
     """The decoder's last hidden states as the output layer reads them: a T5 whose embeddings are tied scales them."""
-    return hidden * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else hidden
+    if getattr(config, "scale_decoder_outputs", False) or (config.model_type == "umt5" and config.tie_word_embeddings):
+        return hidden * config.d_model**-0.5
+    return hidden
 
 
 def output_layer(generator) -> tuple[torch.Tensor, torch.Tensor]:

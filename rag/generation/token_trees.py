@@ -1,6 +1,6 @@
 """BART's and T5's decoders over trees of tokens that hang on documents; nothing is computed or kept twice.
 
-    decoder = tree_decoder(generator)
+    decoder = BartDecoder(generator)
     memory = decoder.read(context_input_ids, context_attention_mask)  # each document encoded and projected once
     hidden = decoder.decode(tokens, depths, ancestors, memory)  # all tokens of the tree of each document in one pass
 
@@ -75,14 +75,32 @@ class Past:
             self.layers[i] = kept
 
 
-class TreeDecoder(ABC):
-    """A generator's encoder and decoder, the decoder over trees of tokens; the subclasses know their layers."""
+class TokenScores:
+    """A generator's output layer: from what the decoder says to the probabilities of words."""
 
     def __init__(self, generator):
-        self.encoder, self.decoder, self.config = generator.get_encoder(), generator.get_decoder(), generator.config
         self.pad = generator.config.pad_token_id
         self.weight, self.bias = output_layer(generator)  # (vocabulary, d), (vocabulary)
         self.dtype = full_precision(self.weight[:0]).dtype  # of log-probabilities
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return full_precision(linear(hidden, self.weight, self.bias))
+
+    def token_log_probs(self, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p(targets | hidden[:, places]): (n, N, d), (E), (E) to (n, E), without all logits at a time."""
+        chunks = zip(self.weight.split(CHUNK_VOCABULARY), self.bias.split(CHUNK_VOCABULARY), strict=True)
+        normalizers = [_logsumexp(full_precision(linear(hidden, weight, bias))) for weight, bias in chunks]
+        normalizer = torch.stack(normalizers).logsumexp(0)  # (n, N)
+        logits = full_precision(hidden[:, places] * self.weight[targets]).sum(-1) + self.bias[targets]
+        return logits - normalizer[:, places]
+
+
+class TreeDecoder(TokenScores, ABC):
+    """A generator's encoder and decoder, the decoder over trees of tokens; the subclasses know their layers."""
+
+    def __init__(self, generator):
+        super().__init__(generator)
+        self.encoder, self.decoder, self.config = generator.get_encoder(), generator.get_decoder(), generator.config
 
     n_heads: int
     scale: float | None  # of attention's products; None is 1 / sqrt(head size)
@@ -165,17 +183,6 @@ class TreeDecoder(ABC):
         attended = scaled_dot_product_attention(self.heads(query), keys, values, attn_mask=mask, scale=self.scale)
         return attended.transpose(1, 2).flatten(2)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return full_precision(linear(hidden, self.weight, self.bias))
-
-    def token_log_probs(self, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p(targets | hidden[:, places]): (n, N, d), (E), (E) to (n, E), without all logits at a time."""
-        chunks = zip(self.weight.split(CHUNK_VOCABULARY), self.bias.split(CHUNK_VOCABULARY), strict=True)
-        normalizers = [_logsumexp(full_precision(linear(hidden, weight, bias))) for weight, bias in chunks]
-        normalizer = torch.stack(normalizers).logsumexp(0)  # (n, N)
-        logits = full_precision(hidden[:, places] * self.weight[targets]).sum(-1) + self.bias[targets]
-        return logits - normalizer[:, places]
-
 
 class BartDecoder(TreeDecoder):
     def __init__(self, generator):
@@ -244,11 +251,4 @@ class T5Decoder(TreeDecoder):
         return scaled(self.decoder.final_layer_norm(hidden), self.config)
 
 
-DECODERS: dict[str, type[TreeDecoder]] = {"bart": BartDecoder, "t5": T5Decoder}
-
-
-def tree_decoder(generator) -> TreeDecoder:
-    if generator.config.model_type not in DECODERS:
-        known = " and ".join(DECODERS)
-        raise ValueError(f"a RAG model's generator must be {known}, not {generator.config.model_type}")
-    return DECODERS[generator.config.model_type](generator)
+DECODERS: dict[str, type[TreeDecoder]] = {"bart": BartDecoder, "t5": T5Decoder, "mt5": T5Decoder}

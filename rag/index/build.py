@@ -198,7 +198,7 @@ def _factory_problem(factory: str) -> str | None:
         return f"its numbers must be from 1 to {MOST_OF_ANYTHING:,}"
     links = [int(number) for number in re.findall(r"(?:HNSW|NSG)(\d+)", factory)]
     if any(not 2 <= number <= MOST_LINKS for number in links):
-        return f"a vector has from 2 to {MOST_LINKS:,} links"
+        return f"a vector has from 2 to {MOST_LINKS:,} links (--m, or the number behind HNSW or NSG)"
     if "Dedup" in factory:
         return "equal passages would share one number"
     return None

@@ -117,8 +117,8 @@ class TextColumn(_Column):
             chunk = chunk.cast(pa.large_string())
         _, offsets, data = chunk.buffers()
         # Of a memoryview a number is read in half the time that numpy takes.
-        offsets = memoryview(offsets).cast("q" if pa.types.is_large_string(chunk.type) else "i")
-        offsets = offsets[chunk.offset : chunk.offset + len(chunk) + 1]
+        form, size = ("q", 8) if pa.types.is_large_string(chunk.type) else ("i", 4)
+        offsets = memoryview(offsets)[chunk.offset * size : (chunk.offset + len(chunk) + 1) * size].cast(form)
         if (np.diff(np.asarray(offsets)) < 0).any():
             raise pa.ArrowInvalid("a string ends before it begins")
         return offsets, memoryview(data if data is not None else b"")

@@ -15,7 +15,7 @@ import numpy as np
 
 from rag.index.faiss_kinds import parts_of, transforms_of, view_of
 
-ROWS_AT_A_TIME = 2**22
+NUMBERS_AT_A_TIME = 2**18
 METRIC_NAMES = {faiss.METRIC_INNER_PRODUCT: "inner product", faiss.METRIC_L2: "distance"}
 
 
@@ -117,7 +117,8 @@ def links_problem(levels, offsets, links, first_of_level, entry_point: int, max_
         if (np.diff(offsets[start : end + 1].astype(np.int64)) != slots[of_these]).any():
             return "an HNSW graph of which the links are not where they should be"
     for start, end in _spans(len(links)):
-        if links[start:end].min() < -1 or links[start:end].max() >= count:
+        block = np.array(links[start:end])  # a copy lies in the cache and is aligned, as the file's numbers are not
+        if block.min() < -1 or block.max() >= count:
             return f"an HNSW graph with links to vectors beyond its {count}"
     for start, end in _spans(count):
         upper = start + np.flatnonzero(levels[start:end] > 1)
@@ -131,5 +132,5 @@ def links_problem(levels, offsets, links, first_of_level, entry_point: int, max_
 
 
 def _spans(count: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, ROWS_AT_A_TIME):
-        yield start, min(start + ROWS_AT_A_TIME, count)
+    for start in range(0, count, NUMBERS_AT_A_TIME):
+        yield start, min(start + NUMBERS_AT_A_TIME, count)

@@ -22,7 +22,8 @@ from rag.files import json_digest, load_json, save_json
 DESCRIPTION_FILE = "index.json"
 # Two lots of passages can share an index where these are equal.
 VECTOR_FIELDS = (
-    "encoder_digest", "pooling", "normalize", "input", "max_length", "precision", "embeddings", "words_a_passage",
+    "encoder_digest", "pooling", "normalize", "input", "passage_prompt", "max_length", "precision", "embeddings",
+    "words_a_passage",
 )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ class IndexDescription:
     pooling: str = ""
     normalize: bool | None = None
     input: str = ""  # "title, text" (a pair) or "title text"
+    passage_prompt: str = ""  # text before each passage
     max_length: int = 0  # tokens the encoder reads
     precision: str = ""  # dtype of the encoder's weights
     embeddings: str = ""  # dtype of the vectors on disk
@@ -107,7 +109,10 @@ class IndexDescription:
     def passages_digest(self) -> str:
         """A digest of passages, encoder and settings, wherever documents and encoder lie."""
         names = (*VECTOR_FIELDS, "dimension", "csv_digest", "drop_duplicates", "documents", "passages")
-        return json_digest({name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        if not self.passage_prompt:
+            del values["passage_prompt"]  # so that passages from before there were prompts are known again
+        return json_digest(values)
 
     def part(self) -> DocumentsPart:
         """The documents, as one of the parts."""

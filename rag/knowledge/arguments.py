@@ -60,8 +60,11 @@ class KnowledgeArguments(EffortArguments):
         "facebook/dpr-ctx_encoder-single-nq-base",
         "Folder or hub name of the context encoder; the RAG model's question encoder must match.",
     )
-    ctx_encoder_pooling: Literal["auto", "cls", "mean", "max"] = flag(
+    ctx_encoder_pooling: Literal["auto", "cls", "mean", "max", "last"] = flag(
         "auto", "How token vectors become one vector, as consolidate_rag_checkpoint's --question_encoder_pooling."
+    )
+    ctx_encoder_prompt: str | None = flag(
+        None, "Text before every passage; left out, the one that the encoder's sentence-transformers folder names."
     )
     output_dir: str = flag("output/my_knowledge", "Folder for the passages and their index.")
     append: bool = flag(False, "Add the documents of --csv_path to the knowledge that --output_dir holds.")
@@ -104,7 +107,8 @@ class KnowledgeArguments(EffortArguments):
     question_encoder_name_or_path: str | None = flag(
         None, "Encoder of --search; left out, --rag_model_name's, or the passages' own if it is no DPR."
     )
-    question_encoder_pooling: Literal["auto", "cls", "mean", "max"] = flag("auto", "As --ctx_encoder_pooling.")
+    question_encoder_pooling: Literal["auto", "cls", "mean", "max", "last"] = flag("auto", "As --ctx_encoder_pooling.")
+    question_encoder_prompt: str | None = flag(None, "Text before every question of --search; left out, the encoder's.")
 
     @property
     def of_words(self) -> bool:

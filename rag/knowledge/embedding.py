@@ -14,6 +14,10 @@ from transformers import PreTrainedModel
 from rag.errors import UserError
 from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.shards import Passages
+from rag.models.limits import most_tokens
+
+# What a tokenizer that knows of no limit says, and the tokens that are read where nothing names one: most encoders'.
+ANY_LENGTH, TOKENS_OF_NO_LIMIT = int(1e30), 512
 
 FITTING = "put the tokenizer beside the encoder that belongs to it"
 
@@ -32,6 +36,8 @@ class PassageEmbedder:
     Attributes:
         dimension: d.
         max_length: tokens an encoder can read; longer passages are cut.
+        prompt: text before every passage.
+        lower_case: whether passages are lower-cased first.
         cut: passages that were.
     """
 
@@ -46,7 +52,12 @@ class PassageEmbedder:
         self.dimension = encoder_dimension(encoder)
         self.as_pair = encoder.config.model_type == "dpr"
         backbone = encoder.config if self.as_pair else encoder.config.backbone
-        self.max_length = min(tokenizer.model_max_length, backbone.max_position_embeddings)
+        own = getattr(encoder.config, "max_length", None) or ANY_LENGTH
+        self.max_length = min(tokenizer.model_max_length, most_tokens(backbone) or ANY_LENGTH, own)
+        if self.max_length == ANY_LENGTH:  # nothing names a limit
+            self.max_length = TOKENS_OF_NO_LIMIT
+        self.prompt = getattr(encoder.config, "passage_prompt", "")
+        self.lower_case = getattr(encoder.config, "lower_case", False)
         self.cut = 0
         # Each batch is padded on its own, after all were tokenized to be sorted: the slower way, which it warns of.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
@@ -55,6 +66,7 @@ class PassageEmbedder:
         """Fields of `IndexDescription`: what bears on the vectors beside the encoder's weights, here or on `device`."""
         return {
             "input": "title, text" if self.as_pair else "title text",
+            "passage_prompt": self.prompt,
             "max_length": self.max_length,
             "precision": str(precision_on(device or self.device)).removeprefix("torch."),
         }
@@ -74,7 +86,9 @@ class PassageEmbedder:
         if self.as_pair:
             titles, texts = map(list, zip(*passages, strict=True))
         else:
-            titles, texts = [f"{title} {text}".strip() for title, text in passages], None
+            titles, texts = [self.prompt + f"{title} {text}".strip() for title, text in passages], None
+            if self.lower_case:
+                titles = [title.lower() for title in titles]
         # DPR was trained, and the public suite embeds, without telling title and text apart by token types.
         tokens = self._tokenized(titles, texts)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])

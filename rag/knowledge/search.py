@@ -11,40 +11,58 @@ from pathlib import Path
 
 import torch
 
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import PASSAGES_FOLDER
 from rag.knowledge.printing import print_passages
 from rag.models.checkpoints import load_model, load_tokenizer, weights_digest
 from rag.models.encoders import load_encoder
+from rag.models.fit import complete_start, require_fit, vocabulary_problems
+from rag.models.questions import encode_questions, with_prompt
 
 RAG_FLAG = "--rag_model_name"
 QUESTION_ENCODER_FLAG = "--question_encoder_name_or_path"
 
 
 def load_question_encoder(
-    description: IndexDescription, name: str | None = None, pooling: str = "auto", rag_model_name: str | None = None
+    description: IndexDescription,
+    name: str | None = None,
+    pooling: str = "auto",
+    rag_model_name: str | None = None,
+    prompt: str | None = None,
 ):
     """The encoder of questions and its tokenizer: as named, the RAG checkpoint's, or the one that embedded passages.
+
+    Args:
+        prompt: before every question, in place of the one that the encoder's folder names.
 
     Raises:
         UserError: none of them is there, or it is not what it was when the passages were embedded.
     """
     if name is not None:
-        encoder = load_encoder(name, "question", pooling, flag=QUESTION_ENCODER_FLAG)
-        return encoder, load_tokenizer(name, flag=QUESTION_ENCODER_FLAG)
+        encoder = load_encoder(name, "question", pooling, flag=QUESTION_ENCODER_FLAG, prompt=prompt)
+        return encoder, _question_tokenizer(name, encoder)
     if rag_model_name is not None:
-        encoder = load_model(rag_model_name, flag=RAG_FLAG).rag.question_encoder
-        return encoder, load_tokenizer(rag_model_name, flag=RAG_FLAG).question_encoder
+        model, tokenizer = load_model(rag_model_name, flag=RAG_FLAG), load_tokenizer(rag_model_name, flag=RAG_FLAG)
+        if model.config.model_type != "rag":
+            raise UserError(f"{RAG_FLAG} {rag_model_name} is a {model.config.model_type} model; give a RAG checkpoint")
+        require_fit(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
+        return model.rag.question_encoder, tokenizer.question_encoder
     remedy = f"give {QUESTION_ENCODER_FLAG}, or {RAG_FLAG} CHECKPOINT"
     if description.input == "title, text":  # DPR: questions have an encoder of their own
         raise UserError(f"--search needs the question encoder that belongs to {description.encoder}; {remedy}")
     pooling = "auto" if description.normalize else description.pooling  # only "auto" normalizes
-    encoder = load_encoder(description.encoder, "question", pooling, flag=QUESTION_ENCODER_FLAG)
+    encoder = load_encoder(description.encoder, "question", pooling, flag=QUESTION_ENCODER_FLAG, prompt=prompt)
     if weights_digest(encoder) != description.encoder_digest:
         raise UserError(f"--search: {description.encoder} is not what it was when the passages were embedded; {remedy}")
-    return encoder, load_tokenizer(description.encoder, flag=QUESTION_ENCODER_FLAG)
+    return encoder, _question_tokenizer(description.encoder, encoder)
+
+
+def _question_tokenizer(name: str, encoder):
+    tokenizer = load_tokenizer(name, flag=QUESTION_ENCODER_FLAG)
+    raise_problems(vocabulary_problems(encoder, tokenizer, f"{QUESTION_ENCODER_FLAG} {name}"))
+    return with_prompt(tokenizer, encoder.config)
 
 
 def search_passages(
@@ -66,7 +84,7 @@ def search_passages(
         description.dimension, output / PASSAGES_FOLDER, output / description.index, **effort
     )
     index.init_index()
-    tokens = tokenizer(questions, padding=True, truncation=True, return_tensors="pt")
+    tokens = encode_questions(tokenizer, questions, padding=True, return_tensors="pt")
     with torch.inference_mode():
         vectors = encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0].numpy()  # (Q, d)
     if vectors.shape[1] != description.dimension:
@@ -82,14 +100,18 @@ def search_passages(
 def answer_question(question: str, rag_model_name: str, index_flags: dict[str, str]) -> str:
     """Print the passages that a RAG model retrieves for a question, their scores, and its answer; return the answer."""
     from rag.generation.decoding import generate_answers
+    from rag.generation.families import require_family
     from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 
     model = load_model(rag_model_name, config_overrides=index_flags, flag=RAG_FLAG)
     tokenizer = load_tokenizer(rag_model_name, flag=RAG_FLAG)
+    require_family(model.config.generator, f"{RAG_FLAG} {rag_model_name}")
+    require_fit(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
+    complete_start(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
     retriever = RagKnowledgeRetriever(model.config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
     n_docs = min(model.config.n_docs, len(retriever.index))
-    tokens = tokenizer.question_encoder(question, truncation=True, return_tensors="pt")
+    tokens = encode_questions(tokenizer.question_encoder, [question], return_tensors="pt")
     with torch.inference_mode():
         contexts = retrieve_contexts(
             model.rag, retriever, tokens["input_ids"], tokens["attention_mask"], n_docs, [question]

@@ -21,9 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from rag.distributed.ray_cluster import RayConnection
+from rag.distributed.stopped import StoppedClock
 from rag.errors import UserError
 from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.embedding import PassageEmbedder
@@ -77,6 +79,7 @@ class EncoderPlan:
     digest: str
     batch_size: int
     device: str
+    prompt: str | None = None
 
 
 def encoding_workers(embedder: PassageEmbedder, plan: EncoderPlan, resources: EncodingResources):
@@ -100,7 +103,7 @@ def embed_shard(plan: EncoderPlan, shard: Passages) -> tuple[np.ndarray, int]:
 
 @lru_cache(maxsize=1)
 def _embedder(plan: EncoderPlan) -> PassageEmbedder:
-    encoder = load_encoder(plan.name, "context", plan.pooling, flag=ENCODER_FLAG)
+    encoder = load_encoder(plan.name, "context", plan.pooling, flag=ENCODER_FLAG, prompt=plan.prompt)
     if weights_digest(encoder) != plan.digest:
         raise UserError(
             f"{ENCODER_FLAG} {plan.name} has other weights on {os.uname().nodename} than where the command was given; "
@@ -165,6 +168,7 @@ class NodeWorkers(Workers):
     def __init__(self, embedder: PassageEmbedder, plan: EncoderPlan, processes: int):
         super().__init__(embedder, plan)
         self.processes = processes
+        self.clock, self.stopped = StoppedClock(), None
         spawn = multiprocessing.get_context("spawn")  # a fork would share the first process's CUDA, and its locks
         gpus = spawn.Queue()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -179,6 +183,11 @@ class NodeWorkers(Workers):
     def __exit__(self, _, error, traceback) -> None:
         self.pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
+            if self.stopped is not None:
+                raise UserError(
+                    f"--num_encoding_processes {self.processes}: process {self.stopped} was stopped (SIGSTOP) and "
+                    f"stood still for {self.clock.patience:g} s: {RESUMES}"
+                ) from error
             raise UserError(
                 f"one of {self.processes} processes that encode was killed, as happens when memory runs out; give "
                 f"fewer --num_encoding_processes or a smaller --batch_size: {RESUMES}"
@@ -188,7 +197,11 @@ class NodeWorkers(Workers):
         return self.pool.submit(embed_shard, self.plan, shard)
 
     def _ready(self, answers: list) -> list:
-        return list(wait(answers, return_when=FIRST_COMPLETED).done)
+        while not (done := wait(answers, timeout=1.0, return_when=FIRST_COMPLETED).done):
+            for process in self.clock.stood_still(psutil.Process().children()):
+                self.stopped = process.pid
+                process.kill()  # which breaks the pool
+        return list(done)
 
     def _result(self, answer) -> tuple[np.ndarray, int]:
         return answer.result()

@@ -9,8 +9,10 @@ random with a warning, and cannot generate with a T5 whose decoder is not as dee
 refused and made to work.
 """
 
+import logging
 import os
 from collections.abc import Callable
+from functools import cache
 
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -30,7 +32,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
 from rag.models.encoders import encoder_dimension
-from rag.models.loading import MODEL_FLAG, checkpoint_errors, hub_access, load_config, load_weights, read_json
+from rag.models.limits import most_tokens
+from rag.models.loading import (
+    MODEL_FLAG,
+    NOT_RUN,
+    checkpoint_errors,
+    hub_access,
+    load_config,
+    load_weights,
+    read_json,
+)
+from rag.models.questions import with_prompt
+from rag.models.sentence_transformers import transformer_folder
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = {
     "rag_sequence": RagSequenceForGeneration,
@@ -73,17 +88,48 @@ def load_model(
         UserError: there is no such checkpoint, or its weights are not exactly those that the model needs.
     """
     config = load_config(config_name or path, cache_dir=cache_dir, flag="--config_name" if config_name else flag)
-    model_type = model_type or _model_type_of(config, path, flag)
-    if (model_type in RAG_TYPES) != isinstance(config, RagConfig):
-        kind = "a RAG checkpoint" if isinstance(config, RagConfig) else f"a {config.model_type} checkpoint"
-        raise UserError(
-            f"--model_type {model_type} does not fit {flag} {path}, which is {kind}; leave --model_type out"
-        )
+    model_type = fitting_model_type(config, path, model_type, flag)
     override_config(config, config_overrides or {})
     prepare_config(config)
     _complete(config)
+    if isinstance(config, RagConfig):
+        readable = most_tokens(config.generator)
+        if readable is not None and readable < config.max_combined_length:
+            _warn_once(
+                f"{flag} {path}: contexts are cut at {readable} tokens, all that its generator reads, not at "
+                f"max_combined_length {config.max_combined_length}"
+            )
     model = load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
-    return restore_generation_settings(model, path, cache_dir)
+    return restore_generation_settings(model, path, cache_dir, flag)
+
+
+def fitting_model_type(
+    config: PreTrainedConfig, path: str, model_type: str | None = None, flag: str = MODEL_FLAG
+) -> str:
+    """The key of MODEL_CLASSES to load the checkpoint at `path` by: `model_type` where it is given, else its config's.
+
+    The weights of the two RAG models are the same, and so it is said, once, where one is read as the other.
+
+    Raises:
+        UserError: the checkpoint is of another kind, or does not say of which.
+    """
+    if model_type is None:
+        return _model_type_of(config, path, flag)
+    kind = "rag" if model_type in RAG_TYPES else model_type
+    if kind not in (config.model_type, "auto") or (kind == "auto" and isinstance(config, RagConfig)):
+        of = "a RAG checkpoint" if isinstance(config, RagConfig) else f"a {config.model_type} checkpoint"
+        raise UserError(f"--model_type {model_type} does not fit {flag} {path}, which is {of}; leave --model_type out")
+    if kind == "auto":
+        _model_type_of(config, path, flag)  # it has to be a generator
+    trained_as = [name for name in RAG_TYPES if MODEL_CLASSES[name].__name__ in (config.architectures or [])]
+    if kind == "rag" and trained_as and model_type not in trained_as:
+        _warn_once(f"{flag} {path} is a {trained_as[0]} checkpoint and is read as --model_type {model_type}")
+    return model_type
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def infer_model_type(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> str:
@@ -159,17 +205,20 @@ def compose_rag(model_type: str, question_encoder, generator, config: RagConfig 
     return model.eval()
 
 
-def restore_generation_settings(model: PreTrainedModel, path: str, cache_dir: str | None = None) -> PreTrainedModel:
+def restore_generation_settings(
+    model: PreTrainedModel, path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG
+) -> PreTrainedModel:
     """Give a RAG model, and its generator, the generation settings that were saved with it."""
     if not isinstance(model.config, RagConfig):
         return model
     generator = model.generator
-    saved = read_json(path, "generation_config.json", cache_dir)
+    saved = read_json(path, "generation_config.json", cache_dir, flag)
     if saved is None:  # older checkpoints keep them in the generator's part of config.json
-        saved = read_json(path, "config.json", cache_dir).get("generator", {})
+        saved = (read_json(path, "config.json", cache_dir, flag) or {}).get("generator", {})
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
     generation_kwargs = {name: value for name, value in saved.items() if name in known and value is not None}
-    generator.generation_config.update(**generation_kwargs)
+    with checkpoint_errors(flag, path):
+        generator.generation_config.update(**generation_kwargs)
     model.generation_config = generator.generation_config
     return model
 
@@ -190,25 +239,32 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
     Args:
         model_type: a key of MODEL_CLASSES; None looks at the checkpoint's config, which a bare tokenizer need not have.
     """
+    if model_type is None and (read_json(path, "config.json", cache_dir, flag) or {}).get("model_type") == "rag":
+        model_type = "rag_sequence"
+    if model_type in RAG_TYPES:
+        config = load_config(path, cache_dir, flag)
+        if not isinstance(config, RagConfig):
+            raise UserError(f"{flag} {path} has one tokenizer, a RAG model two; give the folder of a RAG checkpoint")
+        parts = {
+            "question_encoder": {"config": config.question_encoder, "subfolder": "question_encoder_tokenizer"},
+            "generator": {"config": config.generator, "subfolder": "generator_tokenizer"},
+        }
+        tokenizers = {name: _load_tokenizer(path, cache_dir, flag, part) for name, part in parts.items()}
+        with_prompt(tokenizers["question_encoder"], config.question_encoder)
+        return RagTokenizer(**tokenizers)
+    return _load_tokenizer(transformer_folder(path, cache_dir, flag), cache_dir, flag, {})
 
-    def load(**part):
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, **hub_access(path), **part)
-        if len(tokenizer) <= len(
-            tokenizer.all_special_ids
-        ):  # transformers makes an empty one where the files are missing
-            raise OSError("it holds no tokenizer")
-        return tokenizer
 
+def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
     with checkpoint_errors(flag, path):
-        if model_type is None and (read_json(path, "config.json", cache_dir) or {}).get("model_type") != "rag":
-            return load()
-        if model_type is not None and model_type not in RAG_TYPES:
-            return load()
-        config = RagConfig.from_pretrained(path, cache_dir=cache_dir, **hub_access(path))
-        return RagTokenizer(
-            question_encoder=load(config=config.question_encoder, subfolder="question_encoder_tokenizer"),
-            generator=load(config=config.generator, subfolder="generator_tokenizer"),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, **hub_access(path), **NOT_RUN, **part)
+        # transformers makes an empty one where the files are missing
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise OSError("it holds no tokenizer")
+        tokenizer("a ?")  # some faults of its files show only here
+        if tokenizer.pad_token_id is None:
+            raise ValueError("its tokenizer has no padding token")
+    return tokenizer
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -7,13 +7,23 @@
 Each is called as transformers' DPR encoders are, and is saved with what says how it pools.
 """
 
-from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTrainedModel
+from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTrainedConfig, PreTrainedModel
 
 from rag.errors import UserError
-from rag.models.loading import load_config, load_weights, read_json
-from rag.models.pooled_encoder import POOLINGS, PooledEncoder, PooledEncoderConfig
+from rag.models.loading import checkpoint_errors, load_config, load_weights
+from rag.models.pooled_encoder import ENCODER_HALVES, PooledEncoder, PooledEncoderConfig, reads_forward
+from rag.models.sentence_transformers import Card, read_card
 
 DPR_CLASSES = {"question": DPRQuestionEncoder, "context": DPRContextEncoder}
+PROMPTS = {"question": "query_prompt", "context": "passage_prompt"}
+
+
+def read_encoder_config(
+    path: str, cache_dir: str | None = None, flag: str = "--question_encoder_name_or_path"
+) -> tuple[PreTrainedConfig, Card | None]:
+    """The config of the transformer at `path`, and what a sentence-transformers folder says beside."""
+    card = read_card(path, cache_dir, flag)
+    return load_config(path if card is None else card.folder, cache_dir, flag), card
 
 
 def load_encoder(
@@ -22,57 +32,85 @@ def load_encoder(
     pooling: str = "auto",
     cache_dir: str | None = None,
     flag: str = "--question_encoder_name_or_path",
+    prompt: str | None = None,
 ) -> PreTrainedModel:
     """The encoder at `path`, whose output [0] is (B, d), in evaluation mode and float32.
 
     Args:
-        role: "question" or "context": which of DPR's two classes a DPR checkpoint is loaded into.
+        role: "question" or "context": which of DPR's two classes a DPR checkpoint is loaded into, and whose prompt
+            `prompt` is.
         pooling: "auto" takes a DPR or pooled encoder as it is, a sentence-transformers folder as its authors meant it
-            and any other encoder by its first token; "cls", "mean" and "max" pool so, without normalizing.
+            and any other encoder by its first token; "cls", "mean", "max" and "last" pool so, without normalizing.
+        prompt: text before every question, or passage, in place of the one that the folder names.
 
     Raises:
         UserError: there is no such encoder, it lacks weights, or it cannot be pooled so.
     """
-    config = load_config(path, cache_dir, flag)
+    config, card = read_encoder_config(path, cache_dir, flag)
     if config.model_type == "dpr":
-        dpr_class = DPR_CLASSES[role]
-        if dpr_class.__name__ not in (config.architectures or [dpr_class.__name__]):
-            raise UserError(f"{flag} {path} is a {config.architectures[0]}; give a {dpr_class.__name__}")
-        if pooling not in ("auto", "cls"):
-            raise UserError(f"{flag} {path} is a DPR encoder, which takes its first token; leave the pooling on auto")
-        return load_weights(dpr_class, path, flag, config=config, cache_dir=cache_dir)
+        return _load_dpr(path, role, pooling, cache_dir, flag, prompt, config)
+    prompts = {} if prompt is None else {PROMPTS[role]: prompt}
     if config.model_type == "pooled_encoder":
         if pooling != "auto":
-            config.pooling, config.normalize = pooling, False
+            config.pooling, config.normalize, config.dense = pooling, False, None
+        _require_pooling(config.backbone, config.pooling, path, flag)
+        for name, value in prompts.items():
+            setattr(config, name, value)
         return load_weights(PooledEncoder, path, flag, config=config, cache_dir=cache_dir)
-    if config.is_encoder_decoder:
+    half = ENCODER_HALVES.get(config.model_type)
+    if config.is_encoder_decoder and half is None:
         raise UserError(
             f"{flag} {path} is a {config.model_type} model, not an encoder; give a DPR or BERT-like encoder"
         )
-    normalize = False
-    if pooling == "auto":
-        pooling, normalize = _pooling_of_sentence_transformer(path, cache_dir, flag)
-    backbone = load_weights(AutoModel, path, flag, config=config, cache_dir=cache_dir)
-    return PooledEncoder(PooledEncoderConfig(backbone=config, pooling=pooling, normalize=normalize), backbone).eval()
+    transformer, settings = (path, {}) if card is None else (card.folder, card.settings)
+    if pooling != "auto":
+        settings = settings | {"pooling": pooling, "normalize": False, "dense": None}
+    settings = {"pooling": "cls", "normalize": False} | settings | prompts
+    _require_pooling(config, settings["pooling"], path, flag)
+    backbone = load_weights(
+        half or AutoModel, transformer, flag, without_heads=True, config=config, cache_dir=cache_dir
+    )
+    encoder = PooledEncoder(PooledEncoderConfig(backbone=config, **settings), backbone)
+    with checkpoint_errors(flag, path):
+        for layer, weights in zip(encoder.dense, card.dense if card and settings["dense"] else [], strict=True):
+            layer.load_state_dict(weights)
+    return encoder.eval()
+
+
+def _load_dpr(path, role, pooling, cache_dir, flag, prompt, config) -> PreTrainedModel:
+    dpr_class = DPR_CLASSES[role]
+    if dpr_class.__name__ not in (config.architectures or [dpr_class.__name__]):
+        raise UserError(f"{flag} {path} is a {config.architectures[0]}; give a {dpr_class.__name__}")
+    if pooling not in ("auto", "cls"):
+        raise UserError(f"{flag} {path} is a DPR encoder, which takes its first token; leave the pooling on auto")
+    if prompt:
+        raise UserError(f"{flag} {path} is a DPR encoder, which was trained without prompts; leave {prompt!r} out")
+    return load_weights(dpr_class, path, flag, config=config, cache_dir=cache_dir)
+
+
+def _require_pooling(config: PreTrainedConfig, pooling: str, path: str, flag: str) -> None:
+    """Raise `UserError` where the first token's vector says nothing of the text."""
+    if pooling == "cls" and (reads_forward(config) or config.model_type in ENCODER_HALVES):
+        raise UserError(
+            f"{flag} {path} is a {config.model_type} model, whose first token says nothing of the text, and its folder "
+            "does not say how it is pooled; give the pooling: mean, max or last"
+        )
+
+
+def describe_encoder(encoder: PreTrainedModel) -> str:
+    """One line: how an encoder makes a vector of a text."""
+    config = encoder.config
+    if config.model_type != "pooled_encoder":
+        return type(encoder).__name__
+    parts = [f"{type(encoder).__name__} of {config.backbone.model_type}", f"{config.pooling} pooling"]
+    parts += [f"{len(config.dense)} dense"] if config.dense else []
+    parts += ["normalized"] if config.normalize else []
+    parts += [f"{config.max_length} tokens"] if config.max_length else []
+    parts += ["lower-cased"] if config.lower_case else []
+    parts += [f"{name} {value!r}" for name in PROMPTS.values() if (value := getattr(config, name))]
+    return ", ".join(parts)
 
 
 def encoder_dimension(encoder: PreTrainedModel) -> int:
     """d, the length of the vectors that an encoder gives."""
     return getattr(encoder.config, "projection_dim", 0) or encoder.config.hidden_size
-
-
-def _pooling_of_sentence_transformer(path: str, cache_dir, flag: str) -> tuple[str, bool]:
-    """How the authors pool, and whether they normalize; ("cls", False) for a plain encoder."""
-    modules = read_json(path, "modules.json", cache_dir)
-    if modules is None:
-        return "cls", False
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{flag} {path} has the layers {', '.join(kinds)}; only Pooling and Normalize can be read")
-    pooling_config = read_json(path, modules[kinds.index("Pooling")]["path"] + "/config.json", cache_dir)
-    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
-    modes = [mode for mode, on in pooling_config.items() if mode.startswith("pooling_mode_") and on]
-    pooling = pooling_config.get("pooling_mode", names.get(modes[0]) if len(modes) == 1 else None)
-    if pooling not in POOLINGS:
-        raise UserError(f"{flag} {path} pools by {pooling_config}; only one of {', '.join(POOLINGS)} can be read")
-    return pooling, "Normalize" in kinds

@@ -1,37 +1,61 @@
-"""Read a model's folder or hub name: weights exactly as they were saved, and one line where they cannot be read."""
+"""Read a model's folder or hub name: weights exactly as they were saved, and one line where they cannot be read.
 
+No code that lies beside a checkpoint is ever run, and nothing is unpickled but tensors.
+"""
+
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from rag.errors import UserError, raise_problems
 from rag.files import load_json
 from rag.hub import hub_is_reachable
+from rag.models.limits import require_sound
+
+logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--model_name_or_path"
+NOT_RUN = {"trust_remote_code": False}  # left out, transformers asks on standard input
 
 
 def load_config(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> PreTrainedConfig:
     """The config at `path` (folder or hub name), or a `UserError` that names `flag`."""
     with checkpoint_errors(flag, path):
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, **hub_access(path))
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, **hub_access(path), **NOT_RUN)
+    require_sound(config, path, flag)
+    return config
 
 
-def load_weights(model_class, path: str, flag: str, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` that refuses to start any weight at random or to leave one out."""
+def load_weights(model_class, path: str, flag: str, *, without_heads: bool = False, **kwargs) -> PreTrainedModel:
+    """`from_pretrained` that refuses to start any weight at random, to leave one out or to take one that is no number.
+
+    Args:
+        without_heads: leave out what the checkpoint has beside the model, as a language model's output layer beside an
+            encoder, and say so. What would belong inside the model is still refused: it has fewer layers than that.
+    """
     with checkpoint_errors(flag, path), _quiet_transformers():
         model, info = model_class.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **hub_access(path), **kwargs
+            path, dtype=torch.float32, output_loading_info=True, **hub_access(path), **NOT_RUN, **kwargs
         )
     # BERT's pooler is part of many encoder checkpoints, and of none that is used here.
     missing, unexpected = (
         sorted(key for key in info[f"{kind}_keys"] if "pooler.dense" not in key) for kind in ("missing", "unexpected")
     )
+    if without_heads:
+        heads = [key for key in unexpected if _is_beside(model, key)]
+        unexpected = [key for key in unexpected if key not in heads]
+        if heads:
+            parts = ", ".join(dict.fromkeys(key.split(".")[0] for key in heads))
+            logger.warning(
+                f"{flag} {path}: {len(heads)} weights of its head ({parts}) are left out: an encoder has none"
+            )
     name = model_class.__name__
     counts = {f"lacks {len(missing)} of {name}'s weights": missing, f"has {len(unexpected)} weights more": unexpected}
     raise_problems(
@@ -40,51 +64,104 @@ def load_weights(model_class, path: str, flag: str, **kwargs) -> PreTrainedModel
             for what, keys in counts.items()
             if keys
         ]
+        + _not_finite_problems(model, path, flag)
     )
     return model
 
 
+def _is_beside(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight belongs to no part of the model."""
+    first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+    return first not in dict(model.named_children()) and first not in dict(model.named_parameters(recurse=False))
+
+
+def _not_finite_problems(model: PreTrainedModel, path: str, flag: str) -> list[str]:
+    """A sum is no number where one of its terms is none; it takes a third of the time of looking at each weight."""
+    faulty = [
+        name
+        for name, weight in model.named_parameters()
+        if not torch.isfinite(weight.detach().sum()) and not torch.isfinite(weight).all()
+    ]
+    if not faulty:
+        return []
+    return [
+        f"{flag} {path} has NaN or infinity in {len(faulty)} of its weights ({faulty[0]}, ...); "
+        "give a checkpoint from before the training went astray"
+    ]
+
+
 @contextmanager
-def _quiet_transformers():
+def _quiet_transformers() -> Iterator[None]:
     """Without transformers' own report on the weights, a table of every one of them: ours says it in a line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager
-def checkpoint_errors(flag: str, path: str):
-    """Turn what transformers raises about a checkpoint into one line that names the flag."""
+def checkpoint_errors(flag: str, path: str) -> Iterator[None]:
+    """Turn what libraries raise about a checkpoint into one line that names the flag.
+
+    To be put around calls of transformers, tokenizers, safetensors and torch alone. They check little of what a file
+    says, so that a broken one ends wherever it is first used: any error there is the checkpoint's.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if Path(path).is_dir():
-            reason = f"cannot be loaded: {' '.join(str(error).split())[:200]}"
-        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-            reason = "is not a folder"
-        elif hub_is_reachable():
-            reason = "is neither a folder nor known to the model hub"
-        else:
-            reason = "is not a folder, the model hub cannot be reached and its cache does not hold it"
-        raise UserError(f"{flag} {path} {reason}; give the folder of a checkpoint or the name of one") from error
+    except UserError:
+        raise
+    except BaseException as error:
+        # A panic of the libraries that are written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"{flag} {path} {_reason(path, error)}; give the folder of a checkpoint or the name of one"
+        ) from error
 
 
-def hub_access(path: str) -> dict:
+def _reason(path: str, error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return "needs code that lies beside it, which is never run"
+    if "Weights only load failed" in text:
+        return "holds a pickle that is more than tensors, which is never unpickled: safetensors hold weights alone"
+    if path and Path(path).is_dir():
+        if isinstance(error, RecursionError):
+            text = "a file of it is nested too deeply"
+        return f"cannot be loaded: {text[:200]}"
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path or Path(path).exists():
+        return "is not a folder"
+    if not isinstance(error, (OSError, ValueError)):
+        return f"cannot be loaded: {text[:200]}"
+    if hub_is_reachable():
+        return "is neither a folder nor known to the model hub"
+    return "is not a folder, the model hub cannot be reached and its cache does not hold it"
+
+
+def hub_access(path: str) -> dict[str, bool]:
     """Arguments that keep transformers from trying an unreachable hub for half a minute a file."""
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
-def read_json(path: str, name: str, cache_dir: str | None = None) -> Any:
-    """A JSON file of the checkpoint at `path` (folder or hub name); None where it has none."""
-    file = cached_file(
-        path,
-        name,
-        cache_dir=cache_dir,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_access(path),
-    )
-    return None if file is None else load_json(file)
+def read_json(path: str, name: str, cache_dir: str | None = None, flag: str = MODEL_FLAG, kind: type = dict) -> Any:
+    """A JSON file of the checkpoint at `path` (folder or hub name); None where it has none.
+
+    Raises:
+        UserError: it is no JSON, or not of this kind.
+    """
+    with checkpoint_errors(flag, path):
+        file = cached_file(
+            path,
+            name,
+            cache_dir=cache_dir,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_access(path),
+        )
+        content = None if file is None else load_json(file)
+    if content is not None and not isinstance(content, kind):
+        what = {dict: "an object", list: "a list"}[kind]
+        raise UserError(f"{flag} {path}: {name} holds a {type(content).__name__}, not {what}; give a whole checkpoint")
+    return content

@@ -10,10 +10,22 @@ encoder it is round-trips through `RagSequenceForGeneration.from_pretrained`.
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    MT5EncoderModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.models.dpr.modeling_dpr import DPRQuestionEncoderOutput
 
-POOLINGS = ("cls", "mean", "max")
+POOLINGS = ("cls", "mean", "max", "last")
+ACTIVATIONS = {"Identity": torch.nn.Identity, "Tanh": torch.nn.Tanh, "ReLU": torch.nn.ReLU, "GELU": torch.nn.GELU}
+# Encoder-decoder families of which the encoder alone makes vectors.
+ENCODER_HALVES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 class PooledEncoderConfig(PreTrainedConfig):
@@ -21,8 +33,13 @@ class PooledEncoderConfig(PreTrainedConfig):
 
     Args:
         backbone: config of the encoder, or its dict.
-        pooling: "cls" (first token), "mean" or "max" over the tokens that are not padding.
+        pooling: "cls" (first token), "last" (last token), "mean" or "max", of the tokens that are not padding.
         normalize: scale the vector to length 1, so that inner products are cosines.
+        dense: layers behind the pooling, dicts of in_features, out_features, bias and activation.
+        query_prompt: text that stands before every question.
+        passage_prompt: text that stands before every passage.
+        max_length: tokens of a text that are read; None for as many as the encoder can.
+        lower_case: whether texts are lower-cased first.
     """
 
     model_type = "pooled_encoder"
@@ -31,6 +48,11 @@ class PooledEncoderConfig(PreTrainedConfig):
     backbone: PreTrainedConfig | dict | None = None
     pooling: str = "mean"
     normalize: bool = True
+    dense: list[dict] | None = None
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone, dict):
@@ -45,7 +67,7 @@ class PooledEncoderConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         assert isinstance(self.backbone, PreTrainedConfig)
-        return self.backbone.hidden_size
+        return self.dense[-1]["out_features"] if self.dense else self.backbone.hidden_size
 
 
 class PooledEncoder(PreTrainedModel):
@@ -58,9 +80,12 @@ class PooledEncoder(PreTrainedModel):
 
     def __init__(self, config: PooledEncoderConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone)
+        self.backbone = backbone if backbone is not None else new_backbone(config.backbone)
         if hasattr(self.backbone, "pooler"):
             self.backbone.pooler = None  # BERT's own: trained for another task, and without a gradient here
+        self.dense = torch.nn.ModuleList(
+            torch.nn.Linear(layer["in_features"], layer["out_features"], layer["bias"]) for layer in config.dense or []
+        )
         self.post_init()
 
     def get_input_embeddings(self):
@@ -70,11 +95,29 @@ class PooledEncoder(PreTrainedModel):
         """input_ids and attention_mask (B, S) -> pooler_output (B, d)."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.backbone.pad_token_id).long()
+        if reads_forward(self.config.backbone):
+            kwargs["use_cache"] = False
         outputs = self.backbone(input_ids, attention_mask=attention_mask, **kwargs | {"return_dict": True})
         vectors = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (B, d)
+        for layer, settings in zip(self.dense, self.config.dense or [], strict=True):
+            vectors = ACTIVATIONS[settings["activation"]]()(layer(vectors))
         if self.config.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return DPRQuestionEncoderOutput(vectors, outputs.hidden_states, outputs.attentions)
+
+
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A transformer with new weights that turns tokens into vectors."""
+    half = ENCODER_HALVES.get(config.model_type)
+    return AutoModel.from_config(config) if half is None else half(config)
+
+
+def reads_forward(config: PreTrainedConfig) -> bool:
+    """Whether a token's vector knows only of those before it, as in a GPT: then the first token's says nothing."""
+    if config.model_type in ("xlnet", "bert-generation") or getattr(config, "use_bidirectional_attention", False):
+        return False
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 AutoConfig.register("pooled_encoder", PooledEncoderConfig, exist_ok=True)
@@ -83,8 +126,10 @@ AutoModel.register(PooledEncoderConfig, PooledEncoder, exist_ok=True)
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """One vector a text, (B, d), from its token vectors (B, S, d); padding (mask 0) takes no part."""
-    if pooling == "cls":
-        return hidden_states[:, 0]
+    if pooling in ("cls", "last"):  # whichever side the padding is on
+        places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        order = places + 1 if pooling == "last" else places.flip(0) + 1
+        return hidden_states[torch.arange(len(hidden_states)), (attention_mask * order).argmax(1)]
     mask = attention_mask.unsqueeze(-1).bool()  # (B, S, 1)
     if pooling == "max":
         return hidden_states.masked_fill(~mask, float("-inf")).amax(1)

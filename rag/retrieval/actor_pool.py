@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag.distributed.ray_cluster import first_line
-from rag.errors import UserError
+from rag.errors import JobError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ActorPool:
             try:
                 answer = self._first_answer(pending, deadline)
             except ray.exceptions.GetTimeoutError as error:
-                raise TimeoutError(f"no retrieval worker answered within {self.timeout:g} s") from error
+                raise JobError(f"no retrieval worker answered within {self.timeout:g} s") from error
             except ray.exceptions.RayActorError as error:
                 logger.warning(f"a retrieval worker died, another one searches: {first_line(error)}")
                 pending = self._begin(self._least_busy(self.actors, [], deadline), pending.arguments)
@@ -91,7 +91,7 @@ class ActorPool:
         while calls:
             ready, _ = ray.wait([*answers, *calls], num_returns=1, timeout=max(deadline - time.monotonic(), 0))
             if not ready:
-                raise TimeoutError(f"none of {len(self.actors)} retrieval workers was free within {self.timeout:g} s")
+                raise JobError(f"none of {len(self.actors)} retrieval workers was free within {self.timeout:g} s")
             if ready[0] in answers:
                 return None
             actor = calls.pop(ready[0])
@@ -102,7 +102,7 @@ class ActorPool:
                 self.actors.remove(actor)
         if answers:
             return None
-        raise RuntimeError("every retrieval worker has died for good")
+        raise JobError("every retrieval worker has died for good")
 
 
 @dataclass
@@ -120,7 +120,7 @@ def call_all(actors: list, method: str, *args, timeout: float) -> list:
 
     Raises:
         UserError: an actor raised it.
-        TimeoutError: they did not all answer in time.
+        JobError: they did not all answer in time.
     """
     import ray
 
@@ -131,6 +131,6 @@ def call_all(actors: list, method: str, *args, timeout: float) -> list:
             raise error.cause from None
         raise
     except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(
+        raise JobError(
             f"{len(actors)} retrieval workers were not ready after {timeout:g} s; `ray status` tells what they wait for"
         ) from error

@@ -21,6 +21,8 @@ from rag.index.arguments import INDEX_FLAGS
 from rag.index.columns import require_finite
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
+from rag.models.limits import most_tokens
+from rag.models.questions import bare_questions
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -36,7 +38,14 @@ class RagKnowledgeRetriever(RagRetriever):
     which no passage was found has id -1 and no text. Arguments as transformers'.
 
     A deep copy shares the open index; a pickle opens its files again.
+
+    Attributes:
+        contexts: contexts made so far.
+        cut_contexts: those that were longer than `context_length`, so that title and passage were cut.
     """
+
+    contexts = 0
+    cut_contexts = 0
 
     @staticmethod
     def _build_index(config: RagConfig) -> Index:
@@ -132,7 +141,8 @@ class RagKnowledgeRetriever(RagRetriever):
             return_tensors: "pt" for torch tensors, "np" for arrays, None for lists.
 
         Returns:
-            Token ids and mask, int64, padded to the longest context.
+            Token ids and mask, int64, padded to the longest context. Where one is longer than `context_length`,
+            its title and passage are cut, never its question.
 
         Raises:
             ValueError: `return_tensors` is another one.
@@ -144,25 +154,62 @@ class RagKnowledgeRetriever(RagRetriever):
             for question, passages in zip(input_strings, docs, strict=True)
             for title, text in zip(passages["title"][:n_docs], passages["text"][:n_docs], strict=True)
         ]
-        rows = self._tokenize(contexts, self.config.max_combined_length)
+        max_length = self.context_length
+        rows = self._tokenize(contexts)
+        for row, ids in enumerate(rows):
+            if len(ids) > max_length:
+                rows[row] = self._cut(contexts[row], input_strings[row // n_docs], max_length)
+                self.cut_contexts += 1
+        self.contexts += len(rows)
         # 300 is no multiple of 8
-        input_ids, mask = _padded(
-            rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, self.config.max_combined_length)
-        )
+        input_ids, mask = _padded(rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, max_length))
         if return_tensors is None:
             return input_ids.tolist(), mask.tolist()
         return (torch.from_numpy(input_ids), torch.from_numpy(mask)) if return_tensors == "pt" else (input_ids, mask)
 
-    def _tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """The tokens of each text. A fast tokenizer gives ids alone: all else takes as long again."""
+    @property
+    def context_length(self) -> int:
+        """Tokens of a context: the config's `max_combined_length`, or fewer where the generator reads no more."""
+        readable = most_tokens(self.config.generator)
+        return self.config.max_combined_length if readable is None else min(self.config.max_combined_length, readable)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, in whole. A fast tokenizer gives ids alone: all else takes as long again."""
         tokenizer = self.generator_tokenizer
         if not tokenizer.is_fast:
-            return tokenizer(texts, max_length=max_length, truncation=True)["input_ids"]
+            return tokenizer(texts, verbose=False)["input_ids"]
         tokenizer.set_truncation_and_padding(
-            padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.LONGEST_FIRST,
-            max_length=max_length, stride=0, pad_to_multiple_of=None, padding_side=None,
+            padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
+            max_length=None, stride=0, pad_to_multiple_of=None, padding_side=None,
         )  # fmt: skip
         return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+
+    def _cut(self, context: str, question: str, max_length: int) -> list[int]:
+        """The tokens of a context that is too long, with fewer of its title and passage.
+
+        Separator and question stay whole, unless these alone are too long: then the question is cut at its end.
+        """
+        tokenizer = self.generator_tokenizer
+        tail = (self.config.doc_sep + question).replace("  ", " ").lstrip(" ")
+        start = len(context) - len(tail)
+        if tokenizer.is_fast:
+            encoding = tokenizer.backend_tokenizer.encode(context)  # untruncated, as `_tokenize` has set it
+            special = encoding.special_tokens_mask
+            words = [n for n, is_special in enumerate(special) if not is_special]
+            before, after = encoding.ids[: words[0]], encoding.ids[words[-1] + 1 :]
+            head = [encoding.ids[n] for n in words if encoding.offsets[n][1] <= start]
+            tail_ids = [encoding.ids[n] for n in words if encoding.offsets[n][1] > start]
+        else:
+            bare, head, tail_ids = (
+                tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                for text in (context, context[:start], context[start:])
+            )
+            whole = tokenizer(context, verbose=False)["input_ids"]
+            first = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+            before, after = whole[:first], whole[first + len(bare) :]
+        room = max_length - len(before) - len(after)
+        head = head[: max(0, room - len(tail_ids))]
+        return [*before, *head, *tail_ids[:room], *after][:max_length]
 
     def _context(self, title: str, text: str, question: str, prefix: str) -> str:
         title = title.removeprefix('"').removesuffix('"')
@@ -236,7 +283,7 @@ def retrieve_contexts(
         texts: the questions as they were written, for an index that reads text; None for what their tokens say.
     """
     n_docs = n_docs or rag.config.n_docs
-    questions = retriever.question_encoder_tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+    questions = bare_questions(retriever.question_encoder_tokenizer, input_ids)
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
     queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions)  # (B, d)
     doc_embeds, doc_ids, docs = retriever.retrieve(

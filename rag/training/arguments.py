@@ -6,7 +6,6 @@
 Neither torch nor Lightning is imported, so that `--help` and a mistyped flag answer at once.
 """
 
-import importlib.util
 import logging
 import os
 import sys
@@ -17,9 +16,10 @@ from typing import Any, Literal
 from rag.command_line.flags import flag, required_flag
 from rag.command_line.parser import RagArgumentParser
 from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
-from rag.distributed.meeting import port_problems, rank_problems
-from rag.errors import raise_problems
+from rag.distributed.meeting import node_problems, port_problems, rank_problems
+from rag.errors import UserError, raise_problems
 from rag.index.arguments import SearchArguments
+from rag.training.flag_problems import contradictions, range_problems, run_problems
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,10 @@ class TrainingArguments:
     )
     seed: int = flag(42, "Seed of the order of examples, of dropout and of new weights.")
     early_stopping_patience: int = flag(-1, "Validations without a better EM before training stops; -1 never stops.")
+    nan_policy: Literal["stop", "skip"] = flag(
+        "stop",
+        "Of a step whose loss or gradients are not finite: stop, saved as it was before it; or leave it out and count.",
+    )
     fp16: bool = flag(False, "Mixed precision with float16 (--precision 16-mixed); needs a GPU.")
     bf16: bool = flag(False, "Mixed precision with bfloat16 (--precision bf16-mixed).")
     fp16_opt_level: str | None = flag(
@@ -144,6 +148,11 @@ class RunArguments:
     )
     logger_name: Literal["default", "wandb", "wandb_shared"] = flag(
         "default", "default writes training_log.jsonl; wandb and wandb_shared send to Weights & Biases."
+    )
+    rank_timeout: float = flag(
+        600.0,
+        "Seconds that a process waits for the others of its job before it ends with their number; a stopped or killed "
+        "one of this machine is told within half a minute.",
     )
     profile: bool = flag(False, "Write the time each part of the training took to --output_dir.")
     gpus: str | None = flag(
@@ -190,130 +199,27 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add_trainer_flags(parser.add_argument_group("Lightning Trainer"))
     model, retrieval, data, training, run, rest = parser.parse(argv)
     args = FinetuneArguments(model, retrieval, data, training, run, TrainerArguments(**vars(rest)))
-    require_sound(args)
+    try:
+        require_sound(args)
+    except UserError as error:  # of a setting that has several names it names the first
+        raise UserError(parser.in_given_names(str(error))) from None
     return args
 
 
 def require_sound(args: FinetuneArguments) -> None:
     """Raise one `UserError` for all settings that are out of range or contradict each other."""
-    raise_problems(_range_problems(args) + _contradictions(args) + _run_problems(args.run))
+    raise_problems(range_problems(args) + contradictions(args) + run_problems(args.run))
     raise_problems(_launch_problems(args))
     for name, given in _flags_without_effect(args).items():
         logger.warning(f"--{name} {given} has no effect; see --help")
-
-
-AT_LEAST_ONE = """num_retrieval_workers max_source_length max_target_length val_max_target_length test_max_target_length
-num_processes train_batch_size eval_batch_size num_beams num_train_epochs gradient_accumulation_steps n_docs
-max_combined_length"""
-AT_LEAST_ZERO = """num_workers learning_rate question_encoder_learning_rate decoder_learning_rate warmup_steps
-weight_decay adam_epsilon max_grad_norm save_interval retrieval_worker_gpus seed"""
-PROBABILITIES = "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing"
-MINUS_ONE_OR_MORE = "early_stopping_patience"
-ALL_OR_SOME = "n_train n_val n_test"
-
-
-def _range_problems(args: FinetuneArguments) -> list[str]:
-    values = {name: value for group in GROUPS for name, value in vars(_group_of(args, group)).items()}
-    checks = [
-        (AT_LEAST_ONE, lambda value: value >= 1, "must be 1 or more"),
-        (AT_LEAST_ZERO, lambda value: value >= 0, "must be 0 or more"),
-        (PROBABILITIES, lambda value: 0 <= value < 1, "must be a probability, from 0 to below 1"),
-        (MINUS_ONE_OR_MORE, lambda value: value >= -1, "must be -1 or more"),
-        (ALL_OR_SOME, lambda value: value == -1 or value >= 1, "must be -1 (all) or 1 or more"),
-    ]
-    return [
-        f"--{name} {values[name]} {rule}"
-        for names, is_good, rule in checks
-        for name in names.split()
-        if values[name] is not None and not is_good(values[name])
-    ]
-
-
-def _group_of(args: FinetuneArguments, group: Any) -> Any:
-    return getattr(args, group._argument_group_name)
-
-
-def _contradictions(args: FinetuneArguments) -> list[str]:
-    problems = _retrieval_contradictions(args.retrieval)
-    if args.trainer.log_every_n_steps == 0:
-        problems.append("--log_every_n_steps 0 must be 1 or more; a large number logs once an epoch")
-    precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]
-    precisions += [f"--precision {args.trainer.precision}"] if args.trainer.precision is not None else []
-    if len(precisions) > 1:
-        problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
-    return problems + _gpu_contradictions(args.run, args.trainer) + _lightning_1_contradictions(args.run, args.trainer)
-
-
-def _gpu_contradictions(run: RunArguments, trainer: TrainerArguments) -> list[str]:
-    if run.gpus is None:
-        return []
-    problems = []
-    if trainer.devices != "auto":
-        problems.append(f"--gpus {run.gpus} and --devices {trainer.devices} both count devices; give one")
-    if trainer.accelerator not in ("auto", "gpu", "cuda"):
-        problems.append(f"--gpus {run.gpus} contradicts --accelerator {trainer.accelerator}; leave one out")
-    if not all(part.strip().lstrip("-").isdigit() for part in run.gpus.split(",")):
-        problems.append(f"--gpus {run.gpus} is neither a number of GPUs nor a list of theirs such as 0,1")
-    return problems
-
-
-def _lightning_1_contradictions(run: RunArguments, trainer: TrainerArguments) -> list[str]:
-    """What --num_processes and --distributed_backend cannot be given with."""
-    problems = []
-    if run.num_processes is not None and trainer.devices not in ("auto", run.num_processes):
-        problems.append(
-            f"--num_processes {run.num_processes} and --devices {trainer.devices} both count processes; give one"
-        )
-    off_the_cpu = f"--accelerator {trainer.accelerator}" if trainer.accelerator not in ("auto", "cpu") else None
-    if run.gpus is not None and run.gpus.strip() != "0":
-        off_the_cpu = f"--gpus {run.gpus}"
-    if off_the_cpu and run.num_processes is not None and run.gpus != str(run.num_processes):
-        problems.append(
-            f"--num_processes {run.num_processes} counts processes on the CPU, {off_the_cpu} asks for another device; "
-            "leave one out"
-        )
-    if off_the_cpu and run.distributed_backend == "ddp_cpu":
-        problems.append(f"--distributed_backend ddp_cpu contradicts {off_the_cpu}; leave one out")
-    if run.distributed_backend in ("ddp", "ddp_spawn") and trainer.strategy not in ("auto", "ddp"):
-        problems.append(
-            f"--distributed_backend {run.distributed_backend} contradicts --strategy {trainer.strategy}; leave one out"
-        )
-    return problems
-
-
-def _retrieval_contradictions(retrieval: RetrievalArguments) -> list[str]:
-    if problems := retrieval.search_problems():
-        return problems
-    uses_ray = retrieval.distributed_retriever == "ray"
-    if retrieval.retrieval_worker_gpus and not uses_ray:
-        return [
-            f"--retrieval_worker_gpus {retrieval.retrieval_worker_gpus:g} is for --distributed_retriever ray; give "
-            "--index_device cuda instead"
-        ]
-    if uses_ray and (retrieval.index_device or "").startswith("cuda") and not retrieval.retrieval_worker_gpus:
-        return [
-            f"--index_device {retrieval.index_device}: Ray shows its processes only the GPUs that are set aside for "
-            "them; give --retrieval_worker_gpus 1"
-        ]
-    return []
-
-
-def _run_problems(run: RunArguments) -> list[str]:
-    problems = []
-    resumed = run.resume_from_checkpoint
-    if resumed is not None and not Path(resumed).is_file():
-        problems.append(f"--resume_from_checkpoint {resumed} does not exist; leave it out to resume from last.ckpt")
-    if resumed is not None and run.overwrite_output_dir:
-        problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint resumes; give one")
-    if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
-        problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
-    return problems
 
 
 def _launch_problems(args: FinetuneArguments) -> list[str]:
     """Where the number of ranks is a flag's, and not that of the GPUs there are."""
     kwargs = trainer_kwargs(args)
     devices, nodes = kwargs["devices"], kwargs["num_nodes"]
+    if problems := node_problems(nodes):
+        return problems
     if not isinstance(devices, int) or devices < 1:
         return []
     ranks = devices * nodes

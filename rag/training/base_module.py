@@ -7,6 +7,7 @@ The subclass brings the model and its steps.
 
 import argparse
 import json
+import logging
 import os
 import random
 from pathlib import Path
@@ -14,20 +15,33 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rag.models.checkpoints import load_model
 from rag.public_names import Replaced, replaced_method, warn_of_uncalled_methods
 from rag.training.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainingArguments
 from rag.training.namespaces import add_flags, finetune_arguments
+from rag.training.non_finite import (
+    NonFiniteElsewhereError,
+    NonFiniteError,
+    OptimizerStep,
+    gradient_norm,
+    parameters_of,
+)
 from rag.training.optimizer import SCHEDULES, build_optimizer
+
+logger = logging.getLogger(__name__)
+
+MOST_TOLD = 3  # skipped steps that are told as they happen; all of them are counted
 
 
 class BaseTransformer(pl.LightningModule):
     """Optimizer, schedule and what is logged about them; a subclass brings the model and its steps.
 
-    A subclass that overrides `on_train_start`, `on_train_batch_start` or `on_before_optimizer_step` calls `super()`'s.
+    A subclass that overrides one of the hooks below calls `super()`'s. Its training step notes its losses by
+    `note_losses`, so that one that is not finite stops the training, or is skipped, as --nan_policy says.
 
     Args:
         args: all settings; a namespace or a dict of them is read by `finetune_arguments`.
@@ -43,6 +57,8 @@ class BaseTransformer(pl.LightningModule):
         super().__init__()
         self.args = finetune_arguments(args)
         self.save_hyperparameters(self.args.to_dict())
+        self.optimizer_step_so_far = OptimizerStep()
+        self.skipped_steps = 0  # whose loss or gradients were not finite
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,6 +134,74 @@ class BaseTransformer(pl.LightningModule):
                 gradients.setdefault(suffix, []).extend(p.grad for p in group["params"] if p.grad is not None)
         for suffix, those in gradients.items():
             self.log(f"grad_norm{suffix}", get_total_norm(those))
+
+    def note_losses(self, loss: torch.Tensor, nll: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """The mean of all ranks' losses, noted for the optimizer step that this batch belongs to. Collective.
+
+        Args:
+            loss: this rank's mean.
+            nll: of each of its examples (B,).
+        """
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        self.optimizer_step_so_far.add(mean, nll, batch["index"], batch["source"])
+        return mean
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients. Where they or the losses are not finite, stop, or leave this step out (--nan_policy).
+
+        To know, the device is waited for: the one time in an optimizer step. Every rank has the same losses and, once
+        they are reduced, the same gradients, and so decides alike. Of sharded ones only the losses are asked, and of
+        float16's, too: their scaler leaves out steps by itself.
+        """
+        step, self.optimizer_step_so_far = self.optimizer_step_so_far, OptimizerStep()
+        norm = None
+        if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            norm = gradient_norm(optimizer)
+        if norm is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_grads_with_norm_(parameters_of(optimizer), gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        judged = None if getattr(self.trainer.precision_plugin, "scaler", None) else norm
+        if not step.is_finite(judged):
+            self._leave_out(optimizer, step, judged)
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, step: OptimizerStep, norm: torch.Tensor | None) -> None:
+        """Collective."""
+        what = step.description(norm, self.gather_rows(step.rows()))
+        number = self.trainer.global_step + 1
+        if self.args.training.nan_policy == "stop":
+            error = NonFiniteError if self.trainer.is_global_zero else NonFiniteElsewhereError
+            raise error(
+                f"step {number}: {what}; --nan_policy skip goes on from what is saved and leaves such steps out; to "
+                "start afresh give a lower --learning_rate, and --overwrite_output_dir where the folder holds this run"
+            )
+        for parameter in parameters_of(optimizer):
+            parameter.grad = None  # no optimizer touches a weight that has none
+        self.skipped_steps += 1
+        if self.trainer.is_global_zero and self.skipped_steps <= MOST_TOLD:
+            logger.warning(f"step {number}: {what}; it is skipped (--nan_policy skip)")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.skipped_steps:
+            self.log("skipped_steps", float(self.skipped_steps))
+
+    def on_train_end(self) -> None:
+        if self.skipped_steps and self.trainer.is_global_zero:
+            logger.warning(
+                f"{self.skipped_steps} of {self.trainer.global_step} steps had a loss or gradients that were not finite"
+                " and were skipped (--nan_policy skip)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
 
     def gather_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of all ranks by their "index", each index once: metrics over them are exact on any number of ranks.

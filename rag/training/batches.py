@@ -3,7 +3,8 @@
     sampler = GlobalBatchSampler(len(dataset), batch_size=8, rank=0, world_size=2, seed=42)
     loader = ResumableDataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate_fn)
 
-The order depends on seed and epoch alone, whatever the number of ranks.
+The order depends on seed and epoch alone, whatever the number of ranks. An epoch that was begun on another number of
+ranks is gone on with where it was left: no example is skipped or comes twice.
 """
 
 import random
@@ -40,6 +41,8 @@ class GlobalBatchSampler:
         self.n_examples, self.global_batch_size = n_examples, batch_size * world_size
         self.rank, self.world_size, self.seed, self.lengths = rank, world_size, seed, lengths
         self.epoch, self.position = 0, 0  # the batch that comes next
+        # Of an epoch that was begun elsewhere: what came there, and the batches that examples were grouped for.
+        self.resumed_at, self.order_size = 0, self.global_batch_size
         self.sampler = self  # where Lightning looks for set_epoch
 
     def __len__(self) -> int:
@@ -48,20 +51,41 @@ class GlobalBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
         for b in range(self.position, len(self)):
-            batch = order[b * self.global_batch_size : (b + 1) * self.global_batch_size]
+            batch = order[slice(*self._bounds(b))]
             start, end = self._share(len(batch))
             yield batch[start:end] or batch[:1]
 
     def loss_weight(self, b: int) -> float:
         """What to multiply a mean over this rank's examples of batch b by, so that the ranks' mean is the batch's."""
-        n_examples = min(self.global_batch_size, self.n_examples - b * self.global_batch_size)
-        start, end = self._share(n_examples)
-        return (end - start) * self.world_size / n_examples
+        first, behind = self._bounds(b)
+        start, end = self._share(behind - first)
+        return (end - start) * self.world_size / (behind - first)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch, also before the rest of a resumed one, whose position stays."""
         if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
+            self.resume(epoch, 0, self.global_batch_size)
+
+    @property
+    def seen(self) -> int:
+        """Examples of this epoch that batches before `position` hold, on all ranks."""
+        return self._bounds(self.position)[0]
+
+    def resume(self, epoch: int, seen: int, order_size: int) -> None:
+        """Go on with an epoch, of which as many examples were `seen`.
+
+        The batches are those of a whole epoch, of which the first one misses what was seen.
+
+        Args:
+            order_size: global batch size where the epoch was begun.
+        """
+        self.epoch, self.resumed_at, self.order_size = epoch, seen, order_size
+        self.position = len(self) if seen >= self.n_examples else seen // self.global_batch_size
+
+    def _bounds(self, b: int) -> tuple[int, int]:
+        """Where batch b begins and ends in the order."""
+        size = self.global_batch_size
+        return min(max(b * size, self.resumed_at), self.n_examples), min((b + 1) * size, self.n_examples)
 
     def _share(self, n_examples: int) -> tuple[int, int]:
         return n_examples * self.rank // self.world_size, n_examples * (self.rank + 1) // self.world_size
@@ -75,7 +99,7 @@ class GlobalBatchSampler:
         return self._by_length(order, self.lengths, generator) if self.lengths else order
 
     def _by_length(self, order: list[int], lengths: list[int], generator: random.Random) -> list[int]:
-        size, pool = self.global_batch_size, self.global_batch_size * self.POOL
+        size, pool = self.order_size, self.order_size * self.POOL
         pools = [sorted(order[i : i + pool], key=lambda index: lengths[index]) for i in range(0, len(order), pool)]
         by_length = [index for pool in pools for index in pool]
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
@@ -110,6 +134,7 @@ class ResumableDataLoader(DataLoader):
 
     batch_sampler: GlobalBatchSampler
     prefetch: Callable[[dict[str, Any]], Future] | None = None
+    renumbered: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own iterator's class
         sampler = self.batch_sampler
@@ -120,7 +145,18 @@ class ResumableDataLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.batch_sampler.epoch, "position": self.batch_sampler.position}
+        sampler = self.batch_sampler
+        return {
+            "epoch": sampler.epoch,
+            "position": sampler.position,
+            "seen": sampler.seen,
+            "order_size": sampler.order_size,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batch_sampler.epoch, self.batch_sampler.position = state["epoch"], state["position"]
+        """Also of another number of ranks; then `renumbered` is told how the number of the next batch differs."""
+        size = self.batch_sampler.global_batch_size
+        seen = state.get("seen", state["position"] * size)  # missing: an earlier version's, of as many ranks
+        self.batch_sampler.resume(state["epoch"], seen, state.get("order_size", size))
+        if self.renumbered is not None and (difference := self.batch_sampler.position - state["position"]):
+            self.renumbered(difference)

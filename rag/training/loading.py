@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, RagConfig
 
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.files import load_json
+from rag.generation.families import require_family
 from rag.models.checkpoints import load_model, load_tokenizer
+from rag.models.fit import complete_start, require_fit
+from rag.models.limits import beams_problems, length_problems
+from rag.models.loading import MODEL_FLAG
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
+from rag.training.seals import is_whole
 
 
 def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, Any]:
@@ -28,16 +33,39 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     names = ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout")
     overrides = {name: getattr(model_args, name) for name in names}
     overrides |= {name: getattr(args.retrieval, name) for name in ("n_docs", "max_combined_length")}
+    source = f"{MODEL_FLAG} {path}"
+
+    def prepare(config: PreTrainedConfig) -> None:
+        args.retrieval.apply_to(config)
+        if isinstance(config, RagConfig):
+            require_family(config.generator, source)
+        raise_problems(_size_problems(args, config, source))
+
     model = load_model(
         path,
         model_args.model_type,
         overrides,
         model_args.cache_dir,
         config_name=model_args.config_name,
-        prepare_config=args.retrieval.apply_to,
+        prepare_config=prepare,
     )
-    tokenizer = load_tokenizer(model_args.tokenizer_name or path, model_args.model_type, model_args.cache_dir)
+    named = model_args.tokenizer_name is not None
+    tokenizer_path, flag = (model_args.tokenizer_name, "--tokenizer_name") if named else (path, MODEL_FLAG)
+    model_type = model_args.model_type or ("rag_sequence" if model.config.model_type == "rag" else "auto")
+    tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
+    require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
+    complete_start(model, tokenizer, source)
     return model, tokenizer
+
+
+def _size_problems(args: FinetuneArguments, config: PreTrainedConfig, source: str) -> list[str]:
+    """Flags that ask for more than the model can read or write."""
+    names = ("max_source_length", "max_target_length", "val_max_target_length", "test_max_target_length")
+    lengths = {name: getattr(args.data, name) for name in names}
+    generator = config.generator if isinstance(config, RagConfig) else config
+    return length_problems(
+        config, lengths | {"max_combined_length": args.retrieval.max_combined_length}, source
+    ) + beams_problems(generator, args.data.num_beams)
 
 
 def open_retriever(model: PreTrainedModel, tokenizer: Any) -> RagKnowledgeRetriever | None:
@@ -64,21 +92,34 @@ def read_lightning_checkpoint(
     Raises:
         UserError: there is no such file, it is no such checkpoint, or a change is no setting.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; give a checkpoint that finetune_rag.py wrote (checkpointN.ckpt)")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["hyper_parameters"] if hparams_file is None else load_json(hparams_file)
-        weights = checkpoint["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no checkpoint of finetune_rag.py that could be read without running what is in it; give "
-            "checkpointN.ckpt, or start from a Hugging Face checkpoint"
-        ) from error
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"] if hparams_file is None else load_json(hparams_file)
     exported = Path(path).with_suffix("")
     if (exported / "config.json").is_file() and "model_name_or_path" not in changes:
         changes |= {"model_name_or_path": str(exported), "config_name": None, "tokenizer_name": None}
-    return group_settings(settings, **changes), weights
+    return group_settings(settings, **changes), checkpoint["state_dict"]
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
+    """What Lightning saved of a run of `finetune_rag.py`, its bytes verified first; nothing is unpickled.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is no such checkpoint.
+    """
+    remedy = "give checkpointN.ckpt as finetune_rag.py wrote it, or start from a Hugging Face checkpoint"
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; {remedy}")
+    if not is_whole(path):
+        raise UserError(f"{path} is damaged, or no Lightning checkpoint; {remedy}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"{path} is no checkpoint that could be read without running what is in it; {remedy}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"hyper_parameters", "state_dict"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of finetune_rag.py; {remedy}")
+    return checkpoint
 
 
 def load_trained_parts(

@@ -9,6 +9,8 @@ retrieval (bart, t5) skips the first three. Metrics are exact over all examples 
 """
 
 import argparse
+import logging
+import math
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -38,6 +40,8 @@ from rag.training.loading import (
 )
 from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
 from rag.training.namespaces import add_flags, add_run_flags
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS = {"shared", "embed_tokens", "embed_positions"}  # as BART and T5 name those of words and positions
 RAG_LOSSES = {RagSequenceForGeneration: rag_sequence_nll, RagTokenForGeneration: rag_token_nll}
@@ -87,6 +91,7 @@ class GenerativeQAModule(BaseTransformer):
                 part.compile(dynamic=True)  # every batch has lengths of its own
         self.thread = ThreadPoolExecutor(1)
         self.prefetching: Future | None = None  # the retrieval of the next training batch
+        self.step_started: float | None = None  # of the optimizer step that batches are collected for
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
@@ -234,15 +239,16 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self.step_started = time.perf_counter()
+        if self.step_started is None:
+            self.step_started, self.tokens = time.perf_counter(), torch.zeros((), device=self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         """Mean over the examples, so that neither batch size nor number of ranks changes the size of a step."""
         nll, contexts = self.negative_log_likelihood(batch, self.args.model.label_smoothing)
         loss = nll.mean() * batch["loss_weight"]
-        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("loss", self.note_losses(loss, nll, batch), prog_bar=True)
         read = batch["attention_mask"] if contexts is None else contexts.attention_mask
-        self.tokens = int(read.sum()) + int((batch["labels"] != self.generator.config.pad_token_id).sum())
+        self.tokens += read.sum() + (batch["labels"] != self.generator.config.pad_token_id).sum()
         if contexts is not None:
             self._log_retrieval(batch, contexts)
         return loss
@@ -254,12 +260,18 @@ class GenerativeQAModule(BaseTransformer):
             return
         ids = zip(batch["index"], contexts.doc_ids.tolist(), strict=True)
         rows = self.gather_rows([{"index": index, "doc_ids": doc_ids} for index, doc_ids in ids])
+        if (made := getattr(self.retriever, "contexts", 0)) > 0:  # of this rank, since the training began
+            self.log("cut_contexts", self.retriever.cut_contexts / made)
         self.log("distinct_docs", distinct_share(np.array([row["doc_ids"] for row in rows])))
         self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean() * batch["loss_weight"], sync_dist=True)
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        # Over all batches of an optimizer step, at whose end the device is waited for.
         rate = self.tokens / (time.perf_counter() - self.step_started)
         self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
+        if not self.trainer.fit_loop._should_accumulate():
+            self.step_started = None
         # Retriever and tokenizers serve one thread at a time, and a validation's workers are forked: with a tokenizer
         # that is at work in another thread, its lock would be copied as taken, for good.
         wait([self.prefetching] if self.prefetching else [])
@@ -285,7 +297,7 @@ class GenerativeQAModule(BaseTransformer):
         seconds = (time.perf_counter() - started) / len(token_ids)
         lengths = (token_ids != self.generator.config.pad_token_id).sum(1).tolist()
         for i, answer in enumerate(self.ids_to_clean_text(token_ids)):  # one line each in test_generations.txt
-            measures = self.calc_generative_metrics([answer], [batch["target"][i]])
+            measures = self._best_measures(answer, batch["answers"][i] if "answers" in batch else [batch["target"][i]])
             row = {
                 "index": batch["index"][i],
                 "answer": answer,
@@ -297,6 +309,11 @@ class GenerativeQAModule(BaseTransformer):
                 row["doc_ids"] = contexts.doc_ids[i].tolist()
                 row["doc_entropy"] = doc_entropy(contexts.doc_scores[i]).item()
             self.rows.append(row)
+
+    def _best_measures(self, answer: str, right_answers: list[str]) -> dict[str, float]:
+        """Each measure against the right answer that is best for it."""
+        each = [self.calc_generative_metrics([answer], [right]) for right in right_answers]
+        return {name: max(measures[name] for measures in each) for name in each[0]}
 
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, "min_length": 1, "max_length": max_length}
@@ -316,6 +333,8 @@ class GenerativeQAModule(BaseTransformer):
     def on_validation_epoch_end(self) -> None:
         """`val_em` steers checkpoints and early stopping; a subclass may name another measure by `val_metric`."""
         metrics = means(self.gather_rows(self.rows), "val")
+        if self.trainer.is_global_zero and not math.isfinite(metrics["val_avg_loss"]):
+            logger.warning(f"validation at step {self.trainer.global_step}: the loss is {metrics['val_avg_loss']}")
         self.log_dict({**metrics, f"val_{self.val_metric}": metrics[f"val_avg_{self.val_metric}"]}, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:

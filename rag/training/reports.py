@@ -7,7 +7,7 @@ Rank 0 writes; a resumed run drops what it makes again.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -15,9 +15,11 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
-from rag.files import load_json, save_json
+from rag.errors import ReportedError, UserError
+from rag.files import atomic_write, save_json
 from rag.progress import Pace
 from rag.public_names import Replaced
+from rag.training.run_folder import SPLITS, read_metrics
 
 
 def is_real_run(trainer: pl.Trainer) -> bool:
@@ -25,48 +27,76 @@ def is_real_run(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
 
 
+def raise_on_all_ranks(trainer: pl.Trainer, problem: str) -> NoReturn:
+    """End every rank with what all of them know; rank 0 says it."""
+    raise (UserError if trainer.is_global_zero else ReportedError)(problem)
+
+
 class MetricsWriter(Callback):
     """Keeps `metrics.json`: {"train": [...], "val": [...], "test": [...]}, a row of each a validation, and one a test.
 
     A row is {"step", "epoch", "step_count", the metrics}, where "step_count" is the number of validations so far, the N
-    of `checkpointN`; metrics of training are the last step's, all steps are in the log. A resumed run drops the rows of
-    the steps that it makes again.
+    of `checkpointN`; metrics of training are the last that were logged, all steps are in the log. A checkpoint has the
+    rows and what was logged last, so that a resumed run writes the file that the unbroken one would have.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
         self.path = Path(output_dir) / "metrics.json"
         self.step_count: int | None = None  # on rank 0; None until a run begins or goes on
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step_count": self.step_count}
+        self.rows: dict[str, list[dict[str, Any]]] | None = None  # those of a training that is under way, on rank 0
+        self.logged: dict[str, float] = {}  # what the resumed run had logged of its training
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step_count = state_dict["step_count"]
+        self.step_count, self.logged = state_dict["step_count"], state_dict.get("logged", {})
+        self.rows = state_dict.get("rows")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Here and not in `state_dict`, which is not handed what was logged."""
+        logged = {name: float(value) for name, value in self._training_metrics(trainer).items()}
+        state = {"step_count": self.step_count, "rows": self.rows, "logged": logged}
+        checkpoint["callbacks"][self.state_key] = state
+
+    def _training_metrics(self, trainer: pl.Trainer) -> dict[str, Any]:
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("val_")}
+        return self.logged | metrics
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            last = trainer.global_step if trainer.ckpt_path else -1
-            rows = {split: [row for row in rows if row["step"] <= last] for split, rows in self._rows().items()}
-            if self.step_count is None:
-                self.step_count = len(rows["val"])
-            save_json(rows, self.path)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        last = trainer.global_step if trainer.ckpt_path else -1
+        tests = self._rows_of_tests()
+        if self.rows is None:  # a new run, or a checkpoint of another version
+            self.rows = read_metrics(self.path) if trainer.ckpt_path else {split: [] for split in SPLITS}
+        rows = self.rows | {"test": tests}
+        self.rows = {split: [row for row in rows[split] if row["step"] <= last] for split in SPLITS}
+        if self.step_count is None:
+            self.step_count = len(self.rows["val"])
+        if self.path.is_file():  # else a start that is refused at its first step would leave it
+            save_json(self.rows, self.path)
+
+    def _rows_of_tests(self) -> list[dict[str, Any]]:
+        """Which come after the training, and so are in no checkpoint; they are made again if the file is damaged."""
+        try:
+            return read_metrics(self.path)["test"]
+        except UserError:
+            return []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_real_run(trainer) and trainer.is_global_zero and not self.path.is_file():  # nothing was measured
+            save_json(self.rows, self.path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_real_run(trainer):
             metrics = trainer.callback_metrics
-            validation = {name for name in metrics if name.startswith("val_")}
-            self._write(
-                trainer,
-                train={name: value for name, value in metrics.items() if name not in validation},
-                val={name: metrics[name] for name in validation},
-            )
+            validation = {name: metrics[name] for name in metrics if name.startswith("val_")}
+            self._write(trainer, train=self._training_metrics(trainer), val=validation)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write(trainer, test=trainer.callback_metrics)
 
     @rank_zero_only
     def _write(self, trainer: pl.Trainer, **metrics_of: dict[str, Any]) -> None:
-        rows = self._rows()
+        rows = read_metrics(self.path) if self.rows is None else self.rows
         done = len(rows["val"]) if self.step_count is None else self.step_count
         self.step_count = done + ("val" in metrics_of)
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "step_count": self.step_count}
@@ -75,8 +105,27 @@ class MetricsWriter(Callback):
             rows[split] = [*earlier, place | {name: float(metrics[name]) for name in sorted(metrics)}]
         save_json(rows, self.path)
 
-    def _rows(self) -> dict[str, list[dict[str, float]]]:
-        return load_json(self.path) if self.path.is_file() else {"train": [], "val": [], "test": []}
+
+class LogKeeper(Callback):
+    """Has the lines of a log in every checkpoint: what was cut or lost since is there again when the run goes on."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.lines: bytes | None = None  # of the resumed run, up to its checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self._content().decode(errors="replace")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lines = state_dict["lines"].encode()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self.lines is not None and not self._content().startswith(self.lines):
+            with atomic_write(self.path, "wb") as file:
+                file.write(self.lines)
+
+    def _content(self) -> bytes:
+        return self.path.read_bytes() if self.path.is_file() else b""
 
 
 class ProgressLines(Callback):
@@ -96,10 +145,10 @@ class ProgressLines(Callback):
         step = trainer.global_step
         if step == self._start_step or not self._pace.line_is_due():
             return
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        loss = f"loss {float(outputs['loss']) * trainer.accumulate_grad_batches:.3f}" if outputs else "no loss"
         self._print(
             trainer,
-            f"epoch {trainer.current_epoch + 1}, step {step:,} of {self._total:,}: loss {loss:.3f}, "
+            f"epoch {trainer.current_epoch + 1}, step {step:,} of {self._total:,}: {loss}, "
             f"{self._pace.rate(step - self._start_step, self._total - self._start_step)}",
         )
 

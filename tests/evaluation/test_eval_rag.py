@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from transformers import RagSequenceForGeneration
 import eval_rag
 from rag.errors import UserError
 from rag.evaluation import predictors
-from rag.evaluation.gold import parse_qa_line
 from rag.files import load_json, read_lines, write_lines
+from rag.locks import lock_beside, one_at_a_time
 from rag.models.checkpoints import save_model
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
@@ -103,7 +104,7 @@ def test_rag_answers_end_to_end(run, checkpoint, files, model_type, generator):
     assert len(answers) == 8 and scores["em"] == sum(a == b for a, b in zip(answers, ANSWERS, strict=True)) / 8
     records = [json.loads(line) for line in read_lines(files / "predictions.txt.jsonl")]
     for number, (record, (question, _)) in enumerate(zip(records, QUESTIONS, strict=True), start=1):
-        assert list(record) == ["id", "question", "answer", "doc_ids", "titles", "scores"]
+        assert list(record) == ["id", "question", "answer", "doc_ids", "titles", "scores", "digest"]
         assert (record["id"], record["question"], record["answer"]) == (number, question, answers[number - 1])
         assert record["titles"] == [PASSAGES[i][0] for i in record["doc_ids"]] and len(record["scores"]) == 3
         assert record["scores"] == sorted(record["scores"], reverse=True)
@@ -128,7 +129,7 @@ def test_a_bare_generator_answers_closed_book(run, request, files, generator):
     tokens = tokenizer(["oslo " + q for q in ASKED], padding=True, return_tensors="pt")
     token_ids = model.generate(**tokens, num_beams=2, min_length=1, max_length=8)
     assert read_lines(files / "predictions.txt") == tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    assert list(json.loads(read_lines(files / "predictions.txt.jsonl")[0])) == ["id", "question", "answer"]
+    assert list(json.loads(read_lines(files / "predictions.txt.jsonl")[0])) == ["id", "question", "answer", "digest"]
 
 
 def test_retrieval_equals_a_search_by_hand(run, rag_folder, files, question_encoder, bert_tokenizer):
@@ -219,6 +220,50 @@ def test_what_is_printed(run, rag_folder, capsys):
     run(rag_folder, print_docs=True, print_predictions=True)
     second = capsys.readouterr().out
     assert second.splitlines()[1:] == first.splitlines()
+
+
+def test_patterns_in_the_place_of_answers(run, rag_folder, files, request):
+    """As CuratedTrec has them: EM of answers, recall@k of passages, kept with the settings that made the ranks."""
+    write_lines([f"{question}\t{[answer[:3] + '.*', 'x{3}']}" for question, answer in QUESTIONS], files / "patterns")
+    flags = {"answers_path": files / "patterns", "gold_data_mode": "regex", "k": [1, 8], "n_docs": 8}
+    scores = run(rag_folder, "pages", "ranks", **flags)
+    records = [json.loads(line) for line in read_lines(files / "ranks.jsonl")]
+    for (_, answer), record in zip(QUESTIONS, records, strict=True):
+        texts = [PASSAGES[number][1] for number in record["doc_ids"]]
+        assert record["answer_rank"] == next(n for n, text in enumerate(texts, 1) if answer[:3] in text)
+    assert scores["recall_at_8"] == 1
+    with pytest.raises(UserError, match=r"gold_data_mode regex \(now None\)"):
+        run(rag_folder, "pages", "ranks", **flags | {"gold_data_mode": "qa", "answers_path": files / "qa"})
+    request.getfixturevalue("no_model")
+    write_lines([answer.upper() + "!" for answer in ANSWERS[:4]] + ["in x", "xx", "XXX", ""], files / "predictions.txt")
+    scores = run(rag_folder, "patterns", gold_data_mode="regex")
+    assert (
+        scores
+        == {"em": 5 / 8}
+        == eval_rag.get_scores(Namespace(gold_data_mode="regex"), files / "predictions.txt", files / "patterns")
+    )
+
+
+def test_two_evaluations_of_one_file_are_kept_apart(run, rag_folder, files):
+    with one_at_a_time(lock_beside(files / "predictions.txt"), "--x", "y"):
+        with pytest.raises(
+            UserError, match=f"--predictions_path .* is in use by process {os.getpid()} on {os.uname().nodename}"
+        ):
+            run(rag_folder)
+        assert not (files / "predictions.txt").exists()
+        run(rag_folder, predictions="other.txt")
+    run(rag_folder)
+
+
+def test_a_refused_run_leaves_nothing(run, files, rag_folder):
+    for flags in (
+        {"model_name_or_path": files / "none"},
+        {"gold_data_path": files / "none"},
+        {"index_path": files / "none"},
+    ):
+        with pytest.raises(UserError):
+            run(**{"model": rag_folder, "predictions": "new/p.txt"} | flags)
+        assert not (files / "new").exists() or {path.name for path in (files / "new").iterdir()} == {".p.txt.lock"}
 
 
 # --- Functions that other code imports --------------------------------------------------------------------------------
@@ -430,10 +475,6 @@ def test_each_rank_of_a_node_has_a_gpu_in_turn(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert predictors.pick_device(None) == current[-1] == torch.device(device)
         assert predictors.pick_device("cpu") == torch.device("cpu")
-
-
-def test_qa_lines():
-    assert parse_qa_line("who\t['Xiu Li Dai', \"Dai's\"]") == ["Xiu Li Dai", "Dai's"]
 
 
 def test_the_command_line_answers_at_once(tmp_path):

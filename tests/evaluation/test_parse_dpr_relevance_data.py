@@ -1,14 +1,20 @@
 """The DPR relevance file is streamed into two files that stay in step, or into none."""
 
+import gzip
 import json
 import random
+import resource
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 import parse_dpr_relevance_data as script
 from rag.errors import UserError
+from rag.evaluation.arguments import parse_args
+from rag.evaluation.gold import read_data
 from rag.files import read_lines
+from rag.locks import lock_beside, one_at_a_time
 from tests.conftest import ROOT
 
 
@@ -103,7 +109,7 @@ GOOD = json.dumps(record("é?", "A"), ensure_ascii=False)
         (f'[{GOOD}, {{"question" 3}}]', rf"Expecting ':' delimiter, at byte {len(GOOD.encode()) + 15}$"),
         (f"[{GOOD},]", rf"Expecting value, at byte {len(GOOD.encode()) + 2}$"),
         (f"[{GOOD}]\n{GOOD}", rf"behind the end of the array, at byte {len(GOOD.encode()) + 3}$"),
-        (b"\x8b\x08", r"not UTF-8 text \(a .gz file has to be unzipped first\), at byte 0$"),
+        (b"\x8b\x08", r"not UTF-8 text \(of archives only .gz is read\), at byte 0$"),
         (f"[{GOOD}, ".encode() + b'{"\xff', rf"not UTF-8 text .* at byte {len(GOOD.encode()) + 5}$"),
         (f'[{GOOD}, {{"question": "\\udc00"}}]', rf"half of a surrogate pair .* at byte {len(GOOD.encode()) + 3}$"),
         (f'[{GOOD}, {{"question": "no positives"}}]', "record 2, which ends at byte .*needs a `question`"),
@@ -122,7 +128,7 @@ def test_a_fault_is_named_with_its_byte_and_nothing_is_written(parse, monkeypatc
     monkeypatch.setattr(script, "CHUNK_BYTES", chunk)
     with pytest.raises(UserError, match=message):
         parse(source)
-    assert not list((tmp_path / "out").iterdir())
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".lock"}
 
 
 def test_a_fault_early_in_a_long_file_does_not_read_the_rest(parse, monkeypatch):
@@ -132,6 +138,86 @@ def test_a_fault_early_in_a_long_file_does_not_read_the_rest(parse, monkeypatch)
     with pytest.raises(UserError, match="Expecting property name"):
         parse(f"[{GOOD}, {{'single': 1}}, " + ", ".join([GOOD] * 2000) + "]")
     assert len(read) <= 2
+
+
+def test_a_gz_file_is_read_as_it_is(parse):
+    source = json.dumps([record(f"q{n}", "A" * n) for n in range(1, 2000)]).encode()
+    assert parse(gzip.compress(source)) == parse(source) and parse(gzip.compress(source))[0]["written"] == 1999
+    packed = gzip.compress(source)
+    for damaged in (
+        packed[:-9],
+        packed[: len(packed) // 2],
+        packed[:20] + b"\xff" * 9 + packed[29:],
+        b"\x1f\x8b" + b"\xff" * 99,
+    ):
+        with pytest.raises(UserError, match=r"^--src_path .* is a damaged .gz file \(.*; download it again$"):
+            parse(damaged)
+    with pytest.raises(UserError, match=r"Expecting value, at byte 1$"):
+        parse(gzip.compress(b"[x]"))
+
+
+def test_a_record_of_gigabytes_is_refused_at_a_limit(parse, monkeypatch):
+    monkeypatch.setattr(script, "LONGEST_RECORD", 3 << 20)
+    assert parse(json.dumps([record("q " * (1 << 20), "A")]))[0] == {"written": 1, "skipped": 0}
+    with pytest.raises(UserError, match=r"a record of more than 3 MB, behind byte 0$"):
+        parse(gzip.compress(json.dumps([record("q " * (2 << 20), "A")]).encode()))
+
+
+def test_eval_reads_what_is_written(parse, tmp_path):
+    """Whatever is in the source: blank titles and questions, byte order marks, line ends of other kinds, NULs."""
+    odd = ["\ufeffq", "a\u2028b\0c", "d\x0b\x0c\x85e", '"quoted"', "f\rg\th", "['x']", "who\t['x']"]
+    records = [record(text, title) for text in odd for title in [*odd, ' "" ', '"']]
+    counts, questions, _ = parse(b"\xef\xbb\xbf" + json.dumps(records, ensure_ascii=False).encode())
+    assert counts == {"written": len(odd) ** 2, "skipped": 2 * len(odd)}
+    words = ["--model_name_or_path", "m", "--eval_mode", "retrieval", "--predictions_path", tmp_path / "p"]
+    words += ["--evaluation_set", tmp_path / "out" / "questions", "--gold_data_path", tmp_path / "out" / "pages"]
+    data = read_data(parse_args([str(word) for word in words]))
+    assert data.questions == questions and len(data.gold) == len(odd) ** 2
+
+
+def test_two_runs_on_one_output_are_kept_apart(parse, tmp_path):
+    for name in ("questions", "pages"):
+        with (
+            one_at_a_time(lock_beside(tmp_path / "out" / name), "--x", "y"),
+            pytest.raises(UserError, match="in use by"),
+        ):
+            parse("[]")
+    assert parse("[]")[0] == {"written": 0, "skipped": 0}
+
+
+def test_outputs_that_cannot_be_written_are_named_by_their_flag(tmp_path):
+    (tmp_path / "src.json").write_text(json.dumps([record("q" * 99, "t")] * 999))
+    (tmp_path / "file").touch()
+    good = str(tmp_path / "good")
+    for path in (tmp_path / "file" / "q", "/proc/q", "", " ", tmp_path / ("x" * 252), "/dev/null"):
+        for flags in (
+            {"evaluation_set": path, "gold_data_path": good},
+            {"evaluation_set": good, "gold_data_path": path},
+        ):
+            with pytest.raises(UserError) as error:
+                script.main(
+                    script.ParseArguments(src_path=str(tmp_path / "src.json"), **{k: str(v) for k, v in flags.items()})
+                )
+            (wrong,) = (name for name in flags if flags[name] != good)
+            assert str(error.value).startswith(f"--{wrong} ") and "\n" not in str(error.value)
+    assert not (tmp_path / "good").exists() and Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("full", ["evaluation_set", "gold_data_path"])
+def test_a_full_disk_is_told_by_the_flag_of_its_file(tmp_path, full):
+    """A limit on the size of files that only the larger one of the two meets."""
+    short, long = ("q", "t" * 99) if full == "gold_data_path" else ("q" * 99, "t")
+    (tmp_path / "src.json").write_text(json.dumps([record(short, long)] * 999))
+    args = script.ParseArguments(str(tmp_path / "q"), str(tmp_path / "p"), str(tmp_path / "src.json"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"^--{full} .* cannot be written: the disk is full; make room"):
+            script.main(args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".json"}
+    assert script.main(args) == {"written": 999, "skipped": 0}
 
 
 def test_wrong_arguments_are_named_together(tmp_path):

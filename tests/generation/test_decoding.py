@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from benchmarks import decoding
+from rag.errors import UserError
 from rag.generation.decoding import generate_answers
-from rag.generation.token_trees import tree_decoder
+from rag.generation.plain_decoder import decoder_of
 from tests.conftest import assert_equal_but_for_rounding, in_float64
 
 VOCABULARY, N_DOCS, QUESTIONS, MAX_LENGTH = 40, 4, 5, 14
@@ -258,7 +259,7 @@ def test_sums_are_in_full_precision():
     """Of a model in half precision only the logits are rounded: probabilities over them add up to 1 in float32."""
     bart = make_bart(0).bfloat16()
     ids, mask, _ = make_contexts(1)
-    decoder = tree_decoder(bart)
+    decoder = decoder_of(bart)
     memory = decoder.read(ids, mask)
     hidden = decoder.decode(ids[:, :1], torch.tensor([0]), torch.ones(1, 1, 1).bool(), memory)
     vocabulary = torch.arange(VOCABULARY)
@@ -426,8 +427,8 @@ def test_settings_it_cannot_follow_are_errors(settings, message):
 
 def test_an_unknown_generator_is_an_error():
     model = make_rag(RagSequenceForGeneration, make_bart(0))
-    model.generator.config.model_type = "pegasus"
-    with pytest.raises(ValueError, match="bart and t5, not pegasus"):
+    model.generator.config.model_type = "prophetnet"
+    with pytest.raises(UserError, match="a prophetnet model cannot be a RAG model's generator"):
         generate_answers(model, *make_contexts(1), n_docs=N_DOCS)
 
 

@@ -1,5 +1,6 @@
 """Several processes, or a Ray cluster's tasks, embed what one process does."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from datasets import load_from_disk
 
+from rag.distributed.stopped import StoppedClock
 from rag.errors import UserError
 from rag.knowledge import workers as workers_module
 from rag.knowledge.workers import EncoderPlan, EncodingResources, NodeWorkers, RayWorkers, encoding_workers
@@ -118,6 +120,18 @@ class Killer(threading.Thread):
                         break
                 except psutil.Error:  # it has just ended
                     pass
+
+
+def test_a_stopped_process_is_told(embedder, plan, monkeypatch):
+    monkeypatch.setattr(workers_module, "StoppedClock", lambda: StoppedClock(patience=0.5))
+
+    def stop_one(path, shard, vectors):
+        os.kill(min(process.pid for process in multiprocessing.active_children()), signal.SIGSTOP)
+
+    with pytest.raises(UserError, match=r"--num_encoding_processes 2: process \d+ was stopped \(SIGSTOP\)"):  # noqa: SIM117
+        with NodeWorkers(embedder, plan, 2) as workers:
+            shards = {str(number): PASSAGES for number in range(8)}
+            list(workers.embed_shards(iter(shards.items()), stop_one))
 
 
 def test_a_killed_process_is_told_and_nothing_is_lost(embedder, plan, flags, tmp_path):

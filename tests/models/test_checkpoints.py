@@ -353,12 +353,12 @@ def test_dpr_encoders_know_their_role(question_encoder_folder, context_encoder_f
 def test_layers_that_cannot_be_read_are_refused(sentence_transformer):
     pooling = sentence_transformer / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({"pooling_mode_mean_sqrt_len_tokens": True}))
-    with pytest.raises(UserError, match="only one of cls, mean, max"):
+    with pytest.raises(UserError, match="only one of cls, mean, max, last"):
         load_encoder(str(sentence_transformer))
     modules = json.loads((sentence_transformer / "modules.json").read_text())
-    modules.insert(2, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.insert(2, {"path": "2_LSTM", "type": "sentence_transformers.models.LSTM"})
     (sentence_transformer / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="Transformer, Pooling, Dense, Normalize"):
+    with pytest.raises(UserError, match="Transformer, Pooling, LSTM, Normalize; only Pooling, Dense and Normalize can"):
         load_encoder(str(sentence_transformer))
 
 

@@ -15,7 +15,7 @@ from transformers.models.rag.retrieval_rag import CustomHFIndex
 from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever, RetrievalWorkers
 from rag.distributed import ray_cluster
 from rag.distributed.ray_cluster import RayConnection, _running_cluster
-from rag.errors import UserError
+from rag.errors import JobError, UserError
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES
@@ -196,7 +196,7 @@ def test_a_retrieval_that_takes_too_long_says_so(config, retriever, tmp_path):
     impatient = RagRayDistributedRetriever(config, None, None, actors_of(retriever)[:1])
     impatient.init_retrieval()
     impatient.timeout = impatient.pools[0].timeout = 0.5
-    with busy(actors_of(retriever)[0], tmp_path / "end"), pytest.raises(TimeoutError, match=r"within 0\.5 s"):
+    with busy(actors_of(retriever)[0], tmp_path / "end"), pytest.raises(JobError, match=r"within 0\.5 s"):
         impatient.retrieve(queries_of(2, 4), 3)
 
 

@@ -53,13 +53,38 @@ def test_contexts_equal_transformers_but_for_the_padding(retriever, slow_retriev
     assert slow.context_attention_mask[:, length:].sum() == 0
 
 
-@pytest.mark.parametrize("max_combined_length", [300, 12, 11])
-def test_contexts_of_any_length_limit(max_combined_length, retriever, slow_retriever, questions, vectors, monkeypatch):
-    monkeypatch.setattr(retriever.config, "max_combined_length", max_combined_length)  # both share the config
-    fast = retriever(questions.input_ids, vectors, n_docs=3, return_tensors="pt").context_input_ids
-    slow = slow_retriever(questions.input_ids, vectors, n_docs=3, return_tensors="pt").context_input_ids
-    assert fast.shape[1] <= max_combined_length
-    assert torch.equal(fast, slow[:, : fast.shape[1]])
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("max_combined_length", [300, 28, 12, 9, 5])
+def test_a_context_that_is_too_long_loses_its_passage_and_never_its_question(
+    max_combined_length, is_fast, retriever, slow_retriever, questions, vectors, monkeypatch
+):
+    monkeypatch.setattr(type(retriever.generator_tokenizer), "is_fast", is_fast)
+    docs = retriever.retrieve(vectors, n_docs=3)[2]
+    texts = retriever.question_encoder_tokenizer.batch_decode(questions.input_ids, skip_special_tokens=True)
+    slow_retriever.config.max_combined_length = 300
+    whole, mask = slow_retriever.postprocess_docs(docs, texts, "", 3, return_tensors="pt")
+    lengths = mask.sum(1).tolist()
+    monkeypatch.setattr(retriever.config, "max_combined_length", max_combined_length)
+    made, cut = retriever.contexts, retriever.cut_contexts
+    input_ids, mask = retriever.postprocess_docs(docs, texts, "", 3, return_tensors="pt")
+    assert retriever.contexts - made == len(lengths)
+    assert retriever.cut_contexts - cut == sum(length > max_combined_length for length in lengths)
+    for row, (ids, length) in enumerate(zip(whole.tolist(), lengths, strict=True)):
+        tail = retriever.generator_tokenizer("// " + texts[row // 3], add_special_tokens=False)["input_ids"]
+        body = ids[1 : length - 1]
+        assert body[-len(tail) :] == tail
+        if length > max_combined_length:
+            room = max_combined_length - 2
+            body = (body[: max(0, room - len(tail))] + tail)[:room]
+        assert input_ids[row][mask[row].bool()].tolist() == [ids[0], *body, ids[length - 1]]
+
+
+def test_contexts_end_where_the_generator_can_read_no_further(retriever, monkeypatch):
+    monkeypatch.setattr(retriever.config, "max_combined_length", 10**6)
+    docs = [{"title": ["oslo"], "text": ["the castle " * 300]}]
+    input_ids, mask = retriever.postprocess_docs(docs, ["where is oslo"], "", 1, return_tensors="pt")
+    assert input_ids.shape == (1, 128) and mask.all()
+    assert retriever.generator_tokenizer.decode(input_ids[0, -5:]) == "<unk> where is oslo </s>"
 
 
 def test_a_tokenizer_without_a_fast_backend_makes_the_same_contexts(retriever, vectors, monkeypatch):

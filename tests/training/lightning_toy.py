@@ -40,9 +40,13 @@ class ToyModule(BaseTransformer):
 
     def training_step(self, batch, batch_idx):
         self.trained_on.append(batch["index"])
-        loss = (self.answers(batch) - 1).pow(2).mean() * batch["loss_weight"]
-        self.log("loss", loss)
+        losses = self.losses(batch)
+        loss = losses.mean() * batch["loss_weight"]
+        self.log("loss", self.note_losses(loss, losses, batch))
         return loss
+
+    def losses(self, batch):
+        return (self.answers(batch) - 1).pow(2).flatten()
 
     def validation_step(self, batch, batch_idx):
         self.rows += [
@@ -83,9 +87,9 @@ def toy_args(folder: Path, *flags: str):
     return parse_args([*words.split(), *flags])
 
 
-def fit(args, scores=(), extra_callbacks=()) -> tuple[pl.Trainer, ToyModule]:
+def fit(args, scores=(), extra_callbacks=(), module_class=ToyModule) -> tuple[pl.Trainer, ToyModule]:
     trainer = build_trainer(args, [*build_callbacks(args), *extra_callbacks], build_logger(args))
-    module = ToyModule(args, scores)
+    module = module_class(args, scores)
     data = Seq2SeqDataModule(args.data, args.training.seed, ToyTokenizer())
     trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
     return trainer, module

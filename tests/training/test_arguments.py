@@ -98,7 +98,7 @@ def test_trainer_flags_have_the_types_of_the_trainers_parameters():
         (["--fast_dev_run", "3"], 3),
         (["--deterministic", "warn"], "warn"),
         (["--inference_mode", "false"], False),
-        (["--check_val_every_n_epoch", "null"], None),
+        (["--check_val_every_n_epoch", "null", "--val_check_interval", "5"], None),
         (["--devices", "0,1"], "0,1"),
         (["--devices", "2"], 2),
         (["--precision", "16"], 16),
@@ -142,9 +142,73 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     assert len(told) == 8
 
 
+OUT_OF_RANGE = {
+    "--seed": ["-1", str(2**32), str(2**70)],
+    "--learning_rate": ["-1", "nan", "inf", "1e30", "11"],
+    "--question_encoder_learning_rate": ["-inf", "12"],
+    "--dropout": ["1", "-0.1", "nan"],
+    "--weight_decay": ["nan", "-1"],
+    "--adam_epsilon": ["nan", "inf"],
+    "--save_interval": ["nan", "-1", "inf"],
+    "--retrieval_worker_gpus": ["nan"],
+    "--max_time": ["30", "xx", "1:2", "00:00:00:00", "1:00:00"],
+    "--val_check_interval": ["0", "-1", "x", "2.0", "nan", "1:00"],
+    "--limit_train_batches": ["0", "-1", "1.5", "nan"],
+    "--limit_val_batches": ["-1", "1.5"],
+    "--overfit_batches": ["-1", "1.5"],
+    "--check_val_every_n_epoch": ["0", "-1", "null"],
+    "--num_sanity_val_steps": ["-2"],
+    "--log_every_n_steps": ["0", "-1"],
+    "--max_steps": ["0", "-2"],
+    "--min_steps": ["-1"],
+    "--min_epochs": ["-1", "4"],
+    "--fast_dev_run": ["-1"],
+    "--val_max_target_length": ["1", "0"],
+    "--test_max_target_length": ["1"],
+    "--max_source_length": ["0", str(2**31), str(10**30)],
+    "--devices": ["0", "-3", "abc", "1.5", "0,x"],
+    "--gpus": ["", "-2", "0,x"],
+    "--num_nodes": ["0"],
+    "--accelerator": ["abacus", ""],
+    "--gradient_clip_algorithm": ["xyz"],
+    "--cache_dir": [__file__],
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_what_is_out_of_range_is_one_line_that_begins_with_the_flag(name, tmp_path):
+    for value in OUT_OF_RANGE[name]:
+        told = mistakes(tmp_path, f"{name}={value}")
+        assert len([line for line in told if line.startswith(f"{name} ")]) == 1, (value, told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        (["--max_epochs", "0"], "--max_epochs 0 "),
+        (["--max-epochs=0"], "--max_epochs 0 "),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0 "),
+        (["--gradient-clip-val", "-1"], "--gradient_clip_val -1.0 "),
+        (["--accumulate_grad_batches", "0"], "--accumulate_grad_batches 0 "),
+        (["--max_epochs", "1", "--min_epochs", "2"], "--min_epochs 2 is more than --max_epochs 1"),
+    ],
+)
+def test_a_setting_is_told_under_the_name_it_was_given_by(flags, given, tmp_path):
+    (told,) = mistakes(tmp_path, *flags)
+    assert told.startswith(given)
+
+
+def test_the_name_that_a_file_uses_is_told_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("max_epochs: 0\n")
+    assert mistakes(tmp_path, "--config_file", str(tmp_path / "run.yaml"))[0].startswith("--max_epochs 0 ")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--limit_test_batches", "0", "--do_predict"],
+        ["--min_steps", "3", "--max_steps", "2"],
+        ["--check_val_every_n_epoch", "null", "--val_check_interval", "0.5"],
         ["--gpus", "2", "--devices", "2"],
         ["--gpus", "2", "--accelerator", "cpu"],
         ["--fp16", "--precision", "32"],
@@ -228,7 +292,9 @@ def test_a_file_may_name_a_setting_otherwise_than_the_command_line(tmp_path, cap
     [
         (["--devices", "2"], {}, "MASTER_PORT {port} is used by another process"),
         (["--gpus", "2"], {}, "MASTER_PORT {port} is used by another process"),
-        (["--devices", "2", "--num_nodes", "2"], {}, None),  # it may be rank 0's, on another node
+        # It may be rank 0's, on another node.
+        (["--devices", "2", "--num_nodes", "2"], {"MASTER_ADDR": "node0", "NODE_RANK": "1"}, None),
+        (["--num_nodes", "2"], {}, "--num_nodes 2: MASTER_ADDR not set"),
         (["--devices", "2"], {"SLURM_PROCID": "1"}, None),
         (["--devices", "1"], {}, None),
         (

@@ -1,6 +1,6 @@
 """Batches: every example once, the same on any number of ranks, a new order an epoch, a place to go on from."""
 
-from itertools import chain
+from itertools import chain, islice
 
 import pytest
 
@@ -78,3 +78,44 @@ def test_a_loader_goes_on_behind_the_batch_it_handed_out_last(num_workers):
     assert seen == epoch(11, 2, seed=1, epoch=3)
     resumed.batch_sampler.set_epoch(4)
     assert [batch["index"] for batch in resumed] == epoch(11, 2, seed=1, epoch=4)
+
+
+@pytest.mark.parametrize("lengths", [None, [i * 7 % 5 for i in range(23)]])
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (2, 2)), ((2, 2), (2, 1)), ((1, 3), (1, 2)), ((2, 4), (2, 3))])
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 9])
+def test_another_number_of_ranks_goes_on_where_the_others_were(before, after, done, lengths):
+    """No example is skipped or comes twice, in this epoch and, resumed again, in its rest; then all is as ever."""
+
+    def loaders(size, world_size):
+        samplers = [
+            GlobalBatchSampler(23, size, rank, world_size, seed=1, lengths=lengths) for rank in range(world_size)
+        ]
+        return [ResumableDataLoader(range(23), batch_sampler=one, collate_fn=collate) for one in samplers]
+
+    def examples(ranks, batches):
+        """What counts of so many batches, and the weights of each."""
+        shares = [list(islice(iter(rank), batches)) for rank in ranks]
+        assert len({len(share) for share in shares}) == 1
+        for same in zip(*shares, strict=True):
+            assert sum(batch["loss_weight"] for batch in same) == pytest.approx(len(ranks))
+        return [i for share in shares for batch in share if batch["loss_weight"] for i in batch["index"]]
+
+    first, told = loaders(*before), []
+    seen = examples(first, done)
+    second, third = loaders(*after), loaders(*before)
+    for rank in second:
+        rank.renumbered = told.append
+        rank.load_state_dict(first[0].state_dict())
+        rank.batch_sampler.set_epoch(0)
+    seen += examples(second, 1)
+    for rank in third:
+        rank.load_state_dict(second[0].state_dict())
+    seen += examples(third, 99)
+    assert sorted(seen) == list(range(23))
+    position = second[0].state_dict()["position"] - (done < len(first[0].batch_sampler))
+    difference = position - min(done, len(first[0].batch_sampler))
+    assert set(told) == ({difference} if difference else set())
+    third[0].batch_sampler.set_epoch(1)
+    alone = GlobalBatchSampler(23, *before[:1], 0, before[1], seed=1, lengths=lengths)
+    alone.set_epoch(1)
+    assert list(third[0].batch_sampler) == list(alone)

@@ -33,7 +33,7 @@ def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path):
     assert {"metrics.json", "hparams.json", "git_log.json", "test_results.txt", "test_generations.txt"} <= names
     exported = sorted(path for path in out.glob("checkpoint*") if path.is_dir())
     assert len(exported) == 3 and len(list(out.glob("*.ckpt"))) == 4  # the best three and last.ckpt
-    assert not any(name.startswith(".") for name in names)
+    assert [name for name in names if name.startswith(".")] == [".lock"]
 
     assert load_json(out / "hparams.json")["training"]["learning_rate"] == 0.01
     validations = load_json(out / "metrics.json")["val"]
@@ -153,7 +153,7 @@ def test_predict_alone(model_folder, data_dir, tmp_path):
 def test_mistakes_are_named_before_anything_is_written(flags, message, model_folder, data_dir, tmp_path):
     with pytest.raises(UserError, match=message):
         run(model_folder, data_dir, tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").rglob("*")} <= {".lock"}
 
 
 def test_unpaired_data_are_named(model_folder, data_dir, tmp_path):

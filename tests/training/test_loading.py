@@ -144,7 +144,7 @@ def test_what_is_no_checkpoint_of_this_suite_is_refused_unread(tmp_path):
     torch.save({"epoch": 1}, tmp_path / "bare.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     for name in ("evil", "bare", "text"):
-        with pytest.raises(UserError, match=r"is no checkpoint of finetune_rag\.py") as error:
+        with pytest.raises(UserError, match=r"is no checkpoint|no Lightning checkpoint") as error:
             read_lightning_checkpoint(tmp_path / f"{name}.ckpt")
         assert "\n" not in str(error.value)
 

@@ -135,7 +135,7 @@ def test_the_next_batch_is_retrieved_while_this_one_is_trained_on(ahead, model_f
     begun = [threading.Event(), threading.Event()]  # the retrieval of the first batch, of the second
 
     def note(retriever, *arguments):
-        next(event for event in begun if not event.is_set()).set()
+        next((event for event in begun if not event.is_set()), begun[1]).set()
         return retrieve(retriever, *arguments)
 
     def wait_for_the_next(module, batch, batch_idx):
@@ -144,7 +144,7 @@ def test_the_next_batch_is_retrieved_while_this_one_is_trained_on(ahead, model_f
 
     monkeypatch.setattr(RagKnowledgeRetriever, "retrieve", note)
     monkeypatch.setattr(GenerativeQAModule, "training_step", wait_for_the_next)
-    flags = ["--freeze_question_encoder", "--max_steps", 2, "--num_sanity_val_steps", 0, "--limit_val_batches", 0]
+    flags = ["--freeze_question_encoder", "--max_steps", 2, "--num_sanity_val_steps", 0]
     run(model_folder["bart"], data_dir, tmp_path / "out", *flags)
     assert all(event.is_set() for event in begun)
 

@@ -14,6 +14,7 @@ import pytest
 import utils_rag
 from rag.errors import UserError
 from tests.conftest import ROOT
+from tests.training.lightning_toy import ToyTokenizer
 from utils_rag import (
     Seq2SeqDataset,
     data_file_problems,
@@ -206,3 +207,85 @@ def test_import_is_light():
     code = "import sys, utils_rag, json; print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(answer) == []
+
+
+# --- Several right answers --------------------------------------------------------------------------------------------
+
+
+class Epochs:
+    epoch = 0
+
+
+def write_answers(folder, split, *answers):
+    lines = [f"{split} question {n}\t{right!r}" for n, right in enumerate(answers)]
+    for end, texts in (("qa", lines), ("source", [line.split("\t")[0] for line in lines])):
+        (folder / f"{split}.{end}").write_text("".join(f"{text}\n" for text in texts))
+    (folder / f"{split}.target").write_text("".join(f"{right[0]}\n" for right in answers))
+
+
+def test_one_of_several_answers_is_drawn_each_epoch(tmp_path):
+    write_answers(tmp_path, "train", ["a", "b", "c"], ["d"], ["e", "f"])
+    assert data_file_problems(tmp_path, ["train"]) == []
+    make = lambda: Seq2SeqDataset(ToyTokenizer(), tmp_path, 9, 9)  # noqa: E731
+    dataset, again, epochs = make(), make(), Epochs()
+    assert [dataset[i]["target"] for i in range(3)] == ["a", "d", "e"]  # as the targets say
+    dataset.draw_answers(7, epochs)
+    again.draw_answers(7, Epochs())
+    drawn = []
+    for epochs.epoch in range(20):
+        drawn.append([dataset[i]["target"] for i in range(3)])
+    assert [{row[i] for row in drawn} for i in range(3)] == [{"a", "b", "c"}, {"d"}, {"e", "f"}]
+    assert drawn[0] == [again[i]["target"] for i in range(3)]  # whoever asks, in whatever order
+    assert dataset.collate_fn([dataset[2]])["answers"] == [["e", "f"]]
+
+
+def test_without_answers_nothing_is_drawn(tmp_path):
+    write_answers(tmp_path, "train", ["a", "b"])
+    (tmp_path / "train.qa").unlink()
+    dataset = Seq2SeqDataset(ToyTokenizer(), tmp_path, 9, 9)
+    dataset.draw_answers(7, Epochs())
+    assert dataset[0] == {"source": "train question 0", "target": "a", "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train question 0\t['a']\n", "train.qa has 1 lines but train.source has 2"),
+        ("train question 0\tx\ntrain question 1\t['a']\n", "line 1: `question TAB"),
+        ("train question 1\t['a']\ntrain question 2\t['a']\n", "2 of its questions are not those of train.source"),
+        ("", "train.qa has 0 lines"),
+    ],
+)
+def test_answers_that_do_not_fit_are_told(content, message, tmp_path):
+    write_answers(tmp_path, "train", ["a"], ["b"])
+    (tmp_path / "train.qa").write_text(content)
+    (problem,) = data_file_problems(tmp_path, ["train"])
+    assert message in problem and problem.startswith("--data_dir")
+
+
+def test_questions_that_are_cut_are_counted(tmp_path, caplog):
+    write_answers(tmp_path, "train", ["a"], ["b"])
+    (tmp_path / "train.source").write_text("a line of thirty characters ..\nshort\n")
+    Seq2SeqDataset(ToyTokenizer(), tmp_path, 9, 9)
+    assert (
+        "1 of 2 questions of train.source are longer than --max_source_length 9 tokens (the longest has 30)"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_told(make, tmp_path):
+    write_answers(tmp_path, "train", ["a"])
+    (tmp_path / "train.source").unlink()
+    make(tmp_path / "train.source")
+    (problem,) = data_file_problems(tmp_path, ["train"])
+    assert "train.source is a folder, a device or a pipe" in problem
+
+
+def test_what_cannot_be_read_is_told_for_each_file(tmp_path):
+    write_answers(tmp_path, "train", ["a"])
+    for end in ("source", "target"):
+        (tmp_path / f"train.{end}").write_bytes("a\n".encode("utf-16"))
+    (tmp_path / "train.qa").unlink()
+    problems = data_file_problems(tmp_path, ["train"])
+    assert len(problems) == 2 and all("is not UTF-8" in problem for problem in problems)

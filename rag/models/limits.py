@@ -1,0 +1,98 @@
+"""How many tokens a model can read and write, as its config says, and the flags that ask for more.
+
+most_tokens(config.question_encoder)                     # 512 of BERT, 512 of RoBERTa's 514, None of T5
+raise_problems(length_problems(config, {"max_source_length": 128, "max_target_length": 25}))
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, RagConfig
+
+from rag.errors import UserError
+
+# Families whose positions begin behind the padding id, so that the table of positions is longer than any text.
+BEHIND_PADDING = {
+    "altclip_text_model", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+# Families that compute positions for any length, whatever their config says.
+ANY_LENGTH = {"fsmt", "m2m_100", "nllb-moe", "pegasus_x", "xlnet"}
+# Flags by what they bound.
+QUESTION_LENGTHS = ("max_source_length",)
+CONTEXT_LENGTHS = ("max_combined_length",)
+TARGET_LENGTHS = ("max_target_length", "val_max_target_length", "test_max_target_length")  # behind the start token
+ANSWER_LENGTHS = ("max_length", "min_length")  # the start token included
+
+
+def most_tokens(config: PreTrainedConfig, decoder: bool = False) -> int | None:
+    """The tokens of the longest text that a model, or its decoder, has positions for; None where any length will do."""
+    if config.model_type == "pooled_encoder":
+        return most_tokens(config.backbone)
+    if config.model_type == "encoder-decoder":
+        return most_tokens(config.decoder if decoder else config.encoder)
+    own = "max_decoder_position_embeddings" if decoder else "max_encoder_position_embeddings"  # LED's
+    positions = getattr(config, own, None) or getattr(config, "max_position_embeddings", None)
+    if config.model_type in ANY_LENGTH or not isinstance(positions, int) or positions < 1:
+        return None
+    if config.model_type in BEHIND_PADDING:
+        positions -= 1 + (1 if config.model_type == "mpnet" else config.pad_token_id)
+    return positions
+
+
+def length_problems(config: PreTrainedConfig, lengths: Mapping[str, int | None], model: str = "") -> list[str]:
+    """One line for each flag that asks for more tokens than the part of the model that it is about can have.
+
+    Args:
+        config: of a RAG model or of a bare generator, which reads the question itself.
+        lengths: values by the flag's name; None is not asked for.
+        model: the flag and value that named the model, for the messages.
+    """
+    rag = isinstance(config, RagConfig)
+    generator = config.generator if rag else config
+    reader, what = (config.question_encoder, "question encoder") if rag else (generator, "generator's encoder")
+    decoder = most_tokens(generator, decoder=True)
+    limits: dict[str, tuple[int | None, str]] = dict.fromkeys(QUESTION_LENGTHS, (most_tokens(reader), f"{what} reads"))
+    limits |= dict.fromkeys(CONTEXT_LENGTHS, (most_tokens(generator), "generator's encoder reads"))
+    limits |= dict.fromkeys(TARGET_LENGTHS, (decoder and decoder - 1, "generator writes"))
+    limits |= dict.fromkeys(ANSWER_LENGTHS, (decoder, "generator writes"))
+    of_model = f" ({model})" if model else ""
+    return [
+        f"--{name} {value} is more than the {limits[name][0]} tokens that the {limits[name][1]}{of_model}; lower it"
+        for name, value in lengths.items()
+        if value is not None and limits[name][0] is not None and value > limits[name][0]
+    ]
+
+
+def beams_problems(generator: PreTrainedConfig, num_beams: int) -> list[str]:
+    """Beam search takes twice as many different words a step as there are beams."""
+    most = generator.vocab_size // 2
+    if num_beams <= most:
+        return []
+    return [f"--num_beams {num_beams} is more than half of the generator's {generator.vocab_size} words; lower it"]
+
+
+def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:
+    """Refuse sizes in a config that no model has: what is built by them would fail late, or never end.
+
+    Raises:
+        UserError: the first of them.
+    """
+    least_one = ("n_docs", "max_combined_length", "retrieval_vector_size") if isinstance(config, RagConfig) else ()
+    for name in least_one:
+        if getattr(config, name) < 1:
+            _refuse(path, flag, name, getattr(config, name), "it must be 1 or more")
+    for part in _parts(config):
+        for name, value in vars(part).items():
+            if name.endswith("layers") and isinstance(value, int) and not 0 <= value <= 1000:
+                _refuse(path, flag, name, value, "no model has so many")
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A config and those inside it."""
+    inside = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return [config, *(part for one in inside for part in _parts(one))]
+
+
+def _refuse(path: str, flag: str, name: str, value: Any, why: str) -> None:
+    raise UserError(f"{flag} {path}: its config says {name} {value}; {why}")

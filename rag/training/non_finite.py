@@ -1,0 +1,85 @@
+"""Steps whose loss or gradients are not finite: found before they change a weight, told with their questions.
+
+step = OptimizerStep()
+step.add(mean_loss, nll, batch["index"], batch["source"])    # each batch whose gradients it collects
+if not step.is_finite(gradient_norm): ...
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.utils import get_total_norm
+
+from rag.errors import ReportedError, UserError
+
+QUESTIONS_TOLD = 3
+CHARACTERS_TOLD = 80  # of a question
+
+
+class NonFiniteError(UserError):
+    """A step had a loss or gradients that are not finite; the weights are as they were before it."""
+
+
+class NonFiniteElsewhereError(NonFiniteError, ReportedError):
+    """The same, on a rank that leaves it to rank 0 to say so."""
+
+
+class OptimizerStep:
+    """The losses of the batches whose gradients one optimizer step collects, on their device until they are asked."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.examples: list[tuple[torch.Tensor, list[int], list[str]]] = []
+
+    def add(self, mean_loss: torch.Tensor, nll: torch.Tensor, indexes: list[int], questions: list[str]) -> None:
+        """Note a batch.
+
+        Args:
+            mean_loss: a number, the same on every rank.
+            nll: the loss of each example (B,).
+        """
+        self.losses.append(mean_loss.detach().float())
+        self.examples.append((nll.detach(), indexes, questions))
+
+    def is_finite(self, norm: torch.Tensor | None) -> bool:
+        """Whether the mean losses, and the gradients' norm if it is given, are; waits for the device, once."""
+        values = self.losses + ([] if norm is None else [norm.detach().float()])
+        return not values or bool(torch.stack(values).isfinite().all())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """This rank's examples whose loss is not finite, or all where each is: "index" and "question"."""
+        every = [
+            {"index": index, "question": question, "is_finite": math.isfinite(loss)}
+            for nll, indexes, questions in self.examples
+            for loss, index, question in zip(nll.tolist(), indexes, questions, strict=True)
+        ]
+        return [row for row in every if not row["is_finite"]] or every
+
+    def description(self, norm: torch.Tensor | None, rows: list[dict[str, Any]]) -> str:
+        """What is not finite, and the questions of the examples whose loss is not; else those of all of them.
+
+        Args:
+            rows: of all ranks.
+        """
+        losses = [loss for loss in map(float, self.losses) if not math.isfinite(loss)]
+        what = f"the loss is {losses[0]}" if losses else f"the gradients' norm is {float(norm or 0)}"
+        worst = [row for row in rows if not row["is_finite"]] or rows
+        told = [repr(row["question"][:CHARACTERS_TOLD]) for row in worst[:QUESTIONS_TOLD]]
+        more = f" and {len(worst) - len(told)} more" if len(worst) > len(told) else ""
+        return what + (f" (questions: {', '.join(told)}{more})" if told else "")
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """The norm of all gradients together."""
+    return get_total_norm([parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None])
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def weights_are_finite(module: torch.nn.Module) -> bool:
+    """Whether every weight of a module is; one pass over them."""
+    weights = [weight.detach() for weight in module.parameters() if weight.is_floating_point()]
+    return bool(get_total_norm(weights, math.inf).isfinite())

@@ -1,0 +1,1 @@
+"""Tests of rag/command_line."""

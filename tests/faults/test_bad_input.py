@@ -1,0 +1,300 @@
+"""Bad input, a row a case: told in lines that name the flag, with status 2 and nothing left; what is right works.
+
+REFUSED is a pattern that the error lines hold; WORKS is status 0; CLEANLY is either.
+"""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from tests.faults.makers import (
+    NOT_JSON,
+    Changed,
+    Copy,
+    File,
+    Index,
+    Maker,
+    Passages,
+    Special,
+    cut,
+    first_line,
+    flip,
+    huge_header,
+    settings,
+    utf16,
+)
+from tests.faults.processes import left_behind, run, tree
+
+EVAL, FINETUNE, KNOWLEDGE = "eval_rag.py", "finetune_rag.py", "use_own_knowledge_dataset.py"
+CONSOLIDATE, PARSE = "consolidate_rag_checkpoint.py", "parse_dpr_relevance_data.py"
+MOST_LINES = 12  # a line for each thing that is wrong, ten at most and a word on the rest
+
+
+@dataclass
+class Case:
+    name: str
+    script: str
+    changes: dict
+    outcome: str  # "refused", "works" or "cleanly"
+    says: str = ""
+    short: bool = False  # part of `make test`
+
+    @property
+    def id(self) -> str:
+        return f"{self.script}: {self.name}"
+
+
+CASES: list[Case] = []
+
+
+def refused(script: str, name: str, changes: dict, says: str, short: bool = False) -> None:
+    CASES.append(Case(name, script, changes, "refused", says, short))
+
+
+def works(script: str, name: str, changes: dict, says: str = "", short: bool = False) -> None:
+    CASES.append(Case(name, script, changes, "works", says, short))
+
+
+def cleanly(script: str, name: str, changes: dict, says: str = "") -> None:
+    CASES.append(Case(name, script, changes, "cleanly", says))
+
+
+# --- Files that are read ----------------------------------------------------------------------------------------------
+
+READ = [(EVAL, "--evaluation_set"), (EVAL, "--gold_data_path"), (KNOWLEDGE, "--csv_path"), (PARSE, "--src_path")]
+for script, flag in READ:
+    for kind in ("fifo", "device", "link", "loop", "below"):
+        refused(
+            script, f"{flag} is a {kind}", {flag: Special(kind)}, flag, short=(kind, flag) == ("fifo", "--csv_path")
+        )
+    for name, content in {
+        "empty": b"",
+        "binary": bytes(range(128, 256)) * 9,
+        "UTF-16": "a\tb\n".encode("utf-16"),
+    }.items():
+        refused(script, f"{flag} is {name}", {flag: File(content)}, flag)
+    refused(script, f"{flag} missing", {flag: "{out}/none"}, flag)
+    refused(script, f"{flag} ''", {flag: ""}, flag)
+for script, flag in [(EVAL, "--evaluation_set"), (EVAL, "--gold_data_path"), (PARSE, "--src_path")]:
+    refused(script, f"{flag} is a folder", {flag: Special("folder")}, flag)
+for side in ("train.source", "train.target", "val.source"):
+    for name, change in {"empty": b"", "UTF-16": utf16, "gone": None, "a line more": lambda old: old + b"x\n",
+                         "blank line": lambda old: b" \n" + old}.items():  # fmt: skip
+        refused(FINETUNE, f"{side} {name}", {"--data_dir": Copy("data", {side: change})}, re.escape(side))
+    for name, change in {"BOM": lambda old: b"\xef\xbb\xbf" + old, "CRLF": lambda old: old.replace(b"\n", b"\r\n"),
+                         "U+2028": lambda old: old.replace(b" ", "\u2028".encode(), 1),
+                         "a line of a megabyte": lambda old: b"what " * 200_000 + old}.items():  # fmt: skip
+        works(FINETUNE, f"{side} {name}", {"--data_dir": Copy("data", {side: change})})
+
+# --- Gold -------------------------------------------------------------------------------------------------------------
+
+NO_ANSWERS = [
+    b"[]", b"[1, 2]", b"'x'", b"[" * 100_000, b"-" * 100_000 + b"1", b"[" + b"9" * 100_000 + b"]", b"{'a': 1}",
+    b"[None]", b"[['a']]", b"[", b"set()",
+]  # fmt: skip
+for line in [b"only a question", *(b"q\t" + answers for answers in NO_ANSWERS)]:
+    changes = {"--gold_data_path": Changed("gold.qa", first_line(line))}
+    refused(EVAL, f"gold line {line[:20]!r}", changes, "line 1", short=line == b"q\t[]")
+for line in (b'q\t["a", "\\u00e9"]', b'"q"\t"[\'a\', ""b\'s""]"', b"q\t['a' 'b']", b"q\t('a', 'b')", b"q\t['', 'a']"):
+    works(EVAL, f"gold line {line!r}", {"--gold_data_path": Changed("gold.qa", first_line(line))})
+
+# --- Outputs ----------------------------------------------------------------------------------------------------------
+
+WRITTEN = [
+    (EVAL, "--predictions_path"), (FINETUNE, "--output_dir"), (KNOWLEDGE, "--output_dir"), (CONSOLIDATE, "--dest"),
+    (PARSE, "--evaluation_set"), (PARSE, "--gold_data_path"),
+]  # fmt: skip
+for script, flag in WRITTEN:
+    for kind in ("fifo", "device", "link", "loop", "below"):
+        refused(script, f"{flag} is a {kind}", {flag: Special(kind)}, flag, short=(script, kind) == (EVAL, "below"))
+    for value in ("", " ", "/proc/x", "/proc/x/y", "/sys/x", "x" * 300):
+        refused(script, f"{flag} {value[:9]!r}", {flag: value}, flag)
+for script, flag in [(FINETUNE, "--output_dir"), (KNOWLEDGE, "--output_dir"), (CONSOLIDATE, "--dest")]:
+    refused(script, f"{flag} is a file", {flag: File(b"keep")}, flag)
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+WHOLE = ["0", "-1", "x", "", "2.5", "nan", "1e3"]
+for script, names in {
+    EVAL: ["n_docs", "num_beams", "eval_batch_size", "max_source_length", "max_length", "ef_search", "nprobe"],
+    FINETUNE: ["train_batch_size", "eval_batch_size", "num_beams", "max_source_length", "max_target_length", "n_docs",
+               "num_train_epochs", "gradient_accumulation_steps", "max_combined_length", "num_retrieval_workers"],
+    KNOWLEDGE: ["batch_size", "num_shards", "m", "num_index_shards", "n_docs", "num_proc", "num_encoding_processes"],
+}.items():  # fmt: skip
+    for name in names:
+        for value in WHOLE:
+            refused(script, f"--{name} {value!r}", {f"--{name}": value}, name, short=(name, value) == ("n_docs", "0"))
+for name in (
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "dropout",
+    "label_smoothing",
+    "save_interval",
+):
+    for value in ("nan", "inf", "-1", "x"):
+        refused(FINETUNE, f"--{name} {value}", {f"--{name}": value}, name)
+for name, values in {
+    "seed": ["-1", 2**32, 2**70, "x"], "max_time": ["30", "xx", "-1"], "limit_val_batches": ["0", "-1", "nan"],
+    "val_check_interval": ["0", "1000", "-1", "nan", "x"], "check_val_every_n_epoch": ["0", "-1"],
+    "precision": ["16-mixed"],
+    "log_every_n_steps": ["0", "-1"], "num_sanity_val_steps": ["-2"], "val_max_target_length": ["0", "1"],
+    "max_steps": ["-5", "x"], "warmup_steps": ["-1"], "strategy": ["xyz", "deepspeed"], "accelerator": ["xyz", "tpu"],
+    "devices": ["0", "abc", "-3"], "num_nodes": ["0", "2"],
+}.items():  # fmt: skip
+    for value in values:
+        refused(FINETUNE, f"--{name} {value}", {f"--{name}": value}, name)
+for value in (10**9, 10**12):
+    refused(EVAL, f"--n_docs {value}", {"--n_docs": value}, "n_docs")
+    refused(
+        EVAL, f"--k {value}", {"--eval_mode": "retrieval", "--gold_data_path": "{world}/titles", "--k": value}, "--k"
+    )
+    cleanly(EVAL, f"--num_beams {value}", {"--num_beams": value}, "num_beams")
+    cleanly(EVAL, f"--max_length {value}", {"--max_length": value}, "max_length")
+works(KNOWLEDGE, "--batch_size 10^9", {"--batch_size": 10**9})
+FACTORIES = [
+    "bogus", "IVF1000,Flat", "HNSW0", "HNSW1,Flat", "PCA64,Flat", "IVF0,Flat", "PQ7", "LSH", "IDMap,Flat", "NSG32",
+    "Flat" * 500, "HNSW-5", "HNSW1000000,Flat", "Flat,Flat",
+]  # fmt: skip
+for value in FACTORIES:
+    refused(
+        KNOWLEDGE, f"--index_factory {value[:20]}", {"--index_factory": value}, "index_factory", short=value == "HNSW0"
+    )
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "config.json": NOT_JSON | {"of no known model": settings(model_type="nothing"),
+                               "n_docs three": settings(n_docs="three"),
+                               "code beside it": settings(model_type="evil", auto_map={"AutoConfig": "evil.C"})},
+    "model.safetensors": {"empty": b"", "cut": cut(0.6), "garbage": b"\xff" * 999, "gone": None, "huge": huge_header,
+                          "a flipped header": flip(0.001)},
+    "generator_tokenizer/tokenizer.json": {"empty": b"", "cut": cut(0.5), "binary": b"\0\xff" * 50},
+}  # fmt: skip
+for script, flag in [(EVAL, "--model_name_or_path"), (FINETUNE, "--model_name_or_path")]:
+    for file, ways in BROKEN.items():
+        for name, change in ways.items():
+            refused(script, f"{file} {name}", {flag: Copy("rag", {file: change})}, "model_name_or_path|n_docs")
+    for value in ("", "{out}/none", "{world}/gold.qa", "nobody/nothing", "{world}/question_encoder"):
+        refused(script, f"{flag} {value}", {flag: value}, "model_name_or_path", short=(script, value) == (EVAL, ""))
+for part, flag in {
+    "generator": "--generator_name_or_path",
+    "question_encoder": "--question_encoder_name_or_path",
+}.items():
+    for file, change in {"config.json": b"[1]", "model.safetensors": cut(0.5), "tokenizer.json": b"{"}.items():
+        refused(CONSOLIDATE, f"{part}'s {file}", {flag: Copy(part, {file: change})}, part)
+encoder = Copy("context_encoder", {"model.safetensors": cut(0.5)})
+refused(KNOWLEDGE, "encoder cut", {"--dpr_ctx_encoder_model_name": encoder}, "dpr_ctx_encoder_model_name")
+
+# --- Index and passages -----------------------------------------------------------------------------------------------
+
+
+def filled(index, vectors):
+    index.add(vectors)
+    return index
+
+
+def numbered(index, vectors):
+    index.add_with_ids(vectors, range(100, 108))
+    return index
+
+
+INDEXES = {
+    "of distances": lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat"), v),
+    "of too few": lambda faiss, v: filled(faiss.IndexFlatIP(16), v[:7]),
+    "of 32 dimensions": lambda faiss, v: filled(faiss.IndexFlatIP(32), v.repeat(2, 1)),
+    "cut": lambda faiss, v: faiss.serialize_index(filled(faiss.IndexFlatIP(16), v)).tobytes()[:-50],
+    "HNSW cut": lambda faiss, v: faiss.serialize_index(filled(faiss.index_factory(16, "HNSW8", 0), v)).tobytes()[:-50],
+    "empty": lambda faiss, v: b"",
+    "of bits": lambda faiss, v: faiss.serialize_index_binary(faiss.IndexBinaryFlat(64)).tobytes(),
+}
+COLUMNS = {
+    "no embeddings": lambda c: {"title": c["title"], "text": c["text"]},
+    "no title": lambda c: {"text": c["text"], "embeddings": c["embeddings"]},
+    "titles are numbers": lambda c: c | {"title": list(range(8))},
+    "embeddings are texts": lambda c: c | {"embeddings": [str(v) for v in c["embeddings"]]},
+    "an embedding is missing": lambda c: c | {"embeddings": [None, *c["embeddings"][1:]]},
+    "an embedding is short": lambda c: c | {"embeddings": [c["embeddings"][0][:5], *c["embeddings"][1:]]},
+    "embeddings are NaN": lambda c: c | {"embeddings": [[float("nan")] * 16] * 8},
+}
+DATASET = {"data-*.arrow": {"empty": b"", "cut": cut(0.5), "garbage": b"\xff" * 999, "gone": None},
+           "state.json": {"cut": b"{", "gone": None}, "dataset_info.json": {"cut": b"{", "gone": None}}  # fmt: skip
+for script in (EVAL, FINETUNE):
+    here = {"--passages_path": "{world}/passages", "--index_path": "{world}/index.faiss"}
+    for name, build in INDEXES.items():
+        refused(script, f"index {name}", here | {"--index_path": Index(build)}, "index_path")
+    for name, change in COLUMNS.items():
+        refused(
+            script, f"passages, {name}", here | {"--passages_path": Passages(change)}, "passages_path|embeddings|title"
+        )
+    for file, ways in DATASET.items():
+        for name, change in ways.items():
+            changes = here | {"--passages_path": Copy("passages", {file: change})}
+            refused(script, f"passages, {file} {name}", changes, "passages_path")
+    cleanly(script, "index with ids of its own", here | {"--index_path": Index(
+        lambda faiss, v: numbered(faiss.index_factory(16, "IDMap,Flat", 0), v))}, "index_path")  # fmt: skip
+
+# --- Settings, documents, relevance data ------------------------------------------------------------------------------
+
+for name, content in NOT_JSON.items():
+    if name not in ("an empty object",):
+        refused(EVAL, f"--config_file {name}", {"--config_file": File(content, "c.json")}, "config_file")
+NO_SETTINGS = {"a key twice": b"n_docs: 3\nn_docs: 2", "an unknown key": b"n_dox: 3", "a number as key": b"3: 4",
+               "a dict": b"n_docs: {a: 1}"}  # fmt: skip
+for name, content in NO_SETTINGS.items():
+    changes = {"--n_docs": None, "--config_file": File(content, "c.yaml")}
+    refused(EVAL, f"--config_file with {name}", changes, "n_do|3", short=name == "a key twice")
+for name, content in {
+    "without a tab": b"only text\n",
+    "blank line": b"\na\tb\n",
+    "title only": b"title\t \n",
+    "header only": b"title\ttext\n",
+}.items():
+    refused(KNOWLEDGE, f"documents {name}", {"--csv_path": File(content)}, "csv_path")
+NO_DOCUMENTS = [
+    b"{oops", b"[" * 100_000, b'{"text": ' + b"9" * 100_000 + b"}", b'{"title": 3, "text": "a"}', b'{"text": NaN}',
+    b'{"text": "a\\ud800"}', b"3", b"",
+]  # fmt: skip
+for line in NO_DOCUMENTS:
+    refused(KNOWLEDGE, f"JSON line {line[:20]!r}", {"--csv_path": File(line + b"\n", "x.jsonl")}, "line 1")
+for name, content in {
+    "BOM": b"\xef\xbb\xbfa\tb c\n",
+    "CRLF": b"a\tb c\r\n",
+    "a megabyte": b"a\t" + b"the " * 250_000 + b"\n",
+}.items():
+    works(KNOWLEDGE, f"documents with {name}", {"--csv_path": File(content)})
+NO_RECORDS = [
+    b"{}", b"[3]", b"[null]", b'[{"question": null}]', b'[{"question": "q", "positive_ctxs": "abc"}]', b"[" * 100_000,
+    b'[{"question": "', b'[{"id": ' + b"9" * 100_000 + b"}]", b"[] x",
+]  # fmt: skip
+for content in NO_RECORDS:
+    refused(PARSE, f"records {content[:24]!r}", {"--src_path": File(content)}, "src_path")
+for script in (EVAL, FINETUNE, KNOWLEDGE, CONSOLIDATE, PARSE):
+    works(script, "as it should be", {}, short=script in (EVAL, KNOWLEDGE))
+    refused(script, "a flag with a typo", {"--evalution_set": "x"}, "evalution_set")
+
+PARAMETERS = [pytest.param(case, id=case.id, marks=[] if case.short else [pytest.mark.faults]) for case in CASES]
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_bad_input(world, tmp_path, case):
+    folder = tmp_path / "case"
+    folder.mkdir()
+    made = {
+        flag: value.make(world.folder, folder) if isinstance(value, Maker) else value
+        for flag, value in case.changes.items()
+    }
+    before, world_before = tree(folder), tree(world.folder)
+    seen = run(case.script, world.flags_of(case.script, folder, made), folder)
+    assert seen.status is not None, "it does not end"
+    assert not seen.has_traceback, seen.text[-2000:]
+    assert tree(world.folder).items() >= world_before.items()
+    if case.outcome == "works":
+        assert seen.status == 0, seen.text[-1000:]
+        assert re.search(case.says, seen.text)
+    elif case.outcome == "refused" or seen.status != 0:
+        assert seen.status == 2 and 1 <= len(seen.errors) <= MOST_LINES, (seen.status, seen.text[-1000:])
+        assert re.search(case.says, "\n".join(seen.errors)), seen.errors
+        assert not left_behind(before, tree(folder))
