@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING, NoReturn
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.knowledge.arguments import ENCODER_FLAG, OUTPUT_FLAG, PASSAGES_FOLDER, WORDS_KIND, KnowledgeArguments, flag_problems
+from rag.knowledge.arguments import (
+    ENCODER_FLAG,
+    OUTPUT_FLAG,
+    PASSAGES_FOLDER,
+    WORDS_KIND,
+    KnowledgeArguments,
+    flag_problems,
+)
 from rag.public_names import module_getattr
 
 if TYPE_CHECKING:

@@ -153,9 +153,11 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
         problems += [
             f"--{name} has no use with --index_factory bm25, which has no vectors; leave it out" for name in given
         ]
-    for name, texts in {"question": [args.question], "search": args.search or []}.items():
-        if any(text is not None and not text.strip() for text in texts):
-            problems.append(f"--{name} '' asks nothing; give a question, or leave it out")
+    asked = [("question", text) for text in (args.question,) if text is not None]
+    asked += [("search", text) for text in args.search or ()]
+    problems += [
+        f"--{name} '' asks nothing; give a question, or leave it out" for name, text in asked if not text.strip()
+    ]
     return problems + _mode_problems(args)
 
 
