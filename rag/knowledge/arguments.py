@@ -29,8 +29,8 @@ HNSW_FILE = "my_knowledge_dataset_hnsw_index.faiss"
 INDEX_FILE = "my_knowledge_dataset_index.faiss"
 SHARDS_FOLDER = "my_knowledge_dataset_index"
 WORDS_FOLDER = "my_knowledge_dataset_bm25"
-INDEXES = {HNSW_FILE, INDEX_FILE, SHARDS_FOLDER, WORDS_FOLDER}
-OUTPUT_NAMES = {"index.json", PASSAGES_FOLDER, *INDEXES}
+INDEXES = {HNSW_FILE, INDEX_FILE, SHARDS_FOLDER}  # FAISS's
+OUTPUT_NAMES = {"index.json", PASSAGES_FOLDER, WORDS_FOLDER, *INDEXES}
 WORDS_KIND = "bm25"  # an --index_factory that is not FAISS's
 # What an index of words has no use for.
 VECTOR_FLAGS = (
