@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING, NoReturn
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.knowledge.arguments import ENCODER_FLAG, OUTPUT_FLAG, WORDS_KIND, KnowledgeArguments, flag_problems
+from rag.knowledge.arguments import (
+    ENCODER_FLAG,
+    OUTPUT_FLAG,
+    PASSAGES_FOLDER,
+    WORDS_KIND,
+    KnowledgeArguments,
+    flag_problems,
+)
 from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
@@ -106,11 +113,11 @@ def finish(args: KnowledgeArguments, knowledge: Knowledge, rag_config) -> Knowle
 
 def search(args: KnowledgeArguments) -> list[list[dict]]:
     """--search: print the passages that --output_dir has for each question."""
-    from rag.knowledge.folder import read_knowledge
+    from rag.index.index_files import read_description
 
     assert args.search is not None
     output = Path(args.output_dir)
-    description = read_knowledge(output)
+    description = read_description(output / PASSAGES_FOLDER, OUTPUT_FLAG)
     if not description.index:
         raise UserError(f"--search: the index of {output} is not finished; run the command that was building it first")
     if description.factory == WORDS_KIND:

@@ -29,8 +29,8 @@ HNSW_FILE = "my_knowledge_dataset_hnsw_index.faiss"
 INDEX_FILE = "my_knowledge_dataset_index.faiss"
 SHARDS_FOLDER = "my_knowledge_dataset_index"
 WORDS_FOLDER = "my_knowledge_dataset_bm25"
-INDEXES = {HNSW_FILE, INDEX_FILE, SHARDS_FOLDER, WORDS_FOLDER}
-OUTPUT_NAMES = {"index.json", PASSAGES_FOLDER, *INDEXES}
+INDEXES = {HNSW_FILE, INDEX_FILE, SHARDS_FOLDER}  # FAISS's
+OUTPUT_NAMES = {"index.json", PASSAGES_FOLDER, WORDS_FOLDER, *INDEXES}
 WORDS_KIND = "bm25"  # an --index_factory that is not FAISS's
 # What an index of words has no use for.
 VECTOR_FLAGS = (
@@ -153,9 +153,11 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
         problems += [
             f"--{name} has no use with --index_factory bm25, which has no vectors; leave it out" for name in given
         ]
-    for name, texts in {"question": [args.question], "search": args.search or []}.items():
-        if any(text is not None and not text.strip() for text in texts):
-            problems.append(f"--{name} '' asks nothing; give a question, or leave it out")
+    asked = [("question", text) for text in (args.question,) if text is not None]
+    asked += [("search", text) for text in args.search or ()]
+    problems += [
+        f"--{name} '' asks nothing; give a question, or leave it out" for name, text in asked if not text.strip()
+    ]
     return problems + _mode_problems(args)
 
 

@@ -74,12 +74,18 @@ def _read(path: Path, options: ReadingOptions, above: tuple[str, ...]) -> Items:
         yield from _read_file(path, options)
     elif not stat.S_ISDIR(mode):
         yield Problem(str(path), "is a device or a pipe, which is not read; give a file or a folder of documents")
-    elif (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+    elif _is_dataset(path):
         yield from _read_dataset(path, options)
     elif (path / "dataset_dict.json").is_file():
         yield _splits(path)
     elif os.path.realpath(path) not in above:
         yield from _read_folder(path, options, (*above, os.path.realpath(path)))
+
+
+def _is_dataset(path: Path) -> bool:
+    """Whether a folder is a saved dataset, or was one before one of its two lists was lost."""
+    lists = [name for name in ("dataset_info.json", "state.json") if (path / name).is_file()]
+    return len(lists) == 2 or (len(lists) == 1 and any(path.glob("data-*.arrow")))
 
 
 def _read_folder(path: Path, options: ReadingOptions, above: tuple[str, ...]) -> Items:

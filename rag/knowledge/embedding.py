@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from rag.errors import UserError
+from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.shards import Passages
 from rag.models.limits import most_tokens
 
 # What a tokenizer that knows of no limit says, and the tokens that are read where nothing names one: most encoders'.
 ANY_LENGTH, TOKENS_OF_NO_LIMIT = int(1e30), 512
+
+FITTING = "put the tokenizer beside the encoder that belongs to it"
 
 
 def precision_on(device: str) -> torch.dtype:
@@ -86,12 +90,21 @@ class PassageEmbedder:
             if self.lower_case:
                 titles = [title.lower() for title in titles]
         # DPR was trained, and the public suite embeds, without telling title and text apart by token types.
-        tokens = self.tokenizer(titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False)
+        tokens = self._tokenized(titles, texts)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         self.cut += int((lengths == self.max_length).sum())
         for rows in np.split(np.argsort(-lengths), range(self.batch_size, len(lengths), self.batch_size)):
             batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
             yield rows, self._encode(self.tokenizer.pad(batch, padding="longest", return_tensors="pt"))
+
+    def _tokenized(self, titles: list[str], texts: list[str] | None):
+        try:
+            return self.tokenizer(
+                titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False
+            )
+        except Exception as error:  # the tokenizers package has no class of its own for it
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{ENCODER_FLAG}: its tokenizer cannot read the passages ({reason}); {FITTING}") from error
 
     @torch.inference_mode()
     def _encode(self, batch) -> np.ndarray:

@@ -25,6 +25,7 @@ from rag.files import json_digest, remove, space_problems
 from rag.index.build import EmbeddingFiles, IndexPlan, build_index, extend_index
 from rag.index.faiss_mapping import map_index
 from rag.index.index_files import (
+    DESCRIPTION_FILE,
     VECTOR_FIELDS,
     IndexDescription,
     read_description,
@@ -41,8 +42,9 @@ from rag.knowledge.arguments import (
     OUTPUT_FLAG,
     PASSAGES_FOLDER,
     SHARDS_FOLDER,
+    WORDS_FOLDER,
 )
-from rag.knowledge.mending import all_checksums, damaged_files, index_is_whole, mend_lists, passages_are_whole
+from rag.knowledge.mending import all_checksums, index_is_whole, mend_lists, passages_are_whole, require_whole
 from rag.knowledge.passages import PassageSource
 from rag.knowledge.recall import report_recall
 from rag.knowledge.shards import ShardPlan, digest_of, partial_folder, publish, shards_of, write_dataset, write_more
@@ -88,9 +90,14 @@ def read_knowledge(output: Path) -> IndexDescription:
 
 
 def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
-    """The first `count` passages of a folder: those that were there before a command that may have been killed."""
+    """The first `count` passages of a folder: those that were there before a command that may have been killed.
+
+    Raises:
+        UserError: something in the folder is damaged.
+    """
     from datasets import load_from_disk
 
+    require_whole(output, read_knowledge(output))
     dataset = load_from_disk(str(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
     for rows in dataset.select(range(count)).iter(1000):
         yield from zip(rows["title"], rows["text"], strict=True)
@@ -155,6 +162,11 @@ class KnowledgeFolder:
             raise UserError(
                 f"{OUTPUT_FLAG} {self.output} holds knowledge of other documents, another encoder or other settings, "
                 "or is damaged; give another folder or remove it"
+            )
+        if not earlier.parts and not passages_path.exists() and (self.output / DESCRIPTION_FILE).exists():
+            raise UserError(
+                f"{OUTPUT_FLAG} {self.output} holds an {DESCRIPTION_FILE} that says nothing of passages; give another "
+                "folder or remove it"
             )
         embedded = passages_path.exists() and passages_are_whole(self.output, description)
         if embedded and _same_index(description, earlier) and self._has_whole_index(earlier):
@@ -243,11 +255,7 @@ class KnowledgeFolder:
         self._require_same_kind(earlier, new, factory)
         knowledge = _knowledge(self.output, earlier)
         passages_path, index_path = Path(knowledge.passages_path), Path(knowledge.index_path)
-        if damaged := damaged_files(self.output, earlier.checksums):
-            raise UserError(
-                f"{OUTPUT_FLAG} {self.output}: {damaged[0]} is damaged; run the command that built it, which makes it "
-                "again, then add the documents"
-            )
+        require_whole(self.output, earlier)
         total = earlier.passages + source.count
         if not source.count or any(part.csv_digest == new.csv_digest for part in earlier.parts):
             print(f"{self.output} holds these documents already")
@@ -356,9 +364,9 @@ class KnowledgeFolder:
             note_undamaged(self.output, measured)
 
     def _remove_leftovers(self) -> None:
-        """What runs that were killed and never continued have left; locks stay."""
+        """What killed runs that were never continued have left; locks stay, and what a search by words may build."""
         for left in self.output.glob(f".{PASSAGES_FOLDER}*"):
-            if left.suffix != ".lock":
+            if left.suffix != ".lock" and not left.name.startswith(f".{WORDS_FOLDER}."):
                 remove(left)
 
 

@@ -28,6 +28,15 @@ def damaged_files(output: Path, checksums: dict[str, str]) -> list[str]:
     return [name for name, checksum in checksums.items() if not is_whole(output / name, checksum)]
 
 
+def require_whole(output: Path, earlier: IndexDescription) -> None:
+    """Raise `UserError` if documents are to be added to what is damaged."""
+    if damaged := damaged_files(output, earlier.checksums):
+        raise UserError(
+            f"{OUTPUT_FLAG} {output}: {damaged[0]} is damaged; run the command that built it, which makes it again, "
+            "then add the documents"
+        )
+
+
 def mend_lists(output: Path, description: IndexDescription, earlier: IndexDescription) -> None:
     """Write state.json and dataset_info.json again where they are damaged and index.json says what was in them."""
     folder = output / PASSAGES_FOLDER

@@ -36,7 +36,11 @@ ATTACHED = (
     "\u3001-\u3003\u3005\u3009\u300b\u300d\u300f\u3011\u3099\u309a\u30fc\uff01\uff09\uff0c\uff1a\uff1b\uff1f"
 )
 IS_UNSPACED = re.compile(f"[{UNSPACED}]")
-UNSPACED_WORD = rf"(?:(?:[{UNSPACED}][{ATTACHED}]*){{1,2}}|[^\s{UNSPACED}]+)"
+# A few of such characters between blanks are a word as any other: a name in a text of another script.
+UNSPACED_WORD = (
+    rf"(?:(?<!\S)[^\s{UNSPACED}]*+(?:[{UNSPACED}][^\s{UNSPACED}]*+){{1,6}}(?!\S)"
+    rf"|(?:[{UNSPACED}][{ATTACHED}]*){{1,2}}|[^\s{UNSPACED}]+)"
+)
 
 
 @dataclass

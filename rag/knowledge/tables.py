@@ -19,9 +19,9 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -59,7 +59,8 @@ class QuotingError(ValueError):
         self.line, self.reason = line, reason
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """How a file is laid out.
 
     Attributes:
@@ -110,12 +111,12 @@ def _item(place: str, fields: list[str], layout: Layout, options: ReadingOptions
         return Problem(place, f"has no {name}; write title, {name}, text")
     if len(fields) > layout.columns:
         fields = _without_surplus(fields, layout)
-    if len(fields) > layout.columns or (len(fields) < layout.columns and len(fields) <= layout.text):
+    if len(fields) != layout.columns:
         shown = layout.separator.join(fields)
         return Problem(place, f"has {len(fields)} columns instead of {layout.columns} ({shown!r:.80})")
     if not fields[layout.text].strip():
         return Problem(place, f"has no text behind the {name}; write title, {name}, text", is_empty=True)
-    title = fields[layout.title] if 0 <= layout.title < len(fields) else None
+    title = fields[layout.title] if layout.title >= 0 else None
     return document(place, title, fields[layout.text], options, is_passage=layout.is_passages)
 
 
@@ -221,11 +222,11 @@ def _layout_of(path: Path, state: tuple[int, int], quoting: str, longest: int) -
         first = file.readline(LONGEST_HEADER).removesuffix("\n")
     layout, says_quoted = _header_of(first)
     if not layout.has_header and MS_MARCO_DOCUMENT.fullmatch(first):
-        layout = layout._replace(columns=4, title=2, text=3, notice="MS MARCO's documents: id, address, title, text")
+        layout = replace(layout, columns=4, title=2, text=3, notice="MS MARCO's documents: id, address, title, text")
     if quoting != "auto":
-        layout = layout._replace(quoted=quoting == "csv")
+        layout = replace(layout, quoted=quoting == "csv")
     elif says_quoted:
-        layout = layout._replace(quoted=True, notice="" if layout.is_passages else ARE_QUOTED)
+        layout = replace(layout, quoted=True, notice="" if layout.is_passages else ARE_QUOTED)
     else:
         layout = _with_quoting(path, layout, longest)
     columns = len(first.rstrip("\t").split("\t"))
@@ -233,10 +234,10 @@ def _layout_of(path: Path, state: tuple[int, int], quoting: str, longest: int) -
         notice = (
             f"has {columns} columns, and no header says which are title and text ({first!r:.80}); {UNKNOWN_COLUMNS}"
         )
-        return layout._replace(columns=0, notice=notice)
+        return replace(layout, columns=0, notice=notice)
     if not layout.has_header and layout.columns == 2 and _are_numbered(path, layout, longest):
         notice = "the first column holds numbers, which are taken for ids, not titles; a header title TAB text above"
-        layout = layout._replace(title=-1, notice=f"{notice} makes them titles")
+        layout = replace(layout, title=-1, notice=f"{notice} makes them titles")
     return layout
 
 
@@ -259,11 +260,11 @@ def _header_of(line: str) -> tuple[Layout, bool]:
 
 def _with_quoting(path: Path, layout: Layout, longest: int) -> Layout:
     """Whether fields are quoted, seen in all of them."""
-    if not _has_quoted_field(path, layout.separator):
+    if not _has_quoted_field(path, layout.separator, longest):
         return layout
     quoted = _are_quoted(path, layout, longest)
     notice = ARE_QUOTED if quoted else ARE_TEXT
-    return layout._replace(quoted=quoted, notice=f"{layout.notice}; {notice}" if layout.notice else notice)
+    return replace(layout, quoted=quoted, notice=f"{layout.notice}; {notice}" if layout.notice else notice)
 
 
 def _are_quoted(path: Path, layout: Layout, longest: int) -> bool:
@@ -289,15 +290,18 @@ def _are_quoted(path: Path, layout: Layout, longest: int) -> bool:
     return evidence or all(always)
 
 
-def _has_quoted_field(path: Path, separator: str) -> bool:
+def _has_quoted_field(path: Path, separator: str, longest: int) -> bool:
     """Whether any field begins with a quotation mark: a fast look, which most files need no more than."""
     begins = re.compile(rf'[\n{separator}]"')
-    last = "\n"
+    last, length = "\n", 0  # of the line that goes on beyond a block
     with open_text(path) as file:
         while block := file.read(READ_AT_A_TIME):
             if begins.search(last + block):
                 return True
-            last = block[-1]
+            end = block.rfind("\n")
+            last, length = block[-1], len(block) - end - 1 if end >= 0 else length + len(block)
+            if length > longest or not block.strip():  # it is not read to its end, either
+                return False
     return False
 
 

@@ -1,5 +1,7 @@
 """Settings that cannot be meant are told together, before anything is read."""
 
+import os
+
 from rag.command_line.parser import parse_into
 from rag.knowledge.arguments import KnowledgeArguments, flag_problems
 
@@ -19,3 +21,23 @@ def test_all_problems_at_once(tmp_path):
     empty = ["--output_dir", str(tmp_path)]
     assert problems("--search", "who?", *empty, "--csv_path", "nowhere") == ["--search"]
     assert problems("--append", *empty, "--csv_path", "nowhere") == ["--csv_path", "--append"]
+
+
+def test_values_that_name_or_count_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for words in (
+        ["--csv_path", ""],
+        ["--csv_path", "/dev/null"],
+        ["--csv_path", str(tmp_path / "pipe")],
+        ["--gpus_per_task", "nan"],
+        ["--gpus_per_task", "inf"],
+        ["--question", " "],
+        ["--index_factory", ""],
+        ["--m", "100000"],
+        ["--num_proc", str(10**9)],
+        ["--max_line_mb", "0"],
+        ["--output_dir", ""],
+        ["--output_dir", "/proc/x"],
+    ):
+        assert problems(*words) == [words[0]], words
+    assert problems("--batch_size", str(10**9), "--num_shards", str(10**6), "--recall_queries", str(10**9)) == []

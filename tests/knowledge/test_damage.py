@@ -124,6 +124,8 @@ def test_nothing_is_added_to_damaged_knowledge(settings, tmp_path):
     (tmp_path / "other.tsv").write_text("turin\tturin lies in italy\n")
     with pytest.raises(UserError, match=f"{INDEX} is damaged; run the command that built it"):
         run(settings, **adding | {"--csv_path": tmp_path / "other.tsv"})
+    with pytest.raises(UserError, match=f"{INDEX} is damaged; run the command that built it"):
+        run(settings, **adding | {"--csv_path": tmp_path / "other.tsv", "--drop_duplicates": True})
     run(settings)
     assert contents(tmp_path / "out")["index.json"]["passages"] == before["index.json"]["passages"] == 12
     damage(tmp_path / "out" / SHARD, flipped)
