@@ -156,7 +156,7 @@ class BestCheckpoints(Checkpoint):
         if not is_real_run(trainer):
             return
         self.validations += 1
-        new = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
+        new: dict[str, Any] = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
         ranking = sorted([*self.kept, new], key=lambda kept: (self.sign * kept["score"], kept["number"]), reverse=True)
         self.kept = ranking[: self.keep]
         if new in self.kept:
