@@ -81,13 +81,16 @@ def data_file_problems(data_dir: str | os.PathLike, splits: Iterable[str]) -> li
 
 def _answers_problems(data_dir: Path, split: str) -> list[str]:
     """What is wrong with the answers of a split, which a folder may have or not."""
+    source = data_dir / f"{split}.source"
     try:
-        if (answers := read_answers(data_dir, split)) is None:
-            return []
-        questions = read_lines(data_dir / f"{split}.source")
-    except UserError as error:
+        answers = read_answers(data_dir, split)
+    except (UserError, OSError) as error:
         return str(error).splitlines()
-    except OSError:  # of the source, which is told by itself
+    try:
+        if answers is None or not source.is_file():
+            return []
+        questions = read_lines(source)
+    except (UserError, OSError):  # told with the source
         return []
     name = f"--data_dir {data_dir}: {split}.qa"
     if len(answers) != len(questions):

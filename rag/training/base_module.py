@@ -143,7 +143,7 @@ class BaseTransformer(pl.LightningModule):
             nll: of each of its examples (B,).
         """
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        self.optimizer_step_so_far.add(mean, nll, batch["index"], batch["source"])
+        self.optimizer_step_so_far.add(mean, nll, batch.get("index"), batch.get("source"))
         return mean
 
     def configure_gradient_clipping(

@@ -78,7 +78,7 @@ class BestCheckpoints(Checkpoint):
         return str(self._paths(self.kept[0]["number"])[1]) if self.kept else ""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collective: what is kept and whole, whether there is room for more; what is not kept is removed."""
+        """What is kept and whole, and whether there is room for more. Collective."""
         if trainer.fast_dev_run:
             return
         problems: list[str] = []
@@ -87,6 +87,11 @@ class BestCheckpoints(Checkpoint):
         problems, self.kept = trainer.strategy.broadcast((problems, self.kept))
         if problems:
             raise_on_all_ranks(trainer, "\n".join(problems))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove what is not kept, now that the start has not been refused."""
+        if trainer.fast_dev_run:
+            return
         if trainer.is_global_zero:
             self._remove_strays(also_last=trainer.ckpt_path is None)
         if self._goes_on(trainer):
@@ -151,7 +156,7 @@ class BestCheckpoints(Checkpoint):
         if not is_real_run(trainer):
             return
         self.validations += 1
-        new = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
+        new: dict[str, Any] = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
         ranking = sorted([*self.kept, new], key=lambda kept: (self.sign * kept["score"], kept["number"]), reverse=True)
         self.kept = ranking[: self.keep]
         if new in self.kept:

@@ -32,15 +32,19 @@ class OptimizerStep:
         self.losses: list[torch.Tensor] = []
         self.examples: list[tuple[torch.Tensor, list[int], list[str]]] = []
 
-    def add(self, mean_loss: torch.Tensor, nll: torch.Tensor, indexes: list[int], questions: list[str]) -> None:
+    def add(
+        self, mean_loss: torch.Tensor, nll: torch.Tensor, indexes: list[int] | None, questions: list[str] | None
+    ) -> None:
         """Note a batch.
 
         Args:
             mean_loss: a number, the same on every rank.
             nll: the loss of each example (B,).
+            indexes: of the examples, which other code's batches may lack, as their questions.
         """
         self.losses.append(mean_loss.detach().float())
-        self.examples.append((nll.detach(), indexes, questions))
+        if indexes is not None and questions is not None:
+            self.examples.append((nll.detach(), indexes, questions))
 
     def is_finite(self, norm: torch.Tensor | None) -> bool:
         """Whether the mean losses, and the gradients' norm if it is given, are; waits for the device, once."""

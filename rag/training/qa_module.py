@@ -39,6 +39,7 @@ from rag.training.loading import (
     read_lightning_checkpoint,
 )
 from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
+from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 
 logger = logging.getLogger(__name__)
@@ -268,6 +269,7 @@ class GenerativeQAModule(BaseTransformer):
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         # Over all batches of an optimizer step, at whose end the device is waited for.
+        assert self.step_started is not None
         rate = self.tokens / (time.perf_counter() - self.step_started)
         self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
         if not self.trainer.fit_loop._should_accumulate():
@@ -348,26 +350,12 @@ class GenerativeQAModule(BaseTransformer):
             write_lines([row["answer"] for row in rows], self.output_dir / "test_generations.txt")
 
     def export(self, folder: str | Path) -> None:
-        """Write model and tokenizer in Hugging Face format, for `from_pretrained` and `eval_rag.py`."""
+        """Write model and tokenizer in Hugging Face format, for `from_pretrained` and `eval_rag.py`.
+
+        A fast tokenizer also saves how it padded and cut last, which is no property of the model: that is left out.
+        """
+        for tokenizer in (self.question_tokenizer, self.answer_tokenizer):
+            if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+                backend.no_padding()
+                backend.no_truncation()
         save_model(self.model, folder, self.tokenizer)
-
-
-def means(rows: list[dict], stage: str) -> dict[str, float]:
-    """Each measure's mean over all examples, and the share of distinct passages among all that were fetched."""
-    names = sorted(rows[0].keys() - {"index", "answer", "doc_ids"})
-    metrics = {f"{stage}_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
-    if "doc_ids" in rows[0]:
-        metrics[f"{stage}_distinct_docs"] = distinct_share(np.array([row["doc_ids"] for row in rows]))
-    return metrics
-
-
-def distinct_share(doc_ids: np.ndarray) -> float:
-    """Distinct passages over passages fetched, doc_ids (B, n_docs): near 0 where all questions fetch the same ones."""
-    found = doc_ids[doc_ids >= 0]
-    return len(np.unique(found)) / max(len(found), 1)
-
-
-def doc_entropy(doc_scores: torch.Tensor) -> torch.Tensor:
-    """Entropy of p(z|x), nats, of doc_scores (..., n_docs): 0 where one passage has it all, at most log n_docs."""
-    log_probabilities = doc_scores.detach().float().log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities.clamp(min=-1e4)).sum(-1)

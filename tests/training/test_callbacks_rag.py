@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import callbacks_rag
+import rag.files
 from lightning_base import Seq2SeqDataModule, build_logger, build_trainer
 from rag.errors import UserError
 from rag.public_names import Replaced
@@ -229,6 +230,14 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             fit(toy_args(tmp_path), [0.1, 0.2])
     assert files(tmp_path) == {"metrics.json", "training_log.jsonl"}
+
+
+def test_a_disk_without_room_for_what_will_be_kept_is_told_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(rag.files, "free_bytes", lambda path: 400)  # three times nine weights with moments and export
+    with pytest.raises(UserError, match=rf"^--output_dir {tmp_path / 'out'}: 432 bytes are needed and 400 are free"):
+        fit(toy_args(tmp_path, *epochs(3)), [0.1, 0.2, 0.3])
+    assert not (tmp_path / "out").exists()
+    fit(toy_args(tmp_path, *epochs(2)), [0.1, 0.2])
 
 
 # --- Callbacks for other modules and Trainers -------------------------------------------------------------------------

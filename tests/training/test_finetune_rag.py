@@ -1,15 +1,19 @@
 """The whole script in-process on CPU: what it writes, how it resumes, what it refuses."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 from transformers import RagSequenceForGeneration
 
 import finetune_rag
+from lightning_base import AtomicCheckpointIO
 from rag.errors import UserError
 from rag.files import load_json, read_lines
 from rag.models.checkpoints import load_model
+from rag.training.run_folder import held
 from tests.conftest import QUESTIONS
 
 SMALL = """--train_batch_size 4 --eval_batch_size 3 --num_workers 0 --accelerator cpu --num_train_epochs 2
@@ -146,6 +150,10 @@ def test_predict_alone(model_folder, data_dir, tmp_path):
         (["--index_name", "custom"], "--index_name custom needs --passages_path and --index_path"),
         (["--n_docs", 9], "--n_docs 9"),
         (["--do_predict", "--n_test", 0], "--n_test 0"),
+        (["--limit_val_batches", 0], "--limit_val_batches 0 measures nothing"),
+        (["--check_val_every_n_epoch", 3], "--check_val_every_n_epoch 3 is more than --num_train_epochs 2"),
+        (["--val_check_interval", 3], "--val_check_interval 3 is more than the 2 batches of an epoch"),
+        (["--resume_from_checkpoint", __file__], "--resume_from_checkpoint .* is damaged, or no Lightning checkpoint"),
         (["--gpus", 1], "--gpus 1"),
         (["--index_name", "custom", "--passages_path", "no", "--index_path", "no"], "--passages_path no"),
     ],
@@ -154,6 +162,38 @@ def test_mistakes_are_named_before_anything_is_written(flags, message, model_fol
     with pytest.raises(UserError, match=message):
         run(model_folder, data_dir, tmp_path / "out", *flags)
     assert {path.name for path in (tmp_path / "out").rglob("*")} <= {".lock"}
+
+
+@pytest.mark.parametrize("path", ["", "x\0y", __file__, f"{__file__}/out", "/proc/out"])
+def test_a_folder_that_cannot_be_written_is_told_first(path, model_folder, data_dir):
+    with pytest.raises(UserError, match=r"^--output_dir "):
+        run(model_folder, data_dir, path, "--max_steps", 1)
+
+
+def test_a_folder_that_is_in_use_is_left_alone(model_folder, data_dir, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with held(out), pytest.raises(UserError, match=rf"^--output_dir {out} is in use by process {os.getpid()}"):
+        run(model_folder, data_dir, out, "--max_steps", 1)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    monkeypatch.setenv("RANK", "1")
+    with held(out), held(out):  # rank 0 has it for all
+        pass
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(model_folder, data_dir, tmp_path, monkeypatch):
+    out, save = tmp_path / "out", AtomicCheckpointIO.save_checkpoint
+
+    def fill(self, checkpoint, path, storage_options=None):
+        if checkpoint["global_step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, checkpoint, path, storage_options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicCheckpointIO, "save_checkpoint", fill)
+        with pytest.raises(UserError, match=rf"^--output_dir {out} cannot be written: the disk is full; make room"):
+            run(model_folder, data_dir, out)
+    run(model_folder, data_dir, out)
+    assert [row["step"] for row in load_json(out / "metrics.json")["val"]] == [2, 4]
 
 
 def test_unpaired_data_are_named(model_folder, data_dir, tmp_path):

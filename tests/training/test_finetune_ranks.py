@@ -34,7 +34,7 @@ SETTINGS = """--eval_batch_size 2 --num_workers 0 --accelerator cpu --num_train_
 --max_source_length 32 --log_every_n_steps 1 --n_docs 2 --dropout 0 --warmup_steps 2 --adam_epsilon 1e-2
 --enable_model_summary false""".split()  # noqa: SIM905
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32, sums in another order
-LEFT_BY_A_RUN = {"metrics.json", "hparams.json", "git_log.json", "training_log.jsonl", "last.ckpt"}
+LEFT_BY_A_RUN = {".lock", "metrics.json", "hparams.json", "git_log.json", "training_log.jsonl", "last.ckpt"}
 LEFT_BY_A_RUN |= {f"checkpoint{number}{suffix}" for number in (1, 2, 3) for suffix in ("", ".ckpt")}
 LEFT_BY_A_TEST = {"test_results.txt", "test_generations.txt"}
 
