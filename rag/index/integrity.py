@@ -23,12 +23,15 @@ MOST_HASHED = 4 * 2**30  # bytes that are read when knowledge is opened for the 
 
 
 def checksums_of(folder: str | os.PathLike, paths: Iterable[str | os.PathLike]) -> dict[str, str]:
-    """The checksums of files, and of all files in folders, by their path from `folder`, in which they lie."""
+    """The checksums of files, and of all files in folders, by their path from `folder`, in which they lie.
+
+    Not of hidden ones, nor of what `datasets` leaves beside a dataset when someone maps or filters it.
+    """
     files = [
         file
         for path in map(Path, paths)
         for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if file.is_file() and not file.name.startswith(".")
+        if file.is_file() and not file.name.startswith((".", "cache-"))
     ]
     return {str(file.relative_to(folder)): file_checksum(file) for file in files}
 

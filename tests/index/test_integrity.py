@@ -115,6 +115,7 @@ def folder(knowledge, tmp_path):
     """A folder of knowledge with checksums in its index.json."""
     shutil.copytree(knowledge["passages_path"], tmp_path / "kb")
     shutil.copy(knowledge["index_path"], tmp_path / "kb.faiss")
+    (tmp_path / "kb/cache-0123.arrow").touch()  # as `datasets` leaves them
     sums = checksums_of(tmp_path, [tmp_path / "kb", tmp_path / "kb.faiss"])
     assert set(sums) == {"kb/data-00000-of-00001.arrow", "kb/dataset_info.json", "kb/state.json", "kb.faiss"}
     write_description(tmp_path, IndexDescription(index="kb.faiss", checksums=sums))
