@@ -38,6 +38,9 @@ class Beats(threading.Thread):
         self.heard: dict[int, tuple[str, float]] = {}  # of each rank its last beat, and when that came here
 
     def run(self) -> None:
+        while not dist.is_initialized():  # the store may not be there yet
+            if self.left.wait(1.0):
+                return
         try:
             # One of its own: the process group's may be waiting in another thread.
             address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=30)

@@ -182,6 +182,7 @@ def test_a_process_that_was_started_alone_has_no_peers(monkeypatch):
 
 
 def test_a_rank_of_another_machine_that_is_not_heard_of_is_named(monkeypatch, capfd):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
