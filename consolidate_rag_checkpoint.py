@@ -21,6 +21,7 @@ from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
+from rag.outputs import output_folder_problems, writing
 
 
 @dataclass
@@ -56,6 +57,7 @@ def main(args: ConsolidateArguments) -> Path:
     Raises:
         UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
     """
+    raise_problems(output_folder_problems("--dest", args.dest))
     dest = Path(args.dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
@@ -95,7 +97,7 @@ def main(args: ConsolidateArguments) -> Path:
             f"max_combined_length is {readable}, all that the generator reads, not {model.config.max_combined_length}"
         )
         model.config.max_combined_length = readable
-    with atomic_folder(dest) as folder:
+    with writing("--dest", dest), atomic_folder(dest) as folder:
         save_model(model, folder, tokenizers)
         reloaded = load_model(str(folder), args.model_type)
         again = weights_digest(reloaded.question_encoder), weights_digest(reloaded.generator)

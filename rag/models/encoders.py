@@ -68,7 +68,8 @@ def load_encoder(
     settings: dict[str, Any] = {} if card is None else card.settings
     if pooling != "auto":
         settings = settings | {"pooling": pooling, "normalize": False, "dense": None}
-    settings = {"pooling": "cls", "normalize": False} | settings | prompts
+    plain: dict[str, Any] = {"pooling": "cls", "normalize": False}
+    settings = plain | settings | prompts
     _require_pooling(config, settings["pooling"], path, flag)
     backbone = load_weights(
         half or AutoModel, transformer, flag, without_heads=True, config=config, cache_dir=cache_dir
