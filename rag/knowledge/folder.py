@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -48,9 +48,6 @@ from rag.knowledge.mending import all_checksums, index_is_whole, mend_lists, pas
 from rag.knowledge.passages import PassageSource
 from rag.knowledge.recall import report_recall
 from rag.knowledge.shards import ShardPlan, digest_of, partial_folder, publish, shards_of, write_dataset, write_more
-
-if TYPE_CHECKING:
-    from rag.knowledge.embedding import PassageEmbedder
 
 A_FILE = 2**13  # bytes that any file takes beside what is counted: its header, and what is left of its last block
 SMALL_FILES = 2**16  # state.json, index.json and their like, and room to replace them
@@ -131,7 +128,7 @@ class KnowledgeFolder:
 
     Attributes:
         output: the folder.
-        embedder: for the dimension, and for the queries of the recall report.
+        embedder: a `PassageEmbedder`, or what has a dimension: for it, and for the queries of the recall report.
         open_workers: a context that gives what embeds the shards (`encoding_workers`).
         num_shards: files of embeddings; None for about one in 2,048 passages.
         recall_queries: queries on which the index is compared with an exact search; 0 for none.
@@ -139,12 +136,12 @@ class KnowledgeFolder:
     """
 
     output: Path
-    embedder: "PassageEmbedder"
+    embedder: Any
     open_workers: Callable[[], AbstractContextManager]
     num_shards: int | None = None
     recall_queries: int = 0
     n_docs: int = 5
-    packages = ("torch", "transformers", "datasets", "faiss-cpu")
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "datasets", "faiss-cpu")
 
     def build(self, source: PassageSource, description: IndexDescription, plan: IndexPlan) -> Knowledge:
         """Embed the passages and index them, or take what an earlier run left.

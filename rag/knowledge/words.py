@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class WithoutVectors:
 class WordsFolder(KnowledgeFolder):
     """A `KnowledgeFolder` whose index is BM25's."""
 
-    packages = ("datasets", "bm25s")
+    packages: ClassVar[tuple[str, ...]] = ("datasets", "bm25s")
 
     def __init__(self, output: Path, num_shards: int | None = None):
         writer = WithoutVectors()
@@ -80,7 +81,7 @@ class WordsFolder(KnowledgeFolder):
     def _extended(self, index_path: Path, shards: list[Path], known: int, digest: str) -> None:
         return None
 
-    def _put(self, staged: None, index_path: Path, known: int, total: int) -> None:
+    def _put(self, staged: Path | None, index_path: Path, known: int, total: int) -> None:
         remove(index_path)
         _open(self.output)
 
