@@ -15,19 +15,42 @@ from typing import IO, Any
 
 from rag.errors import UserError
 
+LONGEST_LINE = 1 << 26  # bytes of a question, an answer, a list of answers: a thousand times what anybody has
+CHUNK = 1 << 20  # bytes, at most as many as a line
+
 
 def read_lines(path: str | os.PathLike) -> list[str]:
     r"""The lines of a UTF-8 file without their ends.
 
     Lines end at \n, \r\n or \r and nowhere else: `str.splitlines` also splits at U+2028, \x0b or \x85, which stand
     inside Wikipedia's sentences and would shift every later pair of source and target.
+
+    Raises:
+        UserError: it is not UTF-8, or a line is longer than `LONGEST_LINE`.
     """
+    _require_lines(Path(path))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # text mode turns \r\n and \r into \n
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from error
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def _require_lines(path: Path) -> None:
+    """A file of gigabytes without an end of a line would take many times as much memory."""
+    if path.stat().st_size <= LONGEST_LINE:
+        return
+    length = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            first, *others = chunk.replace(b"\r", b"\n").split(b"\n")
+            length += len(first)
+            if length > LONGEST_LINE:
+                raise UserError(
+                    f"{path} has a line of more than {LONGEST_LINE:,} bytes; one example a line is expected"
+                )
+            length = len(others[-1]) if others else length
 
 
 def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:

@@ -25,8 +25,8 @@ PATIENCE = 20.0  # seconds that the children of a killed run may hold its lock
 
 
 def lock_beside(path: str | os.PathLike) -> Path:
-    """The lock of an output file."""
-    path = Path(path)
+    """The lock of an output file, of a link that of the file behind it."""
+    path = Path(os.path.realpath(path))
     return path.with_name(f".{path.name}.lock")
 
 

@@ -96,3 +96,16 @@ def test_space_is_added_up_by_disk(tmp_path, monkeypatch):
     assert space_problems("--x y", {tmp_path / "a": 60, tmp_path / "b" / "c": 1041}, "free some") == [
         f"--x y: 1,101 bytes are needed and 100 are free at {tmp_path}; free some"
     ]
+
+
+def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("rag.files.LONGEST_LINE", 100)
+    monkeypatch.setattr("rag.files.CHUNK", 30)
+    path = tmp_path / "f"
+    for lines, end in ((["x" * 100, "y" * 100], b"\n"), (["x" * 99] * 9, b"\r"), ([""] * 999, b"\n")):
+        path.write_bytes(b"".join(line.encode() + end for line in lines))
+        assert read_lines(path) == lines
+    for content in (b"x" * 101, b"a\n" + b"x" * 101 + b"\nb\n", b"x" * 5000):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} has a line of more than 100 bytes"):
+            read_lines(path)
