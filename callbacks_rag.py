@@ -31,6 +31,7 @@ from rag.training.reports import (
     MetricsWriter,
     ProgressLines,
     Seq2SeqLoggingCallback,
+    collects_gradients,
     count_trainable_parameters,
     raise_on_all_ranks,
 )
@@ -150,7 +151,7 @@ class StopTogether(Callback):
         trainer._signal_connector.received_sigterm = asked
 
     def on_train_batch_end(self, trainer: pl.Trainer, *batch: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():  # gradients half collected could not be saved
+        if not collects_gradients(trainer):  # gradients half collected could not be saved
             self._agree(trainer)
 
     on_validation_batch_end = on_test_batch_end = _agree

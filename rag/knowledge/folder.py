@@ -167,9 +167,7 @@ class KnowledgeFolder:
             )
         embedded = passages_path.exists() and passages_are_whole(self.output, description)
         if embedded and _same_index(description, earlier) and self._has_whole_index(earlier):
-            if not earlier.checksums:  # of an earlier version
-                write_description(self.output, replace(earlier, checksums=all_checksums(self.output, earlier)))
-            self._remove_leftovers()
+            self._complete(earlier)
             print(f"{self.output} holds this knowledge already and is reused")
             return replace(knowledge, reused=True)
         raise_problems(plan.problems(description.passages))
@@ -255,6 +253,8 @@ class KnowledgeFolder:
         require_whole(self.output, earlier)
         total = earlier.passages + source.count
         if not source.count or any(part.csv_digest == new.csv_digest for part in earlier.parts):
+            if digest_of(passages_path) == earlier.digest:  # else another --append is to be gone on with
+                self._complete(earlier)
             print(f"{self.output} holds these documents already")
             return replace(knowledge, reused=True)
         digest = json_digest([earlier.digest, new.csv_digest, new.drop_duplicates])
@@ -359,6 +359,18 @@ class KnowledgeFolder:
         if measured != description:
             write_description(self.output, measured)
             note_undamaged(self.output, measured)
+
+    def _complete(self, description: IndexDescription) -> None:
+        """What a run of an earlier version, or one that was killed at its very end, has not written or removed."""
+        self._remove_leftovers()
+        complete = description
+        if not complete.checksums:
+            complete = replace(complete, checksums=all_checksums(self.output, complete))
+        if complete.recall is None:
+            complete = self._measured(complete)
+        if complete != description:
+            write_description(self.output, complete)
+            note_undamaged(self.output, complete)
 
     def _remove_leftovers(self) -> None:
         """What killed runs that were never continued have left; locks stay, and what a search by words may build."""

@@ -26,7 +26,7 @@ from rag.files import atomic_folder, remove, space_problems
 from rag.training.batches import ResumableDataLoader
 from rag.training.loading import read_checkpoint
 from rag.training.non_finite import NonFiniteError, weights_are_finite
-from rag.training.reports import is_real_run, raise_on_all_ranks
+from rag.training.reports import collects_gradients, is_real_run, raise_on_all_ranks
 from rag.training.seals import is_as_recorded, is_whole, records_of, stamp_of
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class BestCheckpoints(Checkpoint):
         self.kept = ranking[: self.keep]
         if new in self.kept:
             self._save(trainer, pl_module, new)
-        if trainer.fit_loop._should_accumulate():
+        if collects_gradients(trainer):
             self._is_due = True  # half of the next step's gradients would be lost: save when the step is made
         else:
             self._save_last(trainer, same_as=self._paths(new["number"])[1] if new in self.kept else None)
@@ -219,7 +219,7 @@ class BestCheckpoints(Checkpoint):
         """Not where gradients are half collected, nor where Lightning would take the validation to come for done."""
         loop = trainer.fit_loop
         before_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        return not (before_validation or loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate())
+        return not (before_validation or loop.epoch_loop.batch_progress.is_last_batch or collects_gradients(trainer))
 
     def _is_due_on_rank_zero(self, trainer: pl.Trainer) -> bool:
         """Collective: ranks whose clocks differ must agree."""

@@ -41,6 +41,7 @@ from rag.training.loading import (
 from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
+from rag.training.reports import collects_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ class GenerativeQAModule(BaseTransformer):
         assert self.step_started is not None
         rate = self.tokens / (time.perf_counter() - self.step_started)
         self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
-        if not self.trainer.fit_loop._should_accumulate():
+        if not collects_gradients(self.trainer):
             self.step_started = None
         # Retriever and tokenizers serve one thread at a time, and a validation's workers are forked: with a tokenizer
         # that is at work in another thread, its lock would be copied as taken, for good.

@@ -27,6 +27,11 @@ def is_real_run(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
 
 
+def collects_gradients(trainer: pl.Trainer) -> bool:
+    """Whether the next batch belongs to the optimizer step of this one, so that gradients are half collected."""
+    return trainer.fit_loop._should_accumulate()
+
+
 def raise_on_all_ranks(trainer: pl.Trainer, problem: str) -> NoReturn:
     """End every rank with what all of them know; rank 0 says it."""
     raise (UserError if trainer.is_global_zero else ReportedError)(problem)

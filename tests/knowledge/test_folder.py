@@ -208,3 +208,13 @@ def test_duplicates_are_left_out_and_counted(flags, more_path, tmp_path, capsys)
     assert len(opened(knowledge)) == 13
     more_path.write_text("bergen\tbergen lies on the sea\n")
     assert run(flags, **{"--csv_path": more_path, "--append": True, "--drop_duplicates": True}).reused
+
+
+def test_a_run_that_was_killed_while_it_measured_the_index_is_completed(flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(knowledge_folder, "report_recall", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(flags)
+    assert read_description(tmp_path / "out" / "any").recall is None
+    assert run(flags).reused
+    assert read_description(tmp_path / "out" / "any").recall[-1]["recall"] >= 0.9
