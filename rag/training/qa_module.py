@@ -267,6 +267,17 @@ class GenerativeQAModule(BaseTransformer):
         self.log("distinct_docs", distinct_share(np.array([row["doc_ids"] for row in rows])))
         self.log("doc_entropy", doc_entropy(contexts.doc_scores).mean() * batch["loss_weight"], sync_dist=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if (made := getattr(self.retriever, "contexts", 0)) > 0:
+            checkpoint["contexts"] = {"made": made, "cut": self.retriever.cut_contexts}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on, so that a resumed run logs the shares that the unbroken one does."""
+        super().on_load_checkpoint(checkpoint)
+        if self.retriever is not None and (counts := checkpoint.get("contexts")):
+            self.retriever.contexts, self.retriever.cut_contexts = counts["made"], counts["cut"]
+
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         # Over all batches of an optimizer step, at whose end the device is waited for.

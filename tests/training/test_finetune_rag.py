@@ -87,6 +87,8 @@ def test_the_same_command_goes_on_where_it_was_killed(frozen, model_folder, data
     assert [v["step"] for v in validations[killed]] == [2, 4, 6]
     for once, resumed in zip(validations[whole], validations[killed], strict=True):
         assert {**once, "val_avg_gen_time": 0} == {**resumed, "val_avg_gen_time": 0}
+    rows = [load_json(folder / "metrics.json")["train"][-1] for folder in (whole, killed)]
+    assert [row | {"tokens_per_second": 0} for row in rows] == [rows[0] | {"tokens_per_second": 0}] * 2
     weights = {folder: torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, killed)}
     assert all(torch.equal(weight, weights[killed][name]) for name, weight in weights[whole].items())
     # Once more, and there is nothing left to do.
