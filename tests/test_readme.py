@@ -14,7 +14,13 @@ import pytest
 
 from tests.conftest import PASSAGES, QUESTIONS, ROOT
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "RELIABILITY.md",
+    "SECURITY.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 MODULES = {"quickstart": "quickstart.__main__"} | {
     f"{name}.py": name
     for name in (

@@ -116,6 +116,17 @@ def random_bytes(source: str, seed: int):
     return Of(make)
 
 
+def deep(layers: int):
+    """A RAG config whose generator has so many layers."""
+
+    def change(old: bytes) -> bytes:
+        config = json.loads(old)
+        config["generator"] |= {"encoder_layers": layers, "decoder_layers": layers}
+        return json.dumps(config).encode()
+
+    return change
+
+
 HERE = {"--passages_path": "{world}/passages", "--index_path": "{world}/index.faiss"}
 ROWS = {
     "pickled weights, eval": (EVAL, {"--model_name_or_path": with_pickle("rag")}),
@@ -130,6 +141,17 @@ ROWS = {
     "code beside the model": (EVAL, {"--model_name_or_path": with_code("rag", "AutoModel", known=True)}),
     "code beside the encoder": (KNOWLEDGE, {"--dpr_ctx_encoder_model_name": with_code("context_encoder")}),
     "code beside the generator": (CONSOLIDATE, {"--generator_name_or_path": with_code("generator")}),
+    "code beside a tokenizer": (EVAL, {"--model_name_or_path": Copy("rag", {"*/tokenizer_config.json": settings(
+        tokenizer_class="C", auto_map={"AutoTokenizer": ["evil.C", "evil.C"]})})}),
+    "code beside the encoder's tokenizer": (KNOWLEDGE, {"--dpr_ctx_encoder_model_name": Copy(
+        "context_encoder", {"tokenizer_config.json": settings(auto_map={"AutoTokenizer": ["evil.C", "evil.C"]})})}),
+    "passages elsewhere": (EVAL, HERE | {"--passages_path": Copy("passages", {"state.json": settings(
+        _data_files=[{"filename": "../../world/passages/data-00000-of-00001.arrow"}])})}),
+    "passages by a full path": (EVAL, HERE | {"--passages_path": Copy("passages", {"state.json": settings(
+        _data_files=[{"filename": "/etc/passwd"}])})}),
+    "passages in a huge number of files": (EVAL, HERE | {"--passages_path": Copy("passages", {"state.json": settings(
+        _data_files=[{"filename": "data-00000-of-00001.arrow"}] * 10**5)})}),
+    "layers without number": (EVAL, {"--model_name_or_path": Copy("rag", {"config.json": deep(10**9)})}),
     "YAML that makes objects": (EVAL, {"--config_file": File(YAML.encode(), "c.yaml")}),
     "a line of a gigabyte": (KNOWLEDGE, {"--csv_path": bomb(b"word " * 2**18, 800, "x.tsv.gz")}),
     "100 million blank lines": (KNOWLEDGE, {"--csv_path": bomb(b"\n" * 10**6, 100, "x.tsv.gz")}),
