@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 # Public names of this module, whose code is in rag/.
 from rag.errors import UserError
-from rag.evaluation.gold import parse_lines, parse_qa_line
+from rag.evaluation.gold import gold_lines, parse_lines, split_qa_line
 from rag.files import atomic_write, load_json, read_lines, save_json
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
 from rag.models.questions import encode_questions
@@ -119,9 +119,9 @@ def read_answers(data_dir: str | os.PathLike, split: str) -> list[tuple[str, lis
     path = Path(data_dir) / f"{split}.qa"
     if not path.is_file():
         return None
-    lines = read_lines(path)
-    answers = parse_lines("--data_dir", str(path), lines, parse_qa_line)
-    return list(zip((line.partition("\t")[0] for line in lines), answers, strict=True))
+    lines = gold_lines("--data_dir", str(path), "qa")
+    answers = parse_lines("--data_dir", str(path), lines, "qa")
+    return list(zip((split_qa_line(line)[0] for line in lines), answers, strict=True))
 
 
 def _blank_line_problems(path: Path, lines: list[str]) -> list[str]:

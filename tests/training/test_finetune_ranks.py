@@ -126,7 +126,8 @@ def train(rank: int, words: list[str], out: Path, terminated_at: int | None = No
     def note(event: str, arguments: tuple) -> None:
         writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree")
         if writes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            written.extend(str(one) for one in arguments[:2] if str(one).startswith(str(out)))
+            # Not the folder itself, of which each rank asks whether it can be written.
+            written.extend(str(one) for one in arguments[:2] if str(one).startswith(f"{out}/"))
 
     sys.addaudithook(note)
     if terminated_at is not None and rank == 1:
