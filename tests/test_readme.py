@@ -49,6 +49,9 @@ RUN_ON_EACH_PAGE = {
         "use_own_knowledge_dataset",
         "use_own_knowledge_dataset",
         "use_own_knowledge_dataset",
+        "use_own_knowledge_dataset",
+        "use_own_knowledge_dataset",
+        "use_own_knowledge_dataset",
     ],
     "docs/evaluation.md": [
         "eval_rag",
