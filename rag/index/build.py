@@ -23,8 +23,9 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from rag.checksums import file_checksum
 from rag.errors import UserError
-from rag.files import free_bytes, remove
+from rag.files import free_bytes, read_lines, remove, write_lines
 from rag.index.columns import EmbeddingColumn
 from rag.index.faiss_checks import ranking_of
 from rag.index.faiss_kinds import core_of, parts_of, transforms_of
@@ -221,8 +222,8 @@ def build_index(vectors: EmbeddingFiles, plan: IndexPlan, path: Path, digest: st
     partial = path.with_name(f".{path.name}.{digest}")
     partial.mkdir(parents=True, exist_ok=True)
     trained = partial / "trained.faiss"
-    if not trained.exists():
-        write_faiss_index(_train(plan, vectors), trained)
+    if not _is_whole(trained):
+        _write_noted(_train(plan, vectors), trained)
     work = _add_to(trained, vectors, plan.spans(len(vectors)), lambda span: shard_path(partial, *span))
     for _ in progress(work, total=len(vectors), desc="Indexing", unit="passages", size=int):
         pass
@@ -255,11 +256,12 @@ def _add_to(base: Path, vectors, spans, path_of, from_nothing: bool = False) -> 
     for start, end in spans:
         path = path_of((start, end))
         saved = path.with_name(f"{path.name}.saved")
-        if path.exists():
+        if _is_whole(path):
             yield end - start
         else:
             yield from _write_one(base, vectors, range(start, end), path, saved, from_nothing)
-        saved.unlink(missing_ok=True)
+        for left in (saved, _note_of(saved)):
+            left.unlink(missing_ok=True)
 
 
 def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_nothing: bool) -> Iterator[int]:
@@ -268,7 +270,7 @@ def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_n
         left.unlink()
     first = 0 if from_nothing else map_index(base).ntotal
     whole = first + len(rows)
-    if saved.exists():
+    if _is_whole(saved):
         index = _read_unfinished(saved, first)
         yield index.ntotal - first
     else:
@@ -281,10 +283,31 @@ def _write_one(base: Path, vectors, rows: range, path: Path, saved: Path, from_n
         yield len(block)
         now = time.monotonic()
         if now - last_saved >= pause and index.ntotal < whole and _has_room(path.parent, index, whole):
-            write_faiss_index(index, saved)
+            _write_noted(index, saved)
             last_saved = time.monotonic()
             pause = max(SAVE_AFTER, SAVES_COST * (last_saved - now))
-    write_faiss_index(index, path)
+    _write_noted(index, path)
+
+
+def _write_noted(index, path: Path) -> None:
+    """Write the index, and its checksum beside it: a run that goes on is to take over nothing that was damaged.
+
+    The checksum is there before the file, beside that of the one it replaces: a kill between the two costs neither.
+    """
+    fresh, note = path.with_name(f"{path.name}.fresh.part"), _note_of(path)
+    write_faiss_index(index, fresh)
+    earlier = read_lines(note)[-1:] if note.exists() else []
+    write_lines([*earlier, file_checksum(fresh)], note)
+    os.replace(fresh, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there, as it was written."""
+    return path.exists() and _note_of(path).exists() and file_checksum(path) in read_lines(_note_of(path))
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xxh3")
 
 
 def _read_unfinished(saved: Path, first: int):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 
+from rag.files import read_lines
 from rag.index import build as index_build
 from rag.index.build import EmbeddingFiles, IndexPlan, build_index, extend_index
 from rag.index.index_files import shard_files
@@ -129,7 +130,7 @@ def test_a_killed_run_ends_in_the_same_files(vectors, tmp_path, monkeypatch, fac
         with pytest.raises(KeyboardInterrupt):
             build_index(vectors, plan, tmp_path / "index", "digest")
     (partial,) = tmp_path.glob(".index*")
-    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("rows-*")}
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("rows-*.faiss")}
     assert len(kept) == (1 if shards > 1 else 0) and not (tmp_path / "index").exists()
     with monkeypatch.context() as patch:
         patch.setattr(index_build, "_train", lambda *_: pytest.fail("trained again"))
@@ -162,6 +163,7 @@ def test_what_a_killed_run_has_saved_is_not_added_again(vectors, tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             build_index(vectors, plan, tmp_path / "index", "digest")
     (saved,) = tmp_path.glob(".index.digest/*.saved")
+    assert len(read_lines(saved.with_name(f"{saved.name}.xxh3"))) <= 2  # of the file, and of the one that it replaced
     half = saved.with_name(f"{saved.name}.1.part")
     half.write_bytes(b"half-written")
     read, blocks = [], EmbeddingFiles.blocks
@@ -181,6 +183,27 @@ def test_what_a_killed_run_has_saved_is_not_added_again(vectors, tmp_path, monke
     for one, other in zip(whole, index, strict=True):
         assert one.is_dir() or one.read_bytes() == other.read_bytes()
     assert sorted(tmp_path.iterdir()) == [tmp_path / "index", tmp_path / "whole"]
+
+
+@pytest.mark.parametrize("name", ["*.saved", "trained.faiss", "rows-000000000000-*.faiss", "*.xxh3"])
+def test_what_was_saved_and_then_damaged_is_made_again(vectors, tmp_path, monkeypatch, name):
+    plan = IndexPlan("IVF8,PQ4x4np", D, 2, train_sample=500)
+    build_index(vectors, plan, tmp_path / "whole", "digest")
+    save_every_block(monkeypatch)
+    with monkeypatch.context() as patch:
+        killed_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(vectors, plan, tmp_path / "index", "digest")
+    found = sorted((tmp_path / ".index.digest").glob(name))
+    assert found
+    for path in found:
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        path.write_bytes(content)
+    build_index(vectors, plan, tmp_path / "index", "digest")
+    whole, index = (sorted(path.iterdir()) for path in (tmp_path / "whole", tmp_path / "index"))
+    assert [path.name for path in index] == [path.name for path in whole]
+    assert [path.read_bytes() for path in index] == [path.read_bytes() for path in whole]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
