@@ -204,8 +204,9 @@ def _write_missing(passages: Iterator[tuple[str, str]], embedder, folder: Path, 
     if damaged:
         print(f"{damaged:,} files of an earlier run are damaged and are made again")
     kept = sum(rows for path, rows in zip(paths, sizes, strict=True) if path.exists())
+    doing, done = ("Embedding", "embedded") if embedder.dimension else ("Writing", "written")  # words have no vectors
     if kept:
-        print(f"{kept:,} of {plan.count:,} passages were embedded by an earlier run and are kept")
+        print(f"{kept:,} of {plan.count:,} passages were {done} by an earlier run and are kept")
     shards = ((path, list(itertools.islice(passages, rows))) for path, rows in zip(paths, sizes, strict=True))
     missing = ((path, shard) for path, shard in shards if not path.exists())
 
@@ -217,7 +218,7 @@ def _write_missing(passages: Iterator[tuple[str, str]], embedder, folder: Path, 
             os.fsync(journal.fileno())
 
     work = embedder.embed_shards(missing, write)
-    for _ in progress(work, total=plan.count - kept, desc="Embedding", unit="passages", size=int):
+    for _ in progress(work, total=plan.count - kept, desc=doing, unit="passages", size=int):
         pass
 
 
