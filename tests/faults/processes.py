@@ -12,6 +12,7 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import psutil
+from tqdm import tqdm
 
 from tests.conftest import ROOT
 
@@ -124,6 +126,7 @@ def _become(script: str, words: list[str], folder: Path, log: Path, answer: byte
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.set_lock(threading.RLock())  # tqdm's own is one for all processes: who is killed with it keeps it for good
         gc.freeze()
         sys.argv = [script, *words]
         runpy.run_path(str(ROOT / script), run_name="__main__")
