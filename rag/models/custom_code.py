@@ -22,7 +22,6 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from rag.errors import UserError
-from rag.models.limits import parts_of
 from rag.models.trust import code_is_allowed
 
 # Where the checkpoint that is being opened lies, as arguments of get_class_from_dynamic_module.
@@ -74,20 +73,6 @@ def _named_class(auto_map: Mapping[str, Any] | None, name: str) -> Any:
     if place is None or not code_is_allowed():
         raise ValueError("a part of it is code, and trust_remote_code was not given")
     return get_class_from_dynamic_module(auto_map[name], **place) if name in auto_map else None
-
-
-def drop_code(config: PreTrainedConfig, keep: bool) -> None:
-    """Make a config, and those inside it, name no code; transformers would ask on standard input whether to run it.
-
-    Args:
-        keep: what the config itself names. What a pooled encoder's backbone names is kept: it was allowed, or refused.
-    """
-    parts = parts_of(config)
-    kept = [config] if keep else []
-    kept += [part.backbone for part in parts if part.model_type == "pooled_encoder"]
-    for part in parts:
-        if hasattr(part, "auto_map") and not any(part is one for one in kept):
-            del part.auto_map
 
 
 def name_own_code(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:

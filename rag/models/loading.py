@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from rag.errors import UserError, raise_problems
 from rag.files import load_json
 from rag.hub import hub_is_reachable
-from rag.models.custom_code import code_beside, drop_code, restore_buffers
-from rag.models.limits import require_sound
+from rag.models.custom_code import code_beside, restore_buffers
+from rag.models.limits import parts_of, require_sound
+from rag.models.pooled_encoder import PooledEncoderConfig
 from rag.models.trust import code_is_allowed
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,23 @@ def load_config(
         config = AutoConfig.from_pretrained(path, trust_remote_code=run, **access)
     if of_encoder and not run and getattr(config, "auto_map", None):
         _warn_of_code(path, flag, config.model_type)
-    drop_code(config, keep=run)
+    _drop_code(config, keep=run)
     require_sound(config, path, flag)
     return config
+
+
+def _drop_code(config: PreTrainedConfig, keep: bool) -> None:
+    """Make a config, and those inside it, name no code; transformers would ask on standard input whether to run it.
+
+    Args:
+        keep: what the config itself names. What a pooled encoder's backbone names is kept: it was allowed, or refused.
+    """
+    parts = parts_of(config)
+    kept = [config] if keep else []
+    kept += [part.backbone for part in parts if isinstance(part, PooledEncoderConfig)]
+    for part in parts:
+        if hasattr(part, "auto_map") and not any(part is one for one in kept):
+            del part.auto_map
 
 
 @cache

@@ -241,15 +241,14 @@ def test_nobody_is_asked_about_the_code_of_a_part(custom, bart_folder, question_
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     rag = consolidate(bart_folder, question_encoder_folder, tmp_path / "rag")
     config = json.loads((rag / "config.json").read_text())
-    auto_map = {
-        "auto_map": {"AutoModelForSeq2SeqLM": "modeling_tiny.TinyModel", "AutoModel": "modeling_tiny.TinyModel"}
-    }
+    auto_map = {"auto_map": dict.fromkeys(("AutoModelForSeq2SeqLM", "AutoModel"), "modeling_tiny.TinyModel")}
+    tiny = {"model_type": "bert", "hidden_size": DIMENSION, "num_hidden_layers": 1, "num_attention_heads": 2}
     shutil.copy(custom / "modeling_tiny.py", rag)
     shutil.copy(custom / "configuration_tiny.py", rag)
     for allowed in (False, True):
         allow_code(allowed)
         for name, family in {"generator": "bert", "question_encoder": "encoder-decoder"}.items():
-            part = {"model_type": family, "encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert"}}
+            part = tiny | {"model_type": family, "encoder": tiny, "decoder": tiny}
             (rag / "config.json").write_text(json.dumps(config | {name: part | auto_map}))
             with pytest.raises(UserError):
                 load_model(str(rag))
