@@ -33,7 +33,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
-from rag.models.custom_code import code_beside, gather_tokenizer_code, is_custom, save_code
+from rag.models.custom_code import code_beside, code_files, gather_tokenizer_code, is_custom, save_code
 from rag.models.encoders import encoder_dimension
 from rag.models.limits import most_tokens
 from rag.models.loading import (
@@ -297,9 +297,11 @@ def _is_custom_tokenizer(settings: dict, of_rag: bool) -> bool:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """One digest of every tensor that a model saves, by its name and its bits."""
+    """One digest of every tensor that a model saves, by its name and its bits, and of the code beside it that runs."""
     digest = new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.contiguous().numpy())
+    for file in code_files(model):
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ classes are found here. Nothing is run unless `trust.code_is_allowed`.
 """
 
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from rag.errors import UserError
@@ -87,12 +88,23 @@ def name_own_code(config: PreTrainedConfig, backbone: PreTrainedModel) -> None:
         del config.auto_map
 
 
+def code_files(model: PreTrainedModel) -> list[Path]:
+    """The files of a model's custom parts and of what they import of their neighbors, by name; none for most models."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    kinds = {type(thing) for part in parts for thing in (part, part.config) if is_custom(type(thing))}
+    files = {str(sys.modules[kind.__module__].__file__) for kind in kinds}
+    files |= {str(neighbor) for file in files for neighbor in get_relative_import_files(file)}
+    return sorted(map(Path, files), key=lambda file: file.name)
+
+
 def save_code(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the files of a model's custom parts, and what they import of their neighbors, into a folder."""
-    for part in model.modules():
-        for thing in (part, part.config) if isinstance(part, PreTrainedModel) else ():
-            if is_custom(type(thing)):
-                custom_object_save(thing, folder)
+    """Copy a model's code into a folder.
+
+    Raises:
+        UserError: two different files have one name.
+    """
+    for file in code_files(model):
+        _copy(file, folder)
 
 
 def gather_tokenizer_code(folder: Path) -> None:
@@ -102,13 +114,18 @@ def gather_tokenizer_code(folder: Path) -> None:
         UserError: two different files have one name.
     """
     for file in sorted(folder.glob("*_tokenizer/*.py")):
-        target = folder / file.name
-        if target.exists() and target.read_bytes() != file.read_bytes():
-            raise UserError(
-                f"the parts of the model bring two different files {file.name} of code, and a checkpoint has room for "
-                "one; rename one of them, and what auto_map says of it"
-            )
-        shutil.move(file, target)
+        _copy(file, folder)
+        file.unlink()
+
+
+def _copy(file: Path, folder: Path) -> None:
+    target = folder / file.name
+    if target.exists() and target.read_bytes() != file.read_bytes():
+        raise UserError(
+            f"the parts of the model bring two different files {file.name} of code, and a checkpoint has room for "
+            "one; rename one of them, and what auto_map says of it"
+        )
+    shutil.copyfile(file, target)
 
 
 def restore_buffers(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from rag.command_line.config_file import settings_as_words
 from rag.errors import UserError
 from rag.knowledge.arguments import KnowledgeArguments
 from rag.knowledge.workers import EncoderPlan, _embedder
-from rag.models.checkpoints import load_model, load_tokenizer, save_model
+from rag.models.checkpoints import load_model, load_tokenizer, save_model, weights_digest
 from rag.models.encoders import load_encoder
 from rag.models.trust import allow_code, code_is_allowed
 from rag.training.arguments import parse_args
@@ -232,7 +232,10 @@ def test_code_beside_a_family_that_transformers_has(tmp_path, bert_tokenizer, ba
     own = consolidate(bart_folder, folder, tmp_path / "own", "--trust_remote_code")
     vectors = [load_model(str(path)).question_encoder(ids)[0] for path in (plain, own)]
     assert ran.exists() and torch.equal(vectors[0], -vectors[1])
+    # Passages that were embedded by one are not searched by the other.
+    read_by_own = load_encoder(str(folder))
     allow_code(False)
+    assert weights_digest(load_encoder(str(folder))) != weights_digest(read_by_own)
     refused(load_model, own)
 
 
