@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from rag.command_line.flags import flag, required_flag
+from rag.command_line.flags import flag, required_flag, trust_flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
+from rag.models.trust import allow_code
 from rag.outputs import output_folder_problems, writing
 
 
@@ -45,6 +46,7 @@ class ConsolidateArguments:
     question_encoder_prompt: str | None = flag(
         None, "Text before every question; left out, the one that the encoder's sentence-transformers folder names."
     )
+    trust_remote_code: bool = trust_flag()
 
 
 def parse_args(argv: list[str] | None = None) -> ConsolidateArguments:
@@ -58,6 +60,7 @@ def main(args: ConsolidateArguments) -> Path:
         UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
     """
     raise_problems(output_folder_problems("--dest", args.dest))
+    allow_code(args.trust_remote_code)
     dest = Path(args.dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")

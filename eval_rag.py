@@ -45,6 +45,7 @@ from rag.files import save_json
 from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
 from rag.locks import lock_beside, one_at_a_time
 from rag.metrics import answer_recall_at_k, metric_max_over_ground_truths, pattern_recall_at_k
+from rag.models.trust import allow_code
 from rag.outputs import writing
 from rag.progress import progress
 from rag.public_names import module_getattr
@@ -60,7 +61,7 @@ __getattr__ = module_getattr(__name__, ELSEWHERE)
 
 CHECKPOINT_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.bin",
-    "*tokenizer*/*", "*tokenizer*.json", "vocab*", "merges.txt", "*.model",
+    "*tokenizer*/*", "*tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.py",
 )  # fmt: skip
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
@@ -80,6 +81,7 @@ def main(args: EvalArguments) -> dict[str, Any]:
     Collective under torchrun: every rank answers its share and returns the scores; rank 0 alone reads questions and
     gold, writes files and prints.
     """
+    allow_code(args.trust_remote_code)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         data = read_data(args)  # its mistakes are told before torch is imported
         from rag.distributed.ranks import Ranks

@@ -19,6 +19,7 @@ from typing import NoReturn
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
 from rag.files import save_json
+from rag.models.trust import allow_code
 from rag.outputs import output_folder_problems, writing
 from rag.public_names import module_getattr
 from rag.training.arguments import FinetuneArguments
@@ -45,6 +46,7 @@ def main(args: FinetuneArguments | Namespace) -> dict[str, float]:
     A namespace is one of a parser with `GenerativeQAModule.add_model_specific_args` and `add_retriever_specific_args`.
     """
     args = finetune_arguments(args)
+    allow_code(args.run.trust_remote_code)
     output_dir = args.run.output_dir
     raise_problems(
         output_folder_problems("--output_dir", output_dir)

@@ -37,6 +37,7 @@ from rag.knowledge.arguments import (
     KnowledgeArguments,
     flag_problems,
 )
+from rag.models.trust import allow_code
 from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
             too small or full, `output_dir` holds knowledge made otherwise, is damaged, or another process is at it.
     """
     raise_problems(flag_problems(args))
+    allow_code(args.trust_remote_code)
     if args.search:
         return search(args)
 
@@ -183,6 +185,7 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
         args.batch_size,
         resources.device,
         args.ctx_encoder_prompt,
+        args.trust_remote_code,
     )
     folder = KnowledgeFolder(
         Path(args.output_dir),
@@ -254,7 +257,7 @@ def dimension_of_config(args: KnowledgeArguments) -> int | None:
     """
     from rag.models.loading import load_config
 
-    config = load_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG)
+    config = load_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG, of_encoder=True)
     return getattr(config, "projection_dim", 0) or getattr(config, "hidden_size", None)
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from rag.errors import UserError
 
+NOT_HERE = {"trust_remote_code"}  # what a stranger's file must not say
 LARGEST = 1 << 20  # bytes: a hundred times what all flags would take
 
 
@@ -35,6 +36,8 @@ def settings_as_words(path: str) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1} | ({"config_file"} & set(names)))
     if twice:
         raise UserError(f"{flag} gives {twice[0]} once too often; leave one out")
+    if given := sorted(NOT_HERE & set(names)):
+        raise UserError(f"{flag} gives {given[0]}, which no file may; give --{given[0]} on the command line")
     return [word for name, value in settings.items() if value is not None for word in _words(flag, name, value)]
 
 

@@ -19,6 +19,15 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def trust_flag() -> Any:
+    """--trust_remote_code, for every script that loads models. No file of settings may give it, and none keeps it."""
+    return flag(
+        False,
+        "Run the code that lies beside a checkpoint of an encoder or a tokenizer (auto_map), with all that you may do "
+        "yourself; only for checkpoints that you trust, and only on the command line.",
+    )
+
+
 def required_flag(help: str) -> Any:
     """A flag that must be given."""
     return field(metadata={"help": help})

@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from rag.command_line.flags import flag, required_flag
+from rag.command_line.flags import flag, required_flag, trust_flag
 from rag.command_line.parser import parse_into
 from rag.distributed.meeting import timeout_problems
 from rag.errors import raise_problems
@@ -81,6 +81,7 @@ class EvalArguments(SearchArguments):
         "torchrun: seconds that process 0 waits for the slowest one's batch; a stopped or killed one of this machine "
         "is told within half a minute.",
     )
+    trust_remote_code: bool = trust_flag()
     device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rag.command_line.flags import flag
+from rag.command_line.flags import flag, trust_flag
 from rag.errors import file_problems
 from rag.index.arguments import EffortArguments
 from rag.outputs import output_folder_problems
@@ -66,6 +66,7 @@ class KnowledgeArguments(EffortArguments):
     ctx_encoder_prompt: str | None = flag(
         None, "Text before every passage; left out, the one that the encoder's sentence-transformers folder names."
     )
+    trust_remote_code: bool = trust_flag()
     output_dir: str = flag("output/my_knowledge", "Folder for the passages and their index.")
     append: bool = flag(False, "Add the documents of --csv_path to the knowledge that --output_dir holds.")
     drop_duplicates: bool = flag(False, "Leave out passages that are equal, title and text, to an earlier one.")

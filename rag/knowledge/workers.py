@@ -32,6 +32,7 @@ from rag.knowledge.embedding import PassageEmbedder
 from rag.knowledge.shards import Passages
 from rag.models.checkpoints import load_tokenizer, weights_digest
 from rag.models.encoders import load_encoder
+from rag.models.trust import allow_code
 
 SHARDS_A_WORKER = 2  # one is encoded while the next one is on its way
 RETRIES = 3  # of a shard whose Ray worker, or node, died
@@ -72,6 +73,8 @@ class EncoderPlan:
         digest: of its weights.
         batch_size: passages encoded at a time.
         device: cuda or cpu.
+        prompt: as --ctx_encoder_prompt.
+        run_code: as --trust_remote_code.
     """
 
     name: str
@@ -80,6 +83,7 @@ class EncoderPlan:
     batch_size: int
     device: str
     prompt: str | None = None
+    run_code: bool = False
 
 
 def encoding_workers(embedder: PassageEmbedder, plan: EncoderPlan, resources: EncodingResources):
@@ -103,6 +107,7 @@ def embed_shard(plan: EncoderPlan, shard: Passages) -> tuple[np.ndarray, int]:
 
 @lru_cache(maxsize=1)
 def _embedder(plan: EncoderPlan) -> PassageEmbedder:
+    allow_code(plan.run_code)
     encoder = load_encoder(plan.name, "context", plan.pooling, flag=ENCODER_FLAG, prompt=plan.prompt)
     if weights_digest(encoder) != plan.digest:
         raise UserError(

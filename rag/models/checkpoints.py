@@ -9,6 +9,7 @@ random with a warning, and cannot generate with a T5 whose decoder is not as dee
 refused and made to work.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -28,14 +29,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
+from rag.models.custom_code import code_beside, code_files, gather_tokenizer_code, is_custom, save_code
 from rag.models.encoders import encoder_dimension
 from rag.models.limits import most_tokens
 from rag.models.loading import (
     MODEL_FLAG,
-    NOT_RUN,
     checkpoint_errors,
     hub_access,
     load_config,
@@ -44,6 +46,7 @@ from rag.models.loading import (
 )
 from rag.models.questions import with_prompt
 from rag.models.sentence_transformers import transformer_folder
+from rag.models.trust import code_is_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +198,11 @@ def compose_rag(model_type: str, question_encoder, generator, config: RagConfig 
     """
     _complete(generator.config)
     retrieval = {} if config is None else config.to_dict()
-    parts = {"question_encoder": question_encoder.config.to_dict(), "generator": generator.config.to_dict()}
+    parts = {
+        # a config whose class is code beside a checkpoint cannot be built again of its dict
+        "question_encoder": copy.deepcopy(question_encoder.config),
+        "generator": generator.config.to_dict(),
+    }
     config = RagConfig(**retrieval | parts | {"retrieval_vector_size": encoder_dimension(question_encoder)})
     for name in (*SPECIAL_TOKENS, "vocab_size"):
         setattr(config, name, getattr(generator.config, name, None))
@@ -229,8 +236,10 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=N
     with atomic_folder(directory) as folder:
         model.save_pretrained(folder)
         generator.generation_config.save_pretrained(folder)
+        save_code(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            gather_tokenizer_code(folder)
 
 
 def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | None = None, flag: str = MODEL_FLAG):
@@ -256,8 +265,16 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
 
 
 def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
-    with checkpoint_errors(flag, path):
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, **hub_access(path), **NOT_RUN, **part)
+    access = {"cache_dir": cache_dir, **hub_access(path)}
+    run = code_is_allowed()
+    folder = f"{part['subfolder']}/" if part else ""
+    settings = read_json(path, f"{folder}tokenizer_config.json", cache_dir, flag) or {}
+    with checkpoint_errors(flag, path), code_beside(path, **access):
+        if not run and _is_custom_tokenizer(settings, of_rag=bool(part)):
+            raise ValueError("its tokenizer is code, and trust_remote_code was not given")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=run, **access, **part)
+        if not is_custom(type(tokenizer)):
+            tokenizer.init_kwargs.pop("auto_map", None)  # it is saved as what it was read as
         # transformers makes an empty one where the files are missing
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise OSError("it holds no tokenizer")
@@ -267,10 +284,24 @@ def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
     return tokenizer
 
 
+def _is_custom_tokenizer(settings: dict, of_rag: bool) -> bool:
+    """Whether a tokenizer's class is code beside it; transformers would take its own base class without a word.
+
+    One that has a class of transformers, too, is read by that, but not in a RAG checkpoint: `save_model` names code
+    only where it was run.
+    """
+    named, kind = settings.get("auto_map"), settings.get("tokenizer_class")
+    if not named or (isinstance(named, dict) and "AutoTokenizer" not in named):
+        return False
+    return of_rag or (isinstance(kind, str) and tokenizer_class_from_name(kind) is None)
+
+
 def weights_digest(model: PreTrainedModel) -> str:
-    """One digest of every tensor that a model saves, by its name and its bits."""
+    """One digest of every tensor that a model saves, by its name and its bits, and of the code beside it that runs."""
     digest = new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.contiguous().numpy())
+    for file in code_files(model):
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTrainedConfig, PreTrainedModel
 
 from rag.errors import UserError
-from rag.models.loading import checkpoint_errors, load_config, load_weights
+from rag.models.custom_code import code_beside, custom_model_class, name_own_code
+from rag.models.loading import checkpoint_errors, hub_access, load_config, load_weights
 from rag.models.pooled_encoder import ENCODER_HALVES, PooledEncoder, PooledEncoderConfig, reads_forward
 from rag.models.sentence_transformers import Card, read_card
 
@@ -25,7 +26,7 @@ def read_encoder_config(
 ) -> tuple[PreTrainedConfig, Card | None]:
     """The config of the transformer at `path`, and what a sentence-transformers folder says beside."""
     card = read_card(path, cache_dir, flag)
-    return load_config(path if card is None else card.folder, cache_dir, flag), card
+    return load_config(path if card is None else card.folder, cache_dir, flag, of_encoder=True), card
 
 
 def load_encoder(
@@ -59,12 +60,14 @@ def load_encoder(
         for name, value in prompts.items():
             setattr(config, name, value)
         return load_weights(PooledEncoder, path, flag, config=config, cache_dir=cache_dir)
-    half = ENCODER_HALVES.get(config.model_type)
+    transformer = path if card is None else card.folder
+    with checkpoint_errors(flag, path), code_beside(transformer, cache_dir=cache_dir, **hub_access(transformer)):
+        custom = custom_model_class(config)
+    half = ENCODER_HALVES.get(config.model_type) if custom is None else None
     if config.is_encoder_decoder and half is None:
         raise UserError(
             f"{flag} {path} is a {config.model_type} model, not an encoder; give a DPR or BERT-like encoder"
         )
-    transformer = path if card is None else card.folder
     settings: dict[str, Any] = {} if card is None else card.settings
     if pooling != "auto":
         settings = settings | {"pooling": pooling, "normalize": False, "dense": None}
@@ -72,8 +75,9 @@ def load_encoder(
     settings = plain | settings | prompts
     _require_pooling(config, settings["pooling"], path, flag)
     backbone = load_weights(
-        half or AutoModel, transformer, flag, without_heads=True, config=config, cache_dir=cache_dir
+        custom or half or AutoModel, transformer, flag, without_heads=True, config=config, cache_dir=cache_dir
     )
+    name_own_code(config, backbone)
     encoder = PooledEncoder(PooledEncoderConfig(backbone=config, **settings), backbone)
     with checkpoint_errors(flag, path):
         for layer, weights in zip(encoder.dense, card.dense if card and settings["dense"] else [], strict=True):

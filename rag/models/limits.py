@@ -83,16 +83,16 @@ def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:
     for name in least_one:
         if getattr(config, name) < 1:
             _refuse(path, flag, name, getattr(config, name), "it must be 1 or more")
-    for part in _parts(config):
+    for part in parts_of(config):
         for name, value in vars(part).items():
             if name.endswith("layers") and isinstance(value, int) and not 0 <= value <= 1000:
                 _refuse(path, flag, name, value, "no model has so many")
 
 
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A config and those inside it."""
     inside = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
-    return [config, *(part for one in inside for part in _parts(one))]
+    return [config, *(part for one in inside for part in parts_of(one))]
 
 
 def _refuse(path: str, flag: str, name: str, value: Any, why: str) -> None:

@@ -1,11 +1,13 @@
 """Read a model's folder or hub name: weights exactly as they were saved, and one line where they cannot be read.
 
-No code that lies beside a checkpoint is ever run, and nothing is unpickled but tensors.
+Code that lies beside a checkpoint is run for an encoder or a tokenizer alone, and only where `trust.code_is_allowed`;
+nothing is unpickled but tensors.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from transformers.utils import logging as transformers_logging
 from rag.errors import UserError, raise_problems
 from rag.files import load_json
 from rag.hub import hub_is_reachable
-from rag.models.limits import require_sound
+from rag.models.custom_code import code_beside, restore_buffers
+from rag.models.limits import parts_of, require_sound
+from rag.models.pooled_encoder import PooledEncoderConfig
+from rag.models.trust import code_is_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +30,49 @@ MODEL_FLAG = "--model_name_or_path"
 NOT_RUN = {"trust_remote_code": False}  # left out, transformers asks on standard input
 
 
-def load_config(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> PreTrainedConfig:
-    """The config at `path` (folder or hub name), or a `UserError` that names `flag`."""
-    with checkpoint_errors(flag, path):
-        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, **hub_access(path), **NOT_RUN)
+def load_config(
+    path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG, *, of_encoder: bool = False
+) -> PreTrainedConfig:
+    """The config at `path` (folder or hub name), or a `UserError` that names `flag`.
+
+    A family that transformers has is read by its own code where that beside the checkpoint may not be run, and the
+    config then names none (no auto_map).
+
+    Args:
+        of_encoder: its class may be code beside it, where such is allowed.
+    """
+    run = of_encoder and code_is_allowed()
+    access = {"cache_dir": cache_dir, **hub_access(path)}
+    with checkpoint_errors(flag, path), code_beside(path, **access):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=run, **access)
+    if of_encoder and not run and getattr(config, "auto_map", None):
+        _warn_of_code(path, flag, config.model_type)
+    _drop_code(config, keep=run)
     require_sound(config, path, flag)
     return config
+
+
+def _drop_code(config: PreTrainedConfig, keep: bool) -> None:
+    """Make a config, and those inside it, name no code; transformers would ask on standard input whether to run it.
+
+    Args:
+        keep: what the config itself names. What a pooled encoder's backbone names is kept: it was allowed, or refused.
+    """
+    parts = parts_of(config)
+    kept = [config] if keep else []
+    kept += [part.backbone for part in parts if isinstance(part, PooledEncoderConfig)]
+    for part in parts:
+        if hasattr(part, "auto_map") and not any(part is one for one in kept):
+            del part.auto_map
+
+
+@cache
+def _warn_of_code(path: str, flag: str, family: str) -> None:
+    """Once: the vectors may be others than the encoder's authors meant."""
+    logger.warning(
+        f"{flag} {path} is read as transformers' own {family}, and the code beside it is not run; give "
+        "--trust_remote_code if you trust it"
+    )
 
 
 def load_weights(model_class, path: str, flag: str, *, without_heads: bool = False, **kwargs) -> PreTrainedModel:
@@ -40,10 +82,12 @@ def load_weights(model_class, path: str, flag: str, *, without_heads: bool = Fal
         without_heads: leave out what the checkpoint has beside the model, as a language model's output layer beside an
             encoder, and say so. What would belong inside the model is still refused: it has fewer layers than that.
     """
-    with checkpoint_errors(flag, path), _quiet_transformers():
+    access = {"cache_dir": kwargs.pop("cache_dir", None), **hub_access(path)}
+    with checkpoint_errors(flag, path), _quiet_transformers(), code_beside(path, **access):
         model, info = model_class.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **hub_access(path), **NOT_RUN, **kwargs
+            path, dtype=torch.float32, output_loading_info=True, **access, **NOT_RUN, **kwargs
         )
+        restore_buffers(model)
     # BERT's pooler is part of many encoder checkpoints, and of none that is used here.
     missing, unexpected = (
         sorted(key for key in info[f"{kind}_keys"] if "pooler.dense" not in key) for kind in ("missing", "unexpected")
@@ -116,15 +160,21 @@ def checkpoint_errors(flag: str, path: str) -> Iterator[None]:
         # A panic of the libraries that are written in Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{flag} {path} needs code that lies beside it, {_why_not_run()}") from error
         raise UserError(
             f"{flag} {path} {_reason(path, error)}; give the folder of a checkpoint or the name of one"
         ) from error
 
 
+def _why_not_run() -> str:
+    if code_is_allowed():
+        return "which is run of encoders and tokenizers alone; give a model that transformers has"
+    return "which is not run; give --trust_remote_code if you trust it"
+
+
 def _reason(path: str, error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if "trust_remote_code" in text:
-        return "needs code that lies beside it, which is never run"
     if "Weights only load failed" in text:
         return "holds a pickle that is more than tensors, which is never unpickled: safetensors hold weights alone"
     if path and Path(path).is_dir():

@@ -22,6 +22,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.models.dpr.modeling_dpr import DPRQuestionEncoderOutput
 
+from rag.models.custom_code import custom_model_class, nested_config
+
 POOLINGS = ("cls", "mean", "max", "last")
 ACTIVATIONS = {"Identity": torch.nn.Identity, "Tanh": torch.nn.Tanh, "ReLU": torch.nn.ReLU, "GELU": torch.nn.GELU}
 # Encoder-decoder families of which the encoder alone makes vectors.
@@ -56,7 +58,7 @@ class PooledEncoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone, dict):
-            self.backbone = AutoConfig.for_model(**self.backbone)
+            self.backbone = nested_config(self.backbone)
         elif self.backbone is None:  # transformers builds every config without arguments to find its defaults
             self.backbone = AutoConfig.for_model("bert")
         else:  # a live model's config stays its own: transformers resets the attention of a config's parts
@@ -108,8 +110,8 @@ class PooledEncoder(PreTrainedModel):
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A transformer with new weights that turns tokens into vectors."""
-    half = ENCODER_HALVES.get(config.model_type)
-    return AutoModel.from_config(config) if half is None else half(config)
+    kind = custom_model_class(config) or ENCODER_HALVES.get(config.model_type)
+    return AutoModel.from_config(config) if kind is None else kind(config)
 
 
 def reads_forward(config: PreTrainedConfig) -> bool:

@@ -22,6 +22,7 @@ from rag.index.columns import require_finite
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 from rag.models.checkpoints import load_tokenizer
+from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens
 from rag.models.questions import bare_questions, with_prompt
 
@@ -70,7 +71,8 @@ class RagKnowledgeRetriever(RagRetriever):
     @staticmethod
     def _config(retriever_name_or_path, config: RagConfig | None = None, **kwargs) -> RagConfig:
         if config is None:
-            config, unknown = RagConfig.from_pretrained(retriever_name_or_path, return_unused_kwargs=True, **kwargs)
+            with code_beside(str(retriever_name_or_path)):
+                config, unknown = RagConfig.from_pretrained(retriever_name_or_path, return_unused_kwargs=True, **kwargs)
             for name in unknown.keys() & set(INDEX_FLAGS):
                 setattr(config, name, unknown[name])
         return config

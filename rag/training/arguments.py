@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rag.command_line.flags import flag, required_flag
+from rag.command_line.flags import flag, required_flag, trust_flag
 from rag.command_line.parser import RagArgumentParser
 from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
 from rag.distributed.meeting import node_problems, port_problems, rank_problems
@@ -154,6 +154,7 @@ class RunArguments:
         "Seconds that a process waits for the others of its job before it ends with their number; a stopped or killed "
         "one of this machine is told within half a minute.",
     )
+    trust_remote_code: bool = trust_flag()
     profile: bool = flag(False, "Write the time each part of the training took to --output_dir.")
     gpus: str | None = flag(
         None, "Number of GPUs (0 is the CPU, -1 all of them) or their numbers (0,1); left out, --accelerator decides."
@@ -186,8 +187,10 @@ class FinetuneArguments:
     trainer: TrainerArguments
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting by its group, as JSON can hold it."""
-        return asdict(self)
+        """Every setting by its group, as JSON can hold it, but --trust_remote_code: each command gives that anew."""
+        settings = asdict(self)
+        del settings["run"]["trust_remote_code"]
+        return settings
 
 
 GROUPS = (ModelArguments, RetrievalArguments, DataArguments, TrainingArguments, RunArguments)

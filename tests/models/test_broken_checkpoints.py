@@ -133,7 +133,7 @@ def test_code_beside_a_checkpoint_is_never_run(folder, tmp_path, monkeypatch):
     code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForSeq2SeqLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": code}))
     for load in (load_model, load_encoder):
-        refused(load, folder, "needs code that lies beside it, which is never run")
+        refused(load, folder, "needs code that lies beside it, which is not run; give --trust_remote_code")
     # A family that transformers has is loaded by transformers' own code.
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": code}))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
