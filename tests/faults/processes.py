@@ -126,7 +126,7 @@ def _become(script: str, words: list[str], folder: Path, log: Path, answer: byte
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.set_lock(threading.RLock())  # tqdm's own is one for all processes: who is killed with it keeps it for good
+        _own_lock_of_bars(tqdm)
         gc.freeze()
         sys.argv = [script, *words]
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -139,6 +139,14 @@ def _become(script: str, words: list[str], folder: Path, log: Path, answer: byte
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _own_lock_of_bars(bars: type) -> None:
+    """Give each class of progress bars a lock of this process: tqdm's is of all, and who is killed with it keeps it."""
+    if "_lock" in vars(bars):
+        bars._lock = threading.RLock()
+    for kind in bars.__subclasses__():
+        _own_lock_of_bars(kind)
 
 
 def tree(folder: Path) -> dict[str, str]:
