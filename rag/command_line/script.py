@@ -10,10 +10,12 @@ if __name__ == "__main__":
 import contextlib
 import gc
 import io
+import itertools
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from rag.command_line.parser import program_name
@@ -42,6 +44,16 @@ def _leave_it_to_the_reporter() -> NoReturn:
     sys.exit(2)
 
 
+def _path_problem(error: OSError) -> str | None:
+    """What the disk says of a path that a flag names, or of one below it; None where no flag names it."""
+    name = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for flag, value in itertools.pairwise(words):
+        if name and value and flag.startswith("--") and Path(value) in (Path(name), *Path(name).parents):
+            return f"{flag} {value}: {name} cannot be used ({error.strerror}); give another path"
+    return None
+
+
 def run_script(parse_args, main) -> NoReturn:
     """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130.
 
@@ -68,6 +80,11 @@ def run_script(parse_args, main) -> NoReturn:
     except JobError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a name that is too long, no permission, a disk that fails: wherever it is noticed
+        if (problem := _path_problem(error)) is None:
+            raise
+        print(f"{script}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"{script}: interrupted; run the same command again to resume", file=sys.stderr)

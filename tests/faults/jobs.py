@@ -103,7 +103,9 @@ def content(path: Path):
     if path.suffix == ".ckpt":
         import torch
 
-        return _plain(torch.load(path, weights_only=True))
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["epoch"]  # a run that is resumed at its end has counted the last one
+        return _plain(checkpoint)
     if path.suffix in (".json", ".xxh3"):
         return re.sub(r"/[^\" ]*/out\b", "out", json.dumps(_plain(json.loads(path.read_text())), sort_keys=True))
     if path.name == "training_log.jsonl":  # steps that were made twice may be told twice

@@ -6,6 +6,7 @@ REFUSED is a pattern that the error lines hold; WORKS is status 0; CLEANLY is ei
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from tests.faults.makers import (
@@ -113,6 +114,20 @@ for script, flag in WRITTEN:
 for script, flag in [(FINETUNE, "--output_dir"), (KNOWLEDGE, "--output_dir"), (CONSOLIDATE, "--dest")]:
     refused(script, f"{flag} is a file", {flag: File(b"keep")}, flag)
 
+NAMED = {
+    EVAL: ["model_name_or_path", "evaluation_set", "gold_data_path", "predictions_path", "passages_path", "index_path",
+           "config_file"],
+    FINETUNE: ["model_name_or_path", "data_dir", "output_dir", "passages_path", "index_path", "resume_from_checkpoint",
+               "tokenizer_name", "config_name", "cache_dir"],
+    KNOWLEDGE: ["csv_path", "dpr_ctx_encoder_model_name", "output_dir"],
+    CONSOLIDATE: ["generator_name_or_path", "question_encoder_name_or_path", "dest", "config_name_or_path"],
+    PARSE: ["src_path", "evaluation_set", "gold_data_path"],
+}  # fmt: skip
+for script, names in NAMED.items():
+    for name in names:
+        refused(script, f"--{name}, a name that is too long", {f"--{name}": "x" * 300}, name)
+        refused(script, f"--{name}, folders that are too many", {f"--{name}": "x/" * 3000}, name)
+
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 WHOLE = ["0", "-1", "x", "", "2.5", "nan", "1e3"]
@@ -196,13 +211,18 @@ def filled(index, vectors):
     return index
 
 
+def longer(vectors):
+    """One after the other: what is nearest is no more what has the largest product."""
+    return vectors * np.arange(1, 9, dtype=np.float32)[:, None]
+
+
 def numbered(index, vectors):
-    index.add_with_ids(vectors, range(100, 108))
+    index.add_with_ids(vectors, np.arange(100, 108))
     return index
 
 
 INDEXES = {
-    "of distances": lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat"), v),
+    "of distances": lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat"), longer(v)),
     "of too few": lambda faiss, v: filled(faiss.IndexFlatIP(16), v[:7]),
     "of 32 dimensions": lambda faiss, v: filled(faiss.IndexFlatIP(32), v.repeat(2, 1)),
     "cut": lambda faiss, v: faiss.serialize_index(filled(faiss.IndexFlatIP(16), v)).tobytes()[:-50],

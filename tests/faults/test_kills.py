@@ -84,7 +84,7 @@ def test_two_at_once(world, whole, tmp_path, kind):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("kind", "kilobytes"), [("eval", 8), ("knowledge", 60), ("append", 600), ("finetune", 300)])
+@pytest.mark.parametrize(("kind", "kilobytes"), [("eval", 8), ("knowledge", 60), ("append", 100), ("finetune", 300)])
 def test_a_full_disk(world, whole, tmp_path, kind, kilobytes):
     """One line; on a larger disk the same command goes on."""
     job = job_of(world, whole, kind, tmp_path, begin=None)
@@ -129,7 +129,7 @@ DAMAGE = {
         "last.ckpt": BYTES, "checkpoint1.ckpt": BYTES, "checkpoint1/model.safetensors": BYTES, "hparams.json": BYTES,
         "metrics.json": BYTES, "training_log.jsonl": TEXT,
     },
-    ("finetune", "whole"): {"last.ckpt": BYTES, "checkpoint2.ckpt": BYTES, "metrics.json": BYTES},
+    ("finetune", "whole"): {"last.ckpt": BYTES, "checkpoint?.ckpt": BYTES, "metrics.json": BYTES},
 }  # fmt: skip
 SHORT = {("eval", "whole", "p.txt", "a line out"), ("knowledge", "whole", "*.faiss", "a byte")}
 ROWS = [
