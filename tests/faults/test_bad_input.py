@@ -222,7 +222,6 @@ def numbered(index, vectors):
 
 
 INDEXES = {
-    "of distances": lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat"), longer(v)),
     "of too few": lambda faiss, v: filled(faiss.IndexFlatIP(16), v[:7]),
     "of 32 dimensions": lambda faiss, v: filled(faiss.IndexFlatIP(32), v.repeat(2, 1)),
     "cut": lambda faiss, v: faiss.serialize_index(filled(faiss.IndexFlatIP(16), v)).tobytes()[:-50],
@@ -253,6 +252,11 @@ for script in (EVAL, FINETUNE):
         for name, change in ways.items():
             changes = here | {"--passages_path": Copy("passages", {file: change})}
             refused(script, f"passages, {file} {name}", changes, "passages_path")
+    by_distance = {
+        "--index_path": Index(lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat"), longer(v))),
+        "--passages_path": Passages(lambda c: c | {"embeddings": longer(np.array(c["embeddings"])).tolist()}),
+    }
+    refused(script, "index of distances", by_distance, "index_path")
     cleanly(script, "index with ids of its own", here | {"--index_path": Index(
         lambda faiss, v: numbered(faiss.index_factory(16, "IDMap,Flat", 0), v))}, "index_path")  # fmt: skip
 
