@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from rag.errors import UserError
 
+SECONDS_TO_SIGN = 1.0  # in which a process that has just taken the lock says who it is
 PATIENCE = 20.0  # seconds that the children of a killed run may hold its lock
 
 
@@ -57,13 +58,17 @@ def one_at_a_time(lock_path: str | os.PathLike, flag: str, output: str | os.Path
 
 
 def _acquire(lock: FileLock, path: Path, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+    begun = time.monotonic()
+    deadline = begun + PATIENCE
     while True:
         try:
             lock.acquire(timeout=0)
             return
         except Timeout as error:
             holder = _holder(path)
+            if not holder and time.monotonic() < begun + SECONDS_TO_SIGN:
+                time.sleep(0.01)
+                continue
             if not _is_dead(holder) or time.monotonic() > deadline:
                 raise UserError(
                     f"{what} is in use by process {holder.get('pid', 'unknown')} on {holder.get('host', 'this disk')}; "

@@ -58,7 +58,8 @@ def test_what_a_killed_run_started_may_hold_its_lock_a_moment_longer(tmp_path, h
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
-def test_a_lock_that_does_not_say_who_holds_it(tmp_path, holder, content):
+def test_a_lock_that_does_not_say_who_holds_it(tmp_path, holder, content, monkeypatch):
+    monkeypatch.setattr(locks, "SECONDS_TO_SIGN", 0.05)
     (tmp_path / ".lock").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match="process unknown"), one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):
         pass

@@ -186,7 +186,11 @@ class NodeWorkers(Workers):
         return self
 
     def __exit__(self, _, error, traceback) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        end = threading.Thread(target=self.pool.shutdown, kwargs={"cancel_futures": True})
+        end.start()  # it waits for all processes, also for one that was stopped when it had nothing more to do
+        while end.is_alive():
+            self._end_stopped()
+            end.join(1.0)
         if isinstance(error, BrokenProcessPool):
             if self.stopped is not None:
                 raise UserError(
@@ -203,10 +207,14 @@ class NodeWorkers(Workers):
 
     def _ready(self, answers: list) -> list:
         while not (done := wait(answers, timeout=1.0, return_when=FIRST_COMPLETED).done):
-            for process in self.clock.stood_still(psutil.Process().children()):
-                self.stopped = process.pid
-                process.kill()  # which breaks the pool
+            self._end_stopped()
         return list(done)
+
+    def _end_stopped(self) -> None:
+        """Kill what has stood still for too long, which breaks the pool."""
+        for process in self.clock.stood_still(psutil.Process().children()):
+            self.stopped = process.pid
+            process.kill()
 
     def _result(self, answer) -> tuple[np.ndarray, int]:
         return answer.result()

@@ -64,9 +64,11 @@ def assert_equal_to(expected: dict, found: dict) -> None:
     assert_equal_but_for_rounding(found, expected)
 
 
-def test_processes_of_this_node(embedder, plan):
+def test_processes_of_this_node(embedder, plan, monkeypatch):
+    monkeypatch.setattr(workers_module, "StoppedClock", lambda: StoppedClock(patience=0.5))
     with NodeWorkers(embedder, plan, processes=2) as workers:
         assert_equal_to(embedded(embedder), embedded(workers))
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)  # it has nothing more to do
     wrong = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
     with NodeWorkers(embedder, wrong, processes=1) as workers, pytest.raises(UserError, match="has other weights on"):
         embedded(workers)
@@ -125,13 +127,14 @@ class Killer(threading.Thread):
 def test_a_stopped_process_is_told(embedder, plan, monkeypatch):
     monkeypatch.setattr(workers_module, "StoppedClock", lambda: StoppedClock(patience=0.5))
 
-    def stop_one(path, shard, vectors):
-        os.kill(min(process.pid for process in multiprocessing.active_children()), signal.SIGSTOP)
+    def stop_all(path, shard, vectors):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGSTOP)
 
     with pytest.raises(UserError, match=r"--num_encoding_processes 2: process \d+ was stopped \(SIGSTOP\)"):  # noqa: SIM117
         with NodeWorkers(embedder, plan, 2) as workers:
             shards = {str(number): PASSAGES for number in range(8)}
-            list(workers.embed_shards(iter(shards.items()), stop_one))
+            list(workers.embed_shards(iter(shards.items()), stop_all))
 
 
 def test_a_killed_process_is_told_and_nothing_is_lost(embedder, plan, flags, tmp_path):
