@@ -174,6 +174,7 @@ class NodeWorkers(Workers):
         super().__init__(embedder, plan)
         self.processes = processes
         self.clock, self.stopped = StoppedClock(), None
+        self.others = set(multiprocessing.active_children())  # not this pool's
         spawn = multiprocessing.get_context("spawn")  # a fork would share the first process's CUDA, and its locks
         gpus = spawn.Queue()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -189,7 +190,9 @@ class NodeWorkers(Workers):
         end = threading.Thread(target=self.pool.shutdown, kwargs={"cancel_futures": True})
         end.start()  # it waits for all processes, also for one that was stopped when it had nothing more to do
         while end.is_alive():
-            self._end_stopped()
+            if self._end_stopped():  # and all others: it may have held the lock with which they wait for work
+                for process in set(multiprocessing.active_children()) - self.others:
+                    process.kill()
             end.join(1.0)
         if isinstance(error, BrokenProcessPool):
             if self.stopped is not None:
@@ -210,11 +213,13 @@ class NodeWorkers(Workers):
             self._end_stopped()
         return list(done)
 
-    def _end_stopped(self) -> None:
-        """Kill what has stood still for too long, which breaks the pool."""
-        for process in self.clock.stood_still(psutil.Process().children()):
+    def _end_stopped(self) -> bool:
+        """Kill what has stood still for too long, which breaks the pool; whether there was any."""
+        stopped = self.clock.stood_still(psutil.Process().children())
+        for process in stopped:
             self.stopped = process.pid
             process.kill()
+        return bool(stopped)
 
     def _result(self, answer) -> tuple[np.ndarray, int]:
         return answer.result()
