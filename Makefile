@@ -22,7 +22,7 @@ quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (
 test: $(SETUP) lint ## run the linters and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
-faults: $(SETUP) ## try a thousand faulty inputs, kills, full disks and lost ranks (an hour on two cores)
+faults: $(SETUP) ## try faulty inputs, kills, full disks and lost ranks (twenty minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(PYTEST_WORKERS) tests/faults
 
 test-cuda: $(SETUP) ## run the tests that need a GPU, which the others do not see

@@ -272,7 +272,8 @@ class BestCheckpoints(Checkpoint):
         numbers = {kept["number"] for kept in self.kept}
         for path in list(self.output_dir.glob("*")):
             numbered = re.fullmatch(r"checkpoint(\d+)(\.ckpt)?", path.name)
-            half_written = re.fullmatch(r"\.(checkpoint\d+|last)(\.ckpt)?\.\d+\.(tmp|old)", path.name)
+            # Twice where `save_model` wrote into a folder that was half-written itself.
+            half_written = re.fullmatch(r"\.+(checkpoint\d+|last)(\.ckpt)?(\.\d+\.(tmp|old))+", path.name)
             if half_written or (numbered and int(numbered[1]) not in numbers):
                 remove(path)
         if also_last:

@@ -298,3 +298,14 @@ def test_sizes_and_learning_rates_are_logged_beside_metrics_json(tmp_path):
     assert len(rates) == trainer.global_step == 6 and rates == sorted(rates, reverse=True)
     assert [row["step_count"] for row in _validations(tmp_path)] == [1]
     assert callbacks_rag.count_trainable_parameters(module) == 8
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path):
+    left = [".checkpoint4.7.tmp", "..checkpoint4.7.tmp.7.tmp", ".checkpoint4.7.old", "checkpoint9", "checkpoint9.ckpt"]
+    kept = ["metrics.json", "checkpoint4", ".checkpoint4.notes", ".lock"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+    callback = callbacks_rag.BestCheckpoints(tmp_path)
+    callback.kept = [{"number": 4, "score": 0.0}]
+    callback._remove_strays()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
