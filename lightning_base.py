@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from rag.distributed.addresses import open_store
 from rag.distributed.launch import use_rank_launcher
 from rag.distributed.meeting import rank_problems
-from rag.errors import UserError, raise_problems
+from rag.errors import UserError, one_line, raise_problems
 from rag.files import atomic_write
 from rag.public_names import Replaced, module_getattr
 from rag.training.arguments import DataArguments, FinetuneArguments, trainer_kwargs
@@ -264,8 +264,7 @@ def refusals(args: FinetuneArguments, *errors: type[Exception]) -> Iterator[None
             if getattr(args.trainer, field.name) != field.default
         ]
         raise UserError(
-            f"the Lightning Trainer refuses its settings ({' '.join(given) or 'all defaults'}): "
-            f"{' '.join(str(error).split())}"
+            f"the Lightning Trainer refuses its settings ({' '.join(given) or 'all defaults'}): {one_line(error)}"
         ) from error
 
 

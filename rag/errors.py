@@ -25,6 +25,11 @@ class RankError(JobError):
     """Another rank failed, left, or kept this one waiting for too long; the message names it and the step."""
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What a library says of an error, on one line, or the first `most` characters of it."""
+    return " ".join(str(error).split())[:most]
+
+
 def raise_problems(problems: list[str]) -> None:
     """Raise all problems as one `UserError`; return quietly when there is none."""
     if problems:

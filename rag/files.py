@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from rag.errors import UserError
+from rag.errors import UserError, one_line
 
 LONGEST_LINE = 1 << 26  # bytes of a question, an answer, a list of answers: a thousand times what anybody has
 CHUNK = 1 << 20  # bytes, at most as many as a line
@@ -111,12 +111,11 @@ def load_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_state(path: str | os.PathLike, remedy: str, kind: type = dict) -> Any:
-    """What an earlier run left as JSON.
+def read_state(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The JSON object that an earlier run left.
 
     Args:
         remedy: what the user can do where it cannot be read.
-        kind: what it must be, `dict` or `list`.
 
     Raises:
         UserError: there is no such file, or something else is in it.
@@ -126,9 +125,9 @@ def read_state(path: str | os.PathLike, remedy: str, kind: type = dict) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {remedy}") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); {remedy}") from error
-    if not isinstance(content, kind):
-        raise UserError(f"{path} is damaged (it holds no JSON {'object' if kind is dict else 'list'}); {remedy}")
+        raise UserError(f"{path} is damaged ({one_line(error, 100)}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object); {remedy}")
     return content
 
 

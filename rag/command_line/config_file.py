@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rag.errors import UserError
+from rag.errors import UserError, one_line
 
 NOT_HERE = {"trust_remote_code"}  # what a stranger's file must not say
 LARGEST = 1 << 20  # bytes: a hundred times what all flags would take
@@ -27,9 +27,10 @@ def settings_as_words(path: str) -> list[str]:
     flag = f"--config_file {path}"
     text = _read(flag, Path(path))
     try:
-        settings = _load_json(text) if path.endswith(".json") else yaml.load(text, _Loader)
+        is_json = path.endswith(".json")
+        settings = json.loads(text, object_pairs_hook=_each_key_once) if is_json else yaml.load(text, _Loader)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{flag} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{flag} cannot be read: {one_line(error, 300)}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{flag} must hold `flag: value` pairs")
     names = [str(name).replace("-", "_") for name in settings]
@@ -67,10 +68,6 @@ def _words(flag: str, name: Any, value: Any) -> list[str]:
             f"{flag}: {name} has the value {options[0]}, which reads as a flag; give it on the command line"
         )
     return [f"--{name}", *map(str, values)]
-
-
-def _load_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_each_key_once)
 
 
 def _each_key_once(pairs: Iterable[tuple[Any, Any]]) -> dict:

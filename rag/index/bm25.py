@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import regex
 
-from rag.errors import UserError, raise_problems
+from rag.errors import UserError, one_line, raise_problems
 from rag.files import atomic_folder, load_json, save_json
 from rag.index.arguments import index_effort
 from rag.index.index_files import DESCRIPTION_FILE
@@ -105,7 +105,7 @@ class Bm25Index(KnowledgeIndex):
         try:
             yield
         except Exception as error:  # Arrow, numpy and JSON fail in ways of their own
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(
                 f"--index_path {self.folder} is damaged ({reason}); remove the folder, and it is built again"
             ) from error

@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from rag.errors import UserError, file_problems, raise_problems
+from rag.errors import UserError, file_problems, one_line, raise_problems
 from rag.files import new_digest
 from rag.index.arguments import index_effort
 from rag.index.dpr_tsv import DprRowError, dpr_rows
@@ -189,7 +189,7 @@ def load_plain_pickle(path: str | os.PathLike):
         try:
             return _PlainUnpickler(file).load()
         except Exception as error:  # bytes that are no pickle can raise anything
-            reason = " ".join(str(error).split()) or "it ends too early"
+            reason = one_line(error) or "it ends too early"
             raise UserError(
                 f"--index_path {path} is refused: {reason}; only a pickle of plain lists, dicts, strings and numbers "
                 "is read"

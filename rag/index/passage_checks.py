@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from rag.errors import UserError
+from rag.errors import UserError, one_line
 from rag.index.columns import EmbeddingColumn, TextColumn, is_text, is_vectors, require_finite
 
 FEW_ROWS, SOME_ROWS = 4096, 64  # read at an opening: all of so many, or so many of more
@@ -30,7 +30,7 @@ def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
     try:
         passages = datasets.load_from_disk(str(path))
     except Exception as error:  # JSON, Arrow and the disk fail in ways of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         raise UserError(
             f"{flag} {path} is not a folder of passages, or is damaged ({reason}); build it with "
             "use_own_knowledge_dataset.py, or fetch it again"

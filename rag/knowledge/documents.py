@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rag.errors import UserError
+from rag.errors import UserError, one_line
 from rag.files import read_state
 from rag.knowledge.arguments import OUTPUT_NAMES, PASSAGES_FOLDER
 from rag.knowledge.records import (
@@ -41,7 +41,6 @@ from rag.knowledge.records import (
     TooLongError,
     document,
     find_columns,
-    one_line,
     too_long,
 )
 from rag.knowledge.tables import COMPRESSIONS, limited_lines, open_text, read_table
@@ -115,7 +114,7 @@ def _read_file(path: Path, options: ReadingOptions) -> Items:
     except TooLongError as error:
         yield too_long(path, error.line, options)
     except (OSError, pa.ArrowException) as error:
-        yield Problem(str(path), f"cannot be read to its end ({one_line(error)}); make or fetch it again")
+        yield Problem(str(path), f"cannot be read to its end ({one_line(error, 120)}); make or fetch it again")
 
 
 def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
@@ -128,7 +127,7 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield Problem(place, f"is not JSON ({one_line(error)}); write one object a line", not line.strip())
+                yield Problem(place, f"is not JSON ({one_line(error, 120)}); write one object a line", not line.strip())
                 continue
             if isinstance(row, dict):
                 columns = find_columns(name for name, value in row.items() if value is not None) or Columns("", "text")
@@ -201,14 +200,14 @@ def _read_dataset(path: Path, options: ReadingOptions) -> Items:
             yield from _read_batch(path, batch, columns, row, options)
             row += len(batch)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        yield Problem(str(path), f"is not a whole dataset ({one_line(error)}); save it again")
+        yield Problem(str(path), f"is not a whole dataset ({one_line(error, 120)}); save it again")
 
 
 def _splits(path: Path) -> Problem:
     try:
         splits = ", ".join(read_state(path / "dataset_dict.json", "save it again")["splits"])
     except (UserError, KeyError, TypeError) as error:
-        return Problem(str(path), f"is not a whole dataset ({one_line(error)}); save it again")
+        return Problem(str(path), f"is not a whole dataset ({one_line(error, 120)}); save it again")
     return Problem(str(path), f"holds the splits {splits}; give the folder of one of them")
 
 

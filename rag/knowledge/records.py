@@ -136,7 +136,3 @@ def document(
     except UnicodeEncodeError:
         return Problem(place, "is not UTF-8; convert the file (iconv -t utf-8)")
     return found
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from rag.errors import UserError, raise_problems
+from rag.errors import UserError, one_line, raise_problems
 from rag.files import load_json
 from rag.hub import hub_is_reachable
 from rag.models.custom_code import code_beside, restore_buffers
@@ -174,7 +174,7 @@ def _why_not_run() -> str:
 
 
 def _reason(path: str, error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     if "Weights only load failed" in text:
         return "holds a pickle that is more than tensors, which is never unpickled: safetensors hold weights alone"
     if path and Path(path).is_dir():
