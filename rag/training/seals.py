@@ -19,6 +19,8 @@ from typing import IO, Any
 
 import xxhash
 
+from rag.checksums import file_checksum
+
 MARK = b"xxh3:"
 COMMENT_BYTES = len(MARK) + 32  # the hash in hexadecimal
 NO_COMMENT = (0).to_bytes(2, "little")  # the last bytes of a zip are the length of its comment and the comment
@@ -61,7 +63,7 @@ def _is_whole(path: str, size: int, *_: int) -> bool:
         if not comment.startswith(MARK):
             return _parts_are_whole(path)
         file.seek(0)
-        found = _digest(file, size - COMMENT_BYTES - len(NO_COMMENT), NO_COMMENT)
+        found = _digest(file, size - COMMENT_BYTES - len(NO_COMMENT))
     return found.encode() == comment.removeprefix(MARK)
 
 
@@ -73,13 +75,13 @@ def _parts_are_whole(path: str) -> bool:
         return False
 
 
-def _digest(file: IO[bytes], size: int, end: bytes = b"") -> str:
-    """The hash of the next `size` bytes of a file, and of `end` behind them."""
+def _digest(file: IO[bytes], size: int) -> str:
+    """The hash of the next `size` bytes, as they were before they got a comment."""
     state = xxhash.xxh3_128()
     while size > 0 and (block := file.read(min(BLOCK, size))):
         state.update(block)
         size -= len(block)
-    state.update(end)
+    state.update(NO_COMMENT)
     return state.hexdigest()
 
 
@@ -90,14 +92,12 @@ def stamp_of(path: Path) -> list[int]:
 
 
 def records_of(folder: Path) -> dict[str, list]:
-    """Size, time of change (ns) and hash of each file in a folder, by its path below it."""
+    """Size, time of change (ns) and checksum of each file in a folder, by its path below it."""
     return {str(file.relative_to(folder)): _record(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def _record(file: Path) -> list:
-    stamp = stamp_of(file)
-    with open(file, "rb") as opened:
-        return [*stamp, _digest(opened, stamp[0])]
+    return [*stamp_of(file), file_checksum(file)]
 
 
 def is_as_recorded(folder: Path, records: dict[str, list]) -> bool:
