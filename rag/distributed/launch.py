@@ -13,11 +13,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch.distributed as dist
@@ -104,20 +105,37 @@ def use_rank_launcher(timeout: float | None = None) -> None:
         StrategyRegistry.register(name, strategy, known["description"], override=True, **init_params)
 
 
+def _note_interrupts() -> threading.Event:
+    """An event that is set once Ctrl-C has come, which raises `KeyboardInterrupt` as before."""
+    interrupted = threading.Event()
+
+    def interrupt(*_) -> NoReturn:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+        signal.signal(signal.SIGINT, interrupt)
+    return interrupted
+
+
 @contextmanager
 def ended_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Leave with the ranks that this process launched: when they are done, or soon after an error here."""
+    """Leave with the ranks that this process launched: when they are done, or soon after an error here.
+
+    Ctrl-C ends rank 0 by `KeyboardInterrupt` and the others with status 130, whatever comes of it: Lightning makes it a
+    status 1, a rank that has ended a little sooner makes it a lost connection, and Python may have printed and
+    forgotten it where it came in a destructor.
+    """
+    interrupted = _note_interrupts()
     patience = 5.0
     try:
         yield
         patience = PATIENCE
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning makes a plain status 1
+    except (Exception, SystemExit) as error:
+        if interrupted.is_set():
             if trainer.is_global_zero:
                 raise KeyboardInterrupt from None
-            end.code = 128 + signal.SIGINT
-        raise
-    except RuntimeError as error:
+            sys.exit(128 + signal.SIGINT)
         if isinstance(error, dist.DistError) and not dist.is_initialized():
             patience = 0.0  # they wait for rank 0
             raise UserError(_meeting_problem(trainer.global_rank, error)) from error
@@ -130,12 +148,14 @@ def ended_together(trainer: pl.Trainer) -> Iterator[None]:
             trainer.strategy.launcher.end(patience)
 
 
-def _is_collective(error: RuntimeError) -> bool:
+def _is_collective(error: BaseException) -> bool:
     """Whether an error is of a call that all ranks make, and so may well be another rank's."""
-    return isinstance(error, RankError | dist.DistError) or "gloo/" in str(error) or "NCCL" in str(error)
+    if isinstance(error, RankError | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo/" in str(error) or "NCCL" in str(error))
 
 
-def _explain(trainer: pl.Trainer, error: RuntimeError) -> None:
+def _explain(trainer: pl.Trainer, error: BaseException) -> None:
     """Have one rank of each machine say which rank was lost."""
     problem = str(error)
     if not isinstance(error, RankError):

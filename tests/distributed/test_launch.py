@@ -1,5 +1,6 @@
 """Ranks that meet over the right interface and end together; on real jobs, see test_finetune_ranks.py."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -143,13 +144,28 @@ def trainer():
     return SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), global_rank=0, is_global_zero=True)
 
 
-def test_ctrl_c_is_ctrl_c_again_and_the_other_rank_is_gone(trainer):
+def exit_as_lightning():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def lose_the_other_rank_first():
+    with contextlib.suppress(KeyboardInterrupt):  # as Python has to where it comes in a destructor
+        os.kill(os.getpid(), signal.SIGINT)
+    raise RuntimeError("[a/gloo/b.cc:1] Connection closed by peer")
+
+
+@pytest.mark.parametrize("end", [exit_as_lightning, lose_the_other_rank_first])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_is_ctrl_c_whatever_comes_of_it_and_the_other_rank_is_gone(end, rank, trainer, capsys):
     trainer.strategy.launcher.kill(signal.SIGKILL)  # as Lightning does
-    with pytest.raises(KeyboardInterrupt), ended_together(trainer):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
+    trainer.global_rank, trainer.is_global_zero = rank, rank == 0
+    with pytest.raises(SystemExit if rank else KeyboardInterrupt) as ending, ended_together(trainer):
+        end()
+    assert not rank or ending.value.code == 130
+    assert capsys.readouterr().err == ""
     assert trainer.strategy.launcher.procs[0].returncode == -signal.SIGKILL
 
 
