@@ -166,8 +166,8 @@ def _new_folder() -> str:
         return tempfile.mkdtemp(prefix="rag_ray_", dir="/tmp")
     except OSError as error:
         raise UserError(
-            f"TMPDIR {tempfile.gettempdir()} has {-room} bytes too many for the names of Ray's sockets, and /tmp cannot "
-            f"be used ({error.strerror}); set TMPDIR to a folder with a shorter name"
+            f"TMPDIR {tempfile.gettempdir()} has {-room} bytes too many for the names of Ray's sockets, and /tmp "
+            f"cannot be used ({error.strerror}); set TMPDIR to a folder with a shorter name"
         ) from error
 
 
