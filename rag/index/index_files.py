@@ -44,6 +44,7 @@ def shard_files(folder: str | os.PathLike) -> list[tuple[Path, int, int]]:
 def write_faiss_index(index, path: str | os.PathLike) -> None:
     """Write the index whole or not at all."""
     temporary = f"{path}.{os.getpid()}.part"
+    Path(temporary).unlink(missing_ok=True)  # FAISS would follow a link
     try:
         faiss.write_index(index, temporary)
         os.replace(temporary, path)
