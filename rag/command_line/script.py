@@ -67,7 +67,8 @@ def _print_safely() -> None:
 
     def make_printable(*args, **kwargs) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        record.msg, record.args = printable(record.getMessage()), None
+        with contextlib.suppress(TypeError, ValueError):  # a library's slip, of which logging itself tells
+            record.msg, record.args = printable(record.getMessage()), None
         return record
 
     logging.setLogRecordFactory(make_printable)
