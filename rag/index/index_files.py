@@ -10,7 +10,7 @@ Files appear whole or not at all.
 import os
 import re
 import types
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -198,8 +198,8 @@ def _of_json(kind: type, values: Any) -> Any:
             raise ValueError(f"{path[:80]!r} leads out of the folder")
     if "/" in known.get("index", ""):
         raise ValueError(f"index {known['index'][:80]!r} is not beside it")
-    missing = [name for name in ("csv_path", "csv_digest", "passages") if kind is DocumentsPart and name not in known]
-    if missing:
+    missing = [one.name for one in fields(kind) if one.default is one.default_factory and one.name not in known]
+    if missing:  # both are MISSING: a field without a default
         raise ValueError(f"a part lacks {missing[0]}")
     return kind(**known)
 
