@@ -91,7 +91,7 @@ def main(args: ParseArguments) -> dict[str, int]:
 @contextmanager
 def output(flag: str, path: str) -> Iterator[IO]:
     """A file that appears when the block ends well; no other run may write it meanwhile."""
-    with writing(flag, path), one_at_a_time(lock_beside(path), flag, path), atomic_write(path) as file:
+    with writing(flag, path), one_at_a_time(lock_beside(path), flag, path), atomic_write(path, follow=True) as file:
         yield file
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, RagConfig
 from rag.errors import UserError
 from rag.evaluation.arguments import AnswerPlan, EvalArguments
 from rag.evaluation.gold import strip_title
-from rag.generation.decoding import generate_answers
+from rag.generation.decoding import generate_answers, require_usable_settings
 from rag.generation.families import require_family
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
@@ -71,6 +71,7 @@ def load_predictor(
     if retrieve_only:
         question_encoder = model.rag.question_encoder.to(where)
         return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
+    require_usable_settings(model, source, num_beams=plan.num_beams)
     return partial(answer_from_passages, plan, model.to(where), retriever), index
 
 

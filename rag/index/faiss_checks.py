@@ -68,13 +68,26 @@ def ids_problem(index, count: int) -> str | None:
             return problem
     if isinstance(index, faiss.IndexIDMap):
         return _rows_problem([faiss.vector_to_array(index.id_map)], count)
+    if isinstance(index, faiss.IndexFastScan):
+        return _blocks_problem(index)
     if isinstance(index, faiss.IndexIVF):
         lists = index.invlists
+        if lists.nlist != index.nlist:
+            return f"it has {lists.nlist} lists in the place of {index.nlist}"
         sizes = [lists.list_size(number) for number in range(lists.nlist)]
         return _rows_problem(
             (faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes) if size), count
         )
     return None
+
+
+def _blocks_problem(index) -> str | None:
+    """Whether the codes of an index of 4-bit codes, which FAISS reads in blocks, are as many as the blocks hold."""
+    block, rows, parts = index.bbs, index.ntotal2, index.M2
+    fits = block > 0 and block % 32 == 0 and rows % block == 0 and index.ntotal <= rows < index.ntotal + block
+    if fits and index.M <= parts <= index.M + 1 and index.codes.size() == rows * parts // 2:
+        return None
+    return "its codes do not fill the blocks that it says it has"
 
 
 def _rows_problem(blocks, count: int) -> str | None:

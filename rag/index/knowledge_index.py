@@ -17,7 +17,7 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 """
 
 import logging
-from pathlib import Path
+import os
 from typing import Any
 
 import datasets
@@ -132,10 +132,10 @@ class KnowledgeIndex:
         """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
-        if passages_path is None or not Path(passages_path).is_dir():
+        if passages_path is None or not os.path.isdir(passages_path):
             problems.append(f"--passages_path {passages_path} is not a folder of passages; {remedy}")
-        is_file = index_path is not None and Path(index_path).is_file()
-        if not is_file and not (index_path is not None and shard_files(index_path)):
+        is_file = index_path is not None and os.path.isfile(index_path)
+        if not is_file and not (index_path is not None and os.path.isdir(index_path) and shard_files(index_path)):
             problems.append(f"--index_path {index_path} is not a FAISS index file, nor a folder of shards; {remedy}")
         raise_problems(problems)
         require_undamaged(passages_path, index_path)

@@ -11,9 +11,11 @@ refused and made to work.
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -57,6 +59,8 @@ MODEL_CLASSES = {
     "t5": T5ForConditionalGeneration,
     "auto": AutoModelForSeq2SeqLM,  # any other generator that transformers knows
 }
+MOST_GROWTH = 1000  # times; real ones put a character or a few in the place of another
+MOST_ADDED = 100_000  # tokens beside a tokenizer's words: each takes as long as thousands of those
 RAG_TYPES = ("rag_sequence", "rag_token")
 
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
@@ -269,7 +273,14 @@ def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
     run = code_is_allowed()
     folder = f"{part['subfolder']}/" if part else ""
     settings = read_json(path, f"{folder}tokenizer_config.json", cache_dir, flag) or {}
+    state = read_json(path, f"{folder}tokenizer.json", cache_dir, flag) or {}
     with checkpoint_errors(flag, path), code_beside(path, **access):
+        if max(_growth(state.get("normalizer")), _growth(state.get("decoder"))) > MOST_GROWTH:
+            raise ValueError(f"its tokenizer makes texts more than {MOST_GROWTH:,} times as long")
+        names = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+        added = [state.get("added_tokens"), *map(settings.get, names)]
+        if (most := max(len(tokens or ()) for tokens in added)) > MOST_ADDED:
+            raise ValueError(f"its tokenizer adds {most:,} tokens to its words, which would take minutes")
         if not run and _is_custom_tokenizer(settings, of_rag=bool(part)):
             raise ValueError("its tokenizer is code, and trust_remote_code was not given")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=run, **access, **part)
@@ -279,9 +290,18 @@ def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise OSError("it holds no tokenizer")
         tokenizer("a ?")  # some faults of its files show only here
+        tokenizer("a word of many " * 20 + "?")  # and patterns without end only in a longer text
         if tokenizer.pad_token_id is None:
             raise ValueError("its tokenizer has no padding token")
     return tokenizer
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a step of a tokenizer.json, and those inside it, can make a text; none checks it."""
+    if not isinstance(step, dict):
+        return 1
+    inside = step.get("normalizers") or step.get("decoders") or []
+    return max(len(step.get("content") or step.get("prepend") or ""), 1) * math.prod(map(_growth, inside))
 
 
 def _is_custom_tokenizer(settings: dict, of_rag: bool) -> bool:

@@ -24,7 +24,7 @@ from rag.index.sources import open_index
 from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens
-from rag.models.questions import bare_questions, with_prompt
+from rag.models.questions import bare_questions, reading, with_prompt
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -186,7 +186,8 @@ class RagKnowledgeRetriever(RagRetriever):
             padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
             max_length=None, stride=0, pad_to_multiple_of=None, padding_side=None,
         )  # fmt: skip
-        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        with reading(tokenizer):
+            return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
 
     def _cut(self, context: str, question: str, max_length: int) -> list[int]:
         """The tokens of a context that is too long, with fewer of its title and passage.
