@@ -38,8 +38,8 @@ def require_fit(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
 
 def vocabulary_problems(model: PreTrainedModel, tokenizer: Any, source: str, part: str = "model") -> list[str]:
     """A tokenizer of another model would look up rows that the embeddings do not have, in mid-training."""
-    ids = [*tokenizer.get_vocab().values(), *tokenizer("a ?")["input_ids"]]  # a template may add ids of its own
-    ids, rows = max(len(tokenizer), 1 + max(ids, default=-1)), model.get_input_embeddings().num_embeddings
+    known = [*tokenizer.get_vocab().values(), *tokenizer("a ?")["input_ids"]]  # a template may add ids of its own
+    ids, rows = max(len(tokenizer), 1 + max(known, default=-1)), model.get_input_embeddings().num_embeddings
     if ids <= rows:
         return []
     return [f"{source}: the tokenizer has {ids} tokens, the {part} only {rows}; give the tokenizer that belongs to it"]
