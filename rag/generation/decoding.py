@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 from torch.nn.functional import log_softmax
-from transformers import RagConfig, RagSequenceForGeneration, RagTokenForGeneration
+from transformers import RagSequenceForGeneration, RagTokenForGeneration
 from transformers.generation import (
     EosTokenCriteria,
     GenerationConfig,
@@ -25,7 +25,6 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from rag.errors import UserError, one_line
 from rag.generation.beams import BeamSearch
 from rag.generation.plain_decoder import decoder_of
 from rag.generation.token_trees import CHUNK_TOKENS, Past
@@ -338,39 +337,6 @@ def _generation_config(owner, settings: dict, device) -> GenerationConfig:
     if config.min_new_tokens is not None:
         config.min_length = 1 + config.min_new_tokens
     return config
-
-
-def require_usable_settings(model, source: str, **settings) -> None:
-    """Raise `UserError` where a RAG checkpoint's generation settings cannot be followed, before the first question.
-
-    Args:
-        source: the flag that named the checkpoint, and its value.
-        settings: that are given in the place of the checkpoint's own (num_beams).
-    """
-    if not isinstance(model.config, RagConfig):
-        return
-    generator = model.generator
-    first = torch.zeros(1, 1, dtype=torch.long)
-    try:
-        config = _generation_config(generator, settings, first.device)
-        _stopping_criteria(config, None)
-        if abs(config.length_penalty) > 100:
-            raise ValueError(f"length_penalty {config.length_penalty:g} is out of all measure")
-        processors = generator._get_logits_processor(
-            config, input_ids_seq_length=1, encoder_input_ids=first, logits_processor=LogitsProcessorList()
-        )
-        rows = generator.get_input_embeddings().num_embeddings
-        start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
-        if not 0 <= start < rows:
-            raise ValueError(f"answers begin with token {start}, but there are {rows}")
-        rows = generator.get_output_embeddings().out_features
-        for length in (1, config.max_length - 1):  # rules on the first token and on the last
-            processors(first.expand(1, max(1, min(length, 1000))), torch.zeros(1, rows))
-    except Exception as error:  # transformers checks some of them, and fails at others wherever they are used
-        raise UserError(
-            f"{source}: its generation settings cannot be followed ({one_line(error, 200)}); mend its "
-            "generation_config.json"
-        ) from error
 
 
 def _stopping_criteria(config: GenerationConfig, max_position_embeddings: int | None) -> StoppingCriteriaList:

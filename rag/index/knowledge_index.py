@@ -28,6 +28,7 @@ from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
 from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, finite_blocks
 from rag.index.device_search import DeviceSearch, DeviceUnavailableError
+from rag.index.faiss_checks import foreign_row
 from rag.index.faiss_kinds import describe_search
 from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows, set_effort
 from rag.index.index_files import shard_files, write_faiss_index
@@ -222,16 +223,25 @@ class KnowledgeIndex:
             part = map_file(path, self.index_flag)
             if len(files) > 1 and part.ntotal != end - start:  # of one alone `_accept` tells all that is wrong
                 raise UserError(other_count(f"{self.index_flag} {path}", part.ntotal, end - start))
-            parts.append(self._fitting(part, end - start, path))
+            parts.append(self._fitting(part, end - start, path, start))
         return joined(parts)
 
-    def _fitting(self, faiss_index, count: int, path: str | None = None):
-        """The index of a file, or one in memory, as it is searched."""
+    def _fitting(self, faiss_index, count: int, path: str | None = None, start: int = 0):
+        """The index of a file, or one in memory, over `count` passages from row `start` on, as it is searched."""
         origin = self.index_origin if path is None else f"{self.index_flag} {path}"
+        given = faiss_index
         faiss_index, by_distance = fitting_index(
             faiss_index, count, origin, path, lambda: self.extra_dimensions > 0 or self._equally_long(path)
         )
         self.by_distance |= by_distance
+        embeddings = self.embeddings
+        if isinstance(embeddings, EmbeddingColumn) and (given.ntotal, given.d) == (count, self.vector_size):
+            row = foreign_row(given, lambda rows: embeddings.gather(rows + start))
+            if row is not None:
+                raise UserError(
+                    f"{origin}: its vector {row} is not the embedding of row {row + start} of {self.origin}; take the "
+                    "two that were built together"
+                )
         return faiss_index
 
     def _equally_long(self, path: str | None) -> bool:

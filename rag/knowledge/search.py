@@ -99,8 +99,9 @@ def search_passages(
 
 def answer_question(question: str, rag_model_name: str, index_flags: dict[str, str]) -> str:
     """Print the passages that a RAG model retrieves for a question, their scores, and its answer; return the answer."""
-    from rag.generation.decoding import generate_answers, require_usable_settings
+    from rag.generation.decoding import generate_answers
     from rag.generation.families import require_family
+    from rag.generation.trial import require_runs
     from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 
     model = load_model(rag_model_name, config_overrides=index_flags, flag=RAG_FLAG)
@@ -108,7 +109,7 @@ def answer_question(question: str, rag_model_name: str, index_flags: dict[str, s
     require_family(model.config.generator, f"{RAG_FLAG} {rag_model_name}")
     require_fit(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
     complete_start(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
-    require_usable_settings(model, f"{RAG_FLAG} {rag_model_name}")
+    require_runs(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
     retriever = RagKnowledgeRetriever(model.config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
     n_docs = min(model.config.n_docs, len(retriever.index))

@@ -237,9 +237,15 @@ def restore_generation_settings(
 def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None) -> None:
     """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all."""
     generator = model.generator if isinstance(model.config, RagConfig) else model
+    settings = generator.generation_config
     with atomic_folder(directory) as folder:
-        model.save_pretrained(folder)
-        generator.generation_config.save_pretrained(folder)
+        # transformers reads settings without effect, as a penalty on length without beams, and refuses to write them.
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = settings
+        settings.to_json_file(folder / "generation_config.json")
         save_code(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -93,6 +93,10 @@ def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:
         if (value := getattr(config, name)) is not None and not _may_be_a_path(value):
             _refuse(path, flag, name, repr(value)[:80], "no file has such a name")
     for part in parts_of(config):
+        if not isinstance(part.architectures, list | None):
+            _refuse(path, flag, "architectures", part.architectures, "it must be a list of names")
+        if not isinstance(part.name_or_path, str | None):
+            _refuse(path, flag, "_name_or_path", part.name_or_path, "it must be a name")
         for name, value in vars(part).items():
             if name.endswith("layers") and isinstance(value, int) and not 0 <= value <= 1000:
                 _refuse(path, flag, name, value, "no model has so many")

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, RagConfig
 
 from rag.errors import UserError, one_line, raise_problems
 from rag.files import load_json
-from rag.generation.decoding import require_usable_settings
 from rag.generation.families import require_family
+from rag.generation.trial import require_runs
 from rag.models.checkpoints import load_model, load_tokenizer
 from rag.models.fit import complete_start, require_fit
 from rag.models.limits import beams_problems, length_problems
@@ -60,7 +60,7 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
-    require_usable_settings(model, source, num_beams=args.data.num_beams)
+    require_runs(model, tokenizer, source, train=True, num_beams=args.data.num_beams)
     if isinstance(model.config, RagConfig):  # --tokenizer_name may be of an encoder with another prompt
         with_prompt(tokenizer.question_encoder, model.config.question_encoder)
     return model, tokenizer
