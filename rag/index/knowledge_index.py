@@ -136,7 +136,10 @@ class KnowledgeIndex:
         if passages_path is None or not os.path.isdir(passages_path):
             problems.append(f"--passages_path {passages_path} is not a folder of passages; {remedy}")
         is_file = index_path is not None and os.path.isfile(index_path)
-        if not is_file and not (index_path is not None and os.path.isdir(index_path) and shard_files(index_path)):
+        is_folder = index_path is not None and os.path.isdir(index_path)
+        if not is_file and not (is_folder and shard_files(index_path)):
+            inside = sorted(Path(index_path).glob("*.faiss")) if is_folder else []
+            remedy = f"give {inside[0]}, which is in it" if inside else remedy
             problems.append(f"--index_path {index_path} is not a FAISS index file, nor a folder of shards; {remedy}")
         raise_problems(problems)
         require_undamaged(passages_path, index_path)
@@ -146,8 +149,16 @@ class KnowledgeIndex:
     @classmethod
     def from_dataset(cls, indexed_dataset, vector_size: int) -> "KnowledgeIndex":
         """Take a dataset on which `add_faiss_index("embeddings")` or `load_faiss_index` was called."""
-        if "embeddings" not in indexed_dataset.list_indexes():
-            raise UserError("indexed_dataset has no index; call indexed_dataset.add_faiss_index('embeddings') first")
+        if isinstance(indexed_dataset, dict):
+            splits = ", ".join(map(str, indexed_dataset))
+            raise UserError(f"indexed_dataset holds several splits ({splits}); give one, as indexed_dataset['train']")
+        names = indexed_dataset.list_indexes()
+        if "embeddings" not in names:
+            found = f", but of the name(s) {', '.join(names)}" if names else ""
+            raise UserError(
+                f"indexed_dataset has no index of the name embeddings{found}; call "
+                "indexed_dataset.add_faiss_index('embeddings') first"
+            )
         faiss_index = indexed_dataset.get_index("embeddings").faiss_index
         return cls(
             indexed_dataset,

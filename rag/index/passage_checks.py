@@ -32,6 +32,10 @@ def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
         require_own_files(path)
         passages = datasets.load_from_disk(str(path))
     except Exception as error:  # JSON, Arrow and the disk fail in ways of their own
+        if inside := sorted(Path(path).glob("*/state.json")):
+            raise UserError(
+                f"{flag} {path} is not a folder of passages, but {inside[0].parent} is; give that"
+            ) from error
         reason = one_line(error, 200) or type(error).__name__
         raise UserError(
             f"{flag} {path} is not a folder of passages, or is damaged ({reason}); build it with "

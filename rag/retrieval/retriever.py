@@ -123,9 +123,16 @@ class RagKnowledgeRetriever(RagRetriever):
             found: id -1, a zero vector, empty strings.
 
         Raises:
-            UserError: the embedding of a passage that was found holds NaN or infinity.
+            UserError: the vectors are not as long as the index's, or the embedding of a passage that was found holds
+                NaN or infinity.
         """
         queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
+        has_vectors = isinstance(self.index, KnowledgeIndex) and not self.index.reads_text
+        if has_vectors and queries.shape[1:] != (self.index.vector_size,):
+            raise UserError(
+                f"the question vectors have shape {queries.shape}, but {self.index.index_origin} searches for those of "
+                f"shape (questions, {self.index.vector_size}); take the question encoder that it was built for"
+            )
         doc_ids, doc_embeds = self._search(queries, n_docs)
         require_finite(doc_embeds, doc_ids, getattr(self.index, "origin", "the index"))
         return doc_embeds, doc_ids, self.index.get_doc_dicts(doc_ids)
