@@ -45,7 +45,7 @@ class KnowledgeArguments(EffortArguments):
     csv_path: str = flag(
         str(Path(__file__).resolve().parents[2] / "test_data" / "my_knowledge_dataset.csv"),
         "Documents: a file `title TAB text` a line or with a header, DPR's TSV, JSON lines or Parquet (title, text), "
-        ".gz or .zst of these, a dataset's or a BEIR folder, or a folder of them all.",
+        ".gz, .bz2 or .zst of these, a dataset's or a BEIR folder, or a folder of them all.",
     )
     csv_quoting: Literal["auto", "csv", "none"] = flag(
         "auto", "Quotation marks in tab-separated files: csv takes off what csv writers add; auto looks at the file."
