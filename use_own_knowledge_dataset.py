@@ -203,6 +203,7 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
 
 def build_words(args: KnowledgeArguments, source: PassageSource) -> Knowledge:
     """Passages and their index of words, for which no encoder is needed."""
+    from rag.index.bm25 import words_of
     from rag.index.index_files import IndexDescription
     from rag.knowledge.words import WordsFolder, WordsPlan
 
@@ -210,6 +211,8 @@ def build_words(args: KnowledgeArguments, source: PassageSource) -> Knowledge:
     description = IndexDescription(**documents_fields(args, source))
     if args.append:
         return folder.append(source, description, args.index_factory)
+    if not any(words_of(f"{title} {text}") for title, text in source.passages()):
+        raise UserError(f"--csv_path {args.csv_path} has no words that BM25 could find; give other documents")
     return folder.build(source, description, WordsPlan())
 
 
