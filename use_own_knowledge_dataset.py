@@ -258,9 +258,13 @@ def dimension_of_config(args: KnowledgeArguments) -> int | None:
     Raises:
         UserError: there is no such model.
     """
-    from rag.models.loading import load_config
+    from rag.models.encoders import read_encoder_config
 
-    config = load_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG, of_encoder=True)
+    config, card = read_encoder_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG)
+    if args.ctx_encoder_pooling == "auto" and card is not None and card.settings["dense"]:
+        return card.settings["dense"][-1]["out_features"]
+    if args.ctx_encoder_pooling != "auto" and config.model_type == "pooled_encoder":
+        config = config.backbone  # its dense layers are left out
     return getattr(config, "projection_dim", 0) or getattr(config, "hidden_size", None)
 
 
@@ -283,15 +287,19 @@ def open_encoder(
 ) -> tuple[PassageEmbedder, IndexDescription]:
     """The embedder, and all that decides what comes out of it; `device` is where passages are embedded."""
     from rag.index.index_files import IndexDescription, pooling_of
-    from rag.knowledge.embedding import PassageEmbedder
+    from rag.knowledge.embedding import PassageEmbedder, embed
     from rag.models.checkpoints import load_tokenizer, weights_digest
     from rag.models.encoders import describe_encoder, load_encoder
-    from rag.models.fit import vocabulary_problems
+    from rag.models.fit import require_reading, vocabulary_problems
 
     name = args.dpr_ctx_encoder_model_name
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
     tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
     raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
+    require_reading(
+        lambda texts: embed({"title": [""] * len(texts), "text": texts}, encoder, tokenizer)["embeddings"],
+        f"{ENCODER_FLAG} {name}",
+    )
     print(f"{ENCODER_FLAG} {name}: {describe_encoder(encoder)}")
     encoder_digest = weights_digest(encoder)
     embedder = PassageEmbedder(encoder, tokenizer, args.batch_size)

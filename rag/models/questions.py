@@ -26,7 +26,10 @@ def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
     limits = [most_tokens(encoder_config), getattr(encoder_config, "max_seq_length", None)]
     prompt, limit = getattr(encoder_config, "query_prompt", ""), min((limit for limit in limits if limit), default=None)
     if prompt and limit is not None and len(tokenizer(prompt)["input_ids"]) >= limit:
-        raise UserError(f"the query prompt {prompt!r} leaves no room for a question in the encoder's {limit} tokens")
+        raise UserError(
+            f"the query prompt {prompt!r:.60} leaves no room for a question in the encoder's {limit} tokens; give a "
+            "shorter --question_encoder_prompt to consolidate_rag_checkpoint.py"
+        )
     setattr(tokenizer, PROMPT, prompt)
     setattr(tokenizer, LIMIT, limit)
     setattr(tokenizer, LOWER_CASE, getattr(encoder_config, "lower_case", False))
