@@ -7,6 +7,7 @@ Types and missing values are in the files' heads. Of the rows themselves all are
 that are spread over the whole; what is wrong with any other is told by the retrieval that finds it.
 """
 
+import os
 from pathlib import Path
 
 import datasets
@@ -28,7 +29,7 @@ def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
     if path is None or not Path(path).is_dir():
         raise UserError(f"{flag} {path} is not a folder of passages; build it with use_own_knowledge_dataset.py")
     try:
-        passages = datasets.load_from_disk(str(path))
+        passages = datasets.load_from_disk(os.path.abspath(path))  # of "~" and "file:" datasets makes something else
     except Exception as error:  # JSON, Arrow and the disk fail in ways of their own
         reason = one_line(error, 200) or type(error).__name__
         raise UserError(

@@ -127,6 +127,10 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
     problems = []
     if args.mode in (None, "--append"):
         problems += _documents_problems(args.csv_path) + output_folder_problems(OUTPUT_FLAG, args.output_dir)
+        if "::" in str(Path(args.output_dir).absolute()):
+            problems.append(
+                f"{OUTPUT_FLAG} {args.output_dir}: datasets cannot read a path with '::'; give another folder"
+            )
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -228,7 +228,7 @@ def _read_dataset(path: Path, options: ReadingOptions) -> Items:
     import datasets
 
     try:
-        dataset = datasets.load_from_disk(str(path))
+        dataset = datasets.load_from_disk(os.path.abspath(path))
         columns = find_columns(dataset.column_names)
         if columns is None:
             yield _no_text_column(path, dataset.column_names)
