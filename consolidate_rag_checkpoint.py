@@ -95,6 +95,7 @@ def main(args: ConsolidateArguments) -> Path:
     )
     with_prompt(tokenizers.question_encoder, question_encoder.config)
     require_reading(
+        question_encoder,
         partial(_vectors, question_encoder, tokenizers.question_encoder),
         f"--question_encoder_name_or_path {args.question_encoder_name_or_path}",
     )

@@ -297,6 +297,7 @@ def open_encoder(
     tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
     raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
     require_reading(
+        encoder,
         lambda texts: embed({"title": [""] * len(texts), "text": texts}, encoder, tokenizer)["embeddings"],
         f"{ENCODER_FLAG} {name}",
     )

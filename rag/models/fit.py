@@ -1,7 +1,7 @@
 """Whether a tokenizer is the one that its model was trained with, and what a model's config leaves to its tokenizer.
 
 require_fit(model, tokenizer, flags)        # a UserError where ids would be looked up wrongly
-require_reading(read, flags)                # a UserError where an encoder tells no text from another
+require_reading(encoder, read, flags)       # a UserError where an encoder tells no text from another
 complete_start(model, tokenizer, flags)     # mBART's decoder begins with the language code
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedModel, RagConfig
 
 from rag.errors import UserError, one_line, raise_problems
+from rag.models.custom_code import code_files
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,11 @@ def _embedding_rows(model: PreTrainedModel) -> int | None:
         return None
 
 
-def require_reading(read: Callable[[list[str]], Any], source: str) -> None:
+def require_reading(encoder: PreTrainedModel, read: Callable[[list[str]], Any], source: str) -> None:
     """Raise `UserError` unless an encoder gives vectors of texts, and not the same one of all.
 
-    Whether a model reads token ids at all, and whether its pooled token has seen the others, is told by no config.
+    Whether a model reads token ids at all, and whether its pooled token has seen the others, is told by no config. An
+    encoder that is code beside its checkpoint is warned of: it is what somebody meant it to be.
 
     Args:
         read: texts to their vectors, an array (N, d).
@@ -79,10 +81,13 @@ def require_reading(read: Callable[[list[str]], Any], source: str) -> None:
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise UserError(f"{source} gives vectors that are not finite (NaN or inf); give a whole encoder")
     if np.allclose(first, second, rtol=0, atol=1e-5 * np.abs(first).max()):
-        raise UserError(
+        problem = (
             f"{source} gives the same vector of all texts: its pooling, its prompt or its max_seq_length leaves "
             "nothing of them; give another pooling, or another encoder"
         )
+        if not code_files(encoder):
+            raise UserError(problem)
+        logger.warning(problem)
 
 
 def generator_problems(generator: PreTrainedModel, tokenizer: Any, source: str) -> list[str]:
