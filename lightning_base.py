@@ -157,7 +157,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
         with atomic_write(path, "wb") as file:
             sealed = SealedFile(file)
-            torch.save(checkpoint, sealed)
+            try:
+                torch.save(checkpoint, sealed)
+            except RuntimeError as error:  # torch fails at closing the file and hides why: Ctrl-C, SIGTERM, a full disk
+                raise error.__context__ or error from None
             sealed.seal()
 
     def load_checkpoint(self, path: str, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from rag.errors import UserError
 # Ray's queues and arrays on a cluster of our own: a batch of queries and ids is far below a megabyte.
 OBJECT_STORE_BYTES = 100 * 2**20
 DAEMONS = ("gcs_server", "raylet")  # without one of these a cluster of our own answers nobody
+# Of the name of a Unix socket, and those that Ray's own folders and the socket add to that of the folder it is given.
+SOCKET_BYTES, BYTES_ADDED = 107, 64
 SECONDS_TO_END = 3.0  # that this process has where one of them has ended, maybe because the whole job was asked to
 
 
@@ -100,7 +102,7 @@ class RayConnection:
             _authenticate({"RAY_AUTH_MODE": "token"})
         _on_loopback(True)
         self.opened = True
-        self.folder = tempfile.mkdtemp(prefix="rag_ray_")
+        self.folder = _new_folder()
         self.remover = _remover(self.folder)
         _init_ray(
             address="local",
@@ -151,6 +153,22 @@ def _init_ray(**settings) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def _new_folder() -> str:
+    """Of a cluster's sockets and logs: below /tmp where TMPDIR, as clusters' schedulers set it, is too long a name."""
+    folder = tempfile.mkdtemp(prefix="rag_ray_")
+    room = SOCKET_BYTES - BYTES_ADDED - len(os.fsencode(folder))
+    if room >= 0:
+        return folder
+    os.rmdir(folder)
+    try:
+        return tempfile.mkdtemp(prefix="rag_ray_", dir="/tmp")
+    except OSError as error:
+        raise UserError(
+            f"TMPDIR {tempfile.gettempdir()} has {-room} bytes too many for the names of Ray's sockets, and /tmp "
+            f"cannot be used ({error.strerror}); set TMPDIR to a folder with a shorter name"
+        ) from error
 
 
 def _remover(folder: str) -> subprocess.Popen:

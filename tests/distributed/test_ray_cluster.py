@@ -116,6 +116,22 @@ def test_a_cluster_of_our_own_is_refused_where_ray_cannot_lock_it(ray, monkeypat
     assert mode_at(ray, HERE, HERE) is None  # a cluster that wants a token refuses us
 
 
+def test_a_long_name_of_the_temporary_folder_is_none_for_sockets(tmp_path, monkeypatch):
+    session = "/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+    assert len(session) == ray_cluster.BYTES_ADDED
+    short = tempfile.mkdtemp(dir="/tmp", prefix="short_")
+    longest = Path(short, "x" * (107 - len(session) - len(f"{short}//rag_ray_12345678")))
+    longer = tmp_path / ("y" * 60)
+    for parent, used in ((longest, longest), (longer, Path("/tmp"))):
+        parent.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(parent))
+        folder = Path(ray_cluster._new_folder())
+        assert folder.parent == used and folder.is_dir() and len(f"{folder}{session}") <= 107
+        folder.rmdir()
+        parent.rmdir()  # nothing is left in it
+    os.rmdir(short)
+
+
 IN_A_NAMESPACE = """
 set -e
 ip link set lo up

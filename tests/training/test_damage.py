@@ -11,7 +11,7 @@ from lightning_base import AtomicCheckpointIO
 from rag.errors import UserError
 from rag.training.loading import read_checkpoint
 from rag.training.run_folder import checkpoint_to_resume, continuation_problems
-from rag.training.seals import is_as_recorded, is_whole, records_of
+from rag.training.seals import SealedFile, is_as_recorded, is_whole, records_of
 from tests.training.lightning_toy import At, Killed, fit, toy_args
 
 SCORES = [0.1, 0.2, 0.3, 0.4]
@@ -220,6 +220,23 @@ def test_any_byte_that_changes_breaks_the_seal(tmp_path):
     with pytest.raises(UserError, match="is no checkpoint of"):
         torch.save([1], tmp_path / "list.ckpt")
         read_checkpoint(tmp_path / "list.ckpt")
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_what_ends_the_writing_of_a_checkpoint_stays_what_it_is(ending, at, tmp_path, monkeypatch):
+    written, plain = [], SealedFile.write
+
+    def end(self, data):
+        written.append(len(data))
+        if len(written) == at:
+            raise ending
+        return plain(self, data)
+
+    monkeypatch.setattr(SealedFile, "write", end)
+    with pytest.raises(type(ending)) as error:
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.zeros(1000)}}, tmp_path / "x.ckpt")
+    assert error.value is ending and not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_as_it_was_recorded_or_not(tmp_path):

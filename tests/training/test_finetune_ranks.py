@@ -188,8 +188,11 @@ def test_two_ranks_that_retrieve_ahead_are_one_process(retriever, words, alone, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [[], ["--freeze_question_encoder"]])
-def test_ranks_asked_to_end_stop_together_and_go_on_later(frozen, words, ahead, tmp_path):
-    """SIGTERM reaches one of two ranks: both leave with status 143; resumed, they end with the same weights."""
+def test_ranks_asked_to_end_stop_together_and_go_on_later(frozen, words, ahead, monkeypatch, tmp_path):
+    """SIGTERM reaches one of two ranks: both leave with status 143; resumed, they end with the same weights.
+
+    One process goes on as well, with the examples of the epoch that the two have not had.
+    """
     words = [*words, *frozen]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_ranks(train, 2, tmp_path, two_ranks(words, whole), whole)
@@ -197,9 +200,30 @@ def test_ranks_asked_to_end_stop_together_and_go_on_later(frozen, words, ahead, 
     ends = run_ranks(train, 2, tmp_path, argv, stopped, 2)
     assert [status for status, _ in ends] == [143, 143]
     assert torch.load(stopped / "last.ckpt", weights_only=True)["global_step"] == 3
+    shutil.copytree(stopped, tmp_path / "one")
     run_ranks(train, 2, tmp_path, argv, stopped)
     expected = outcome(whole)
     assert_same(outcome(stopped), frozen_of(expected) if frozen else expected, rtol=0, atol=0)
+
+    all_of_it, rest = (examples_of(two_ranks(words, tmp_path / name), monkeypatch) for name in ("none_before", "one"))
+    assert [sorted(epoch) for epoch in (all_of_it[:7], all_of_it[7:14], all_of_it[14:])] == [[*range(7)]] * 3
+    assert rest == all_of_it[7 + 4 :]
+
+
+def examples_of(words: list[str], monkeypatch) -> list[int]:
+    """Those that one process trains on, in order."""
+    from rag.training.qa_module import GenerativeQAModule
+
+    examples, step = [], GenerativeQAModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        examples.extend(batch["index"])
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerativeQAModule, "training_step", training_step)
+        finetune_rag.main(finetune_rag.parse_args(words))
+    return examples
 
 
 def train_apart(rank: int, words: list[str], folder: Path) -> None:
