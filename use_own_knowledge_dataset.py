@@ -287,7 +287,7 @@ def open_encoder(
 ) -> tuple[PassageEmbedder, IndexDescription]:
     """The embedder, and all that decides what comes out of it; `device` is where passages are embedded."""
     from rag.index.index_files import IndexDescription, pooling_of
-    from rag.knowledge.embedding import PassageEmbedder, embed
+    from rag.knowledge.embedding import PassageEmbedder
     from rag.models.checkpoints import load_tokenizer, weights_digest
     from rag.models.encoders import describe_encoder, load_encoder
     from rag.models.fit import require_reading, vocabulary_problems
@@ -296,14 +296,10 @@ def open_encoder(
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
     tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
     raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
-    require_reading(
-        encoder,
-        lambda texts: embed({"title": [""] * len(texts), "text": texts}, encoder, tokenizer)["embeddings"],
-        f"{ENCODER_FLAG} {name}",
-    )
     print(f"{ENCODER_FLAG} {name}: {describe_encoder(encoder)}")
     encoder_digest = weights_digest(encoder)
     embedder = PassageEmbedder(encoder, tokenizer, args.batch_size)
+    require_reading(encoder, embedder.read, f"{ENCODER_FLAG} {name}")
     d = embedder.dimension
     raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(
