@@ -13,6 +13,7 @@ appears only when it is whole and its reload gave back the very weights of the t
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -70,8 +71,9 @@ def main(args: ConsolidateArguments) -> Path:
 
     from rag.models.checkpoints import compose_rag, load_model, save_model, weights_digest
     from rag.models.encoders import describe_encoder, encoder_dimension, load_encoder
-    from rag.models.fit import complete_start, generator_problems, vocabulary_problems
+    from rag.models.fit import complete_start, generator_problems, require_reading, vocabulary_problems
     from rag.models.limits import most_tokens
+    from rag.models.questions import with_prompt
 
     logging.disable_progress_bar()
     _require_parts(args)
@@ -85,11 +87,17 @@ def main(args: ConsolidateArguments) -> Path:
         prompt=args.question_encoder_prompt,
     )
     generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
-    sources = [f"--{part}_tokenizer_name_or_path" for part in ("question_encoder", "generator")]
+    sources = [" ".join(_tokenizer_source(args, part)) for part in ("question_encoder", "generator")]
     raise_problems(
         vocabulary_problems(question_encoder, tokenizers.question_encoder, sources[0], "question encoder")
         + vocabulary_problems(generator, tokenizers.generator, sources[1], "generator")
         + generator_problems(generator, tokenizers.generator, sources[1])
+    )
+    with_prompt(tokenizers.question_encoder, question_encoder.config)
+    require_reading(
+        question_encoder,
+        partial(_vectors, question_encoder, tokenizers.question_encoder),
+        f"--question_encoder_name_or_path {args.question_encoder_name_or_path}",
     )
     complete_start(generator, tokenizers.generator, f"--generator_name_or_path {args.generator_name_or_path}")
     weights = weights_digest(question_encoder), weights_digest(generator)
@@ -185,9 +193,25 @@ def _rag_config(args: ConsolidateArguments):
 def _tokenizer(args: ConsolidateArguments, part: str):
     from rag.models.checkpoints import load_tokenizer
 
+    flag, path = _tokenizer_source(args, part)
+    return load_tokenizer(path, flag=flag)
+
+
+def _tokenizer_source(args: ConsolidateArguments, part: str) -> tuple[str, str]:
+    """The flag that names the tokenizer of a part, and its value."""
     given, beside = f"{part}_tokenizer_name_or_path", f"{part}_name_or_path"
     name = given if getattr(args, given) is not None else beside
-    return load_tokenizer(getattr(args, name), flag=f"--{name}")
+    return f"--{name}", getattr(args, name)
+
+
+def _vectors(encoder, tokenizer, questions: list[str]):
+    import torch
+
+    from rag.models.questions import encode_questions
+
+    tokens = encode_questions(tokenizer, questions, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        return encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
 
 
 def cli() -> NoReturn:

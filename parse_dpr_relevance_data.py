@@ -126,7 +126,8 @@ def question_and_titles(record: Any) -> tuple[str, list[str]]:
 
 
 def on_one_line(text: str) -> str:
-    return re.sub(r"[\t\r\n]+", " ", text)
+    """Without a byte order mark, which at the beginning of a file would be none of the text."""
+    return re.sub(r"[\t\r\n]+", " ", text).lstrip("\ufeff")
 
 
 def has_lines(path: str) -> bool:

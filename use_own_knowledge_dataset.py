@@ -203,6 +203,7 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
 
 def build_words(args: KnowledgeArguments, source: PassageSource) -> Knowledge:
     """Passages and their index of words, for which no encoder is needed."""
+    from rag.index.bm25 import words_of
     from rag.index.index_files import IndexDescription
     from rag.knowledge.words import WordsFolder, WordsPlan
 
@@ -210,6 +211,8 @@ def build_words(args: KnowledgeArguments, source: PassageSource) -> Knowledge:
     description = IndexDescription(**documents_fields(args, source))
     if args.append:
         return folder.append(source, description, args.index_factory)
+    if not any(words_of(f"{title} {text}") for title, text in source.passages()):
+        raise UserError(f"--csv_path {args.csv_path} has no words that BM25 could find; give other documents")
     return folder.build(source, description, WordsPlan())
 
 
@@ -255,9 +258,13 @@ def dimension_of_config(args: KnowledgeArguments) -> int | None:
     Raises:
         UserError: there is no such model.
     """
-    from rag.models.loading import load_config
+    from rag.models.encoders import read_encoder_config
 
-    config = load_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG, of_encoder=True)
+    config, card = read_encoder_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG)
+    if args.ctx_encoder_pooling == "auto" and card is not None and card.settings["dense"]:
+        return card.settings["dense"][-1]["out_features"]
+    if args.ctx_encoder_pooling != "auto" and config.model_type == "pooled_encoder":
+        config = config.backbone  # its dense layers are left out
     return getattr(config, "projection_dim", 0) or getattr(config, "hidden_size", None)
 
 
@@ -283,7 +290,7 @@ def open_encoder(
     from rag.knowledge.embedding import PassageEmbedder
     from rag.models.checkpoints import load_tokenizer, weights_digest
     from rag.models.encoders import describe_encoder, load_encoder
-    from rag.models.fit import vocabulary_problems
+    from rag.models.fit import require_reading, vocabulary_problems
 
     name = args.dpr_ctx_encoder_model_name
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
@@ -292,6 +299,7 @@ def open_encoder(
     print(f"{ENCODER_FLAG} {name}: {describe_encoder(encoder)}")
     encoder_digest = weights_digest(encoder)
     embedder = PassageEmbedder(encoder, tokenizer, args.batch_size)
+    require_reading(encoder, embedder.read, f"{ENCODER_FLAG} {name}")
     d = embedder.dimension
     raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(

@@ -18,6 +18,7 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import datasets

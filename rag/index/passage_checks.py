@@ -8,6 +8,7 @@ that are spread over the whole; what is wrong with any other is told by the retr
 """
 
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -30,7 +31,7 @@ def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
         raise UserError(f"{flag} {path} is not a folder of passages; build it with use_own_knowledge_dataset.py")
     try:
         require_own_files(path)
-        passages = datasets.load_from_disk(str(path))
+        passages = datasets.load_from_disk(os.path.abspath(path))  # of "~" and "file:" datasets makes something else
     except Exception as error:  # JSON, Arrow and the disk fail in ways of their own
         if inside := sorted(Path(path).glob("*/state.json")):
             raise UserError(

@@ -147,7 +147,7 @@ class PassageRows:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write every column into a folder, for `datasets.load_from_disk`."""
-        self._plain.save_to_disk(folder)
+        self._plain.save_to_disk(os.path.abspath(folder))
 
     def doc_dicts(self, rows: list[list[int]], names: Iterable[str]) -> list[PassageDict]:
         """The columns of these names for each list of row numbers; each title and text is read once.

@@ -45,7 +45,7 @@ class KnowledgeArguments(EffortArguments):
     csv_path: str = flag(
         str(Path(__file__).resolve().parents[2] / "test_data" / "my_knowledge_dataset.csv"),
         "Documents: a file `title TAB text` a line or with a header, DPR's TSV, JSON lines or Parquet (title, text), "
-        ".gz or .zst of these, a dataset's or a BEIR folder, or a folder of them all.",
+        ".gz, .bz2 or .zst of these, a dataset's or a BEIR folder, or a folder of them all.",
     )
     csv_quoting: Literal["auto", "csv", "none"] = flag(
         "auto", "Quotation marks in tab-separated files: csv takes off what csv writers add; auto looks at the file."
@@ -127,6 +127,10 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
     problems = []
     if args.mode in (None, "--append"):
         problems += _documents_problems(args.csv_path) + output_folder_problems(OUTPUT_FLAG, args.output_dir)
+        if "::" in str(Path(args.output_dir).absolute()):
+            problems.append(
+                f"{OUTPUT_FLAG} {args.output_dir}: datasets cannot read a path with '::'; give another folder"
+            )
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:

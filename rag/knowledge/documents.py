@@ -13,12 +13,13 @@
 | a BEIR folder | its corpus.jsonl |
 | any other folder | all of these in it, by name; hidden files and what this suite has built there are left out |
 
-Text files may be compressed, NAME.gz or NAME.zst. Everything is read as a stream, whatever its size; no line, and no
-row group of a Parquet file, beyond a stated size.
+Text files may be compressed, NAME.gz, NAME.bz2 or NAME.zst. Everything is read as a stream, whatever its size; no line,
+and no row group of a Parquet file, beyond a stated size.
 """
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,6 +50,21 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 ROWS_AT_A_TIME = 1000
 BEIR_CORPUS = {"corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst"}
 BEIR_OTHERS = ("queries.jsonl", "qrels")
+# How files begin that are no text, what they are, and what to do about it.
+OTHER_KINDS = {
+    rb"\x1f\x8b": ("packed by gzip", "name it NAME.gz"),
+    rb"\x28\xb5\x2f\xfd": ("packed by zstd", "name it NAME.zst"),
+    rb"BZh[1-9]1AY&SY": ("packed by bzip2", "name it NAME.bz2"),
+    rb"\xfd7zXZ\0": ("packed by xz", "unpack it"),
+    rb"7z\xbc\xaf\x27\x1c": ("an archive of 7-Zip", "unpack it"),
+    rb"PK\x03\x04": ("a zip archive or an office document", "unpack it, or save it as tab-separated text in UTF-8"),
+    rb"PAR1": ("a Parquet file", "name it NAME.parquet"),
+    rb"ARROW1": ("an Arrow file", "write it as Parquet"),
+    rb"\xff\xff\xff\xff": ("an Arrow stream", "give the whole folder of the dataset, or write it as Parquet"),
+    rb"%PDF-": ("a PDF", "save its text"),
+    rb"SQLite format 3\0": ("a SQLite database", "write its rows as JSON lines or tab-separated text"),
+    rb"\xff\xfe|\xfe\xff": ("UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
+}
 
 Items = Iterator[Document | Problem | Notice]
 
@@ -107,14 +123,28 @@ def _read_folder(path: Path, options: ReadingOptions, above: tuple[str, ...]) ->
 
 
 def _read_file(path: Path, options: ReadingOptions) -> Items:
-    kind = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    packed = path.suffix.lower() in COMPRESSIONS
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
     read = _read_parquet if kind == ".parquet" else _read_json_lines if kind in JSON_LINES else read_table
     try:
+        if not packed and kind != ".parquet" and (problem := _of_other_kind(path)):
+            yield problem
+            return
         yield from read(path, options)
     except TooLongError as error:
         yield too_long(path, error.line, options)
     except (OSError, pa.ArrowException) as error:
         yield Problem(str(path), f"cannot be read to its end ({one_line(error, 120)}); make or fetch it again")
+
+
+def _of_other_kind(path: Path) -> Problem | None:
+    """Why a file cannot be read as text, where its first bytes say so."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    for beginning, (what, remedy) in OTHER_KINDS.items():
+        if re.match(beginning, head):
+            return Problem(str(path), f"is {what}; {remedy}")
+    return None
 
 
 def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
@@ -131,6 +161,11 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
                 continue
             if isinstance(row, dict):
                 columns = find_columns(name for name, value in row.items() if value is not None) or Columns("", "text")
+                if find_columns(row) is None:
+                    found = ", ".join(row)[:80]
+                    reason = f"has no text (found: {found}); name it text, or give --skip_empty to pass over such rows"
+                    yield Problem(place, reason, is_empty=True)
+                    continue
                 yield document(place, row.get(columns.title), row.get(columns.text), options, columns)
             else:
                 yield Problem(place, 'is no object; write {"title": ..., "text": ...}')
@@ -140,7 +175,7 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
 
 
 def _read_parquet(path: Path, options: ReadingOptions) -> Items:
-    if path.suffix in COMPRESSIONS:
+    if path.suffix.lower() in COMPRESSIONS:
         yield Problem(str(path), "is a packed Parquet file, which is compressed within; unpack it")
         return
     with pq.ParquetFile(path) as file:
@@ -149,8 +184,12 @@ def _read_parquet(path: Path, options: ReadingOptions) -> Items:
         yield _no_text_column(path, file.schema_arrow.names)
         return
     names = [name for name in columns if name]
+    if any(file.schema_arrow.names.count(name) > 1 for name in names):
+        yield Problem(str(path), f"has two columns of one name ({', '.join(file.schema_arrow.names)}); rename one")
+        return
     # A text that many rows share is read once: a file of some KB can be made to hold any number of copies.
-    with pq.ParquetFile(path, read_dictionary=names) as file:
+    shared = [name for name in names if not pa.types.is_nested(file.schema_arrow.field(name).type)]
+    with pq.ParquetFile(path, read_dictionary=shared) as file:
         row = 0
         for group in range(file.num_row_groups):
             size = _size_on_disk(file.metadata.row_group(group), names)
@@ -190,7 +229,7 @@ def _read_dataset(path: Path, options: ReadingOptions) -> Items:
 
     try:
         require_own_files(path)
-        dataset = datasets.load_from_disk(str(path))
+        dataset = datasets.load_from_disk(os.path.abspath(path))
         columns = find_columns(dataset.column_names)
         if columns is None:
             yield _no_text_column(path, dataset.column_names)

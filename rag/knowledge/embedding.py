@@ -104,6 +104,14 @@ class PassageEmbedder:
             batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
             yield rows, self._encode(self.tokenizer.pad(batch, padding="longest", return_tensors="pt"))
 
+    @torch.inference_mode()
+    def read(self, texts: list[str]) -> np.ndarray:
+        """The vectors of a few texts, (N, d) float32: a trial."""
+        first = [(self.prompt + text).lower() if self.lower_case else self.prompt + text for text in texts]
+        tokens = self._tokenized(first, texts if self.as_pair else None)
+        batch = self.tokenizer.pad(dict(tokens), padding="longest", return_tensors="pt")
+        return self.encoder(**batch.to(self.device))[0].float().cpu().numpy()
+
     def _tokenized(self, titles: list[str], texts: list[str] | None):
         try:
             return self.tokenizer(

@@ -95,7 +95,7 @@ def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
     from datasets import load_from_disk
 
     require_whole(output, read_knowledge(output))
-    dataset = load_from_disk(str(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
+    dataset = load_from_disk(os.path.abspath(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
     for rows in dataset.select(range(count)).iter(1000):
         yield from zip(rows["title"], rows["text"], strict=True)
 

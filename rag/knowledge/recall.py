@@ -5,6 +5,7 @@
 It answers what a user asks first of a new index: is its kind good enough, and at which effort?
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def report_recall(
         queries: at most so many.
         n_docs: passages a query over which recall is counted.
     """
-    passages = load_from_disk(str(passages_path)).select_columns(["title", "text"])
+    passages = load_from_disk(os.path.abspath(passages_path)).select_columns(["title", "text"])
     count, n_docs = min(queries, len(passages)), min(n_docs, len(passages))
     rows = np.sort(np.random.default_rng(0).choice(len(passages), count, replace=False, shuffle=False))
     pieces = [("", _middle(text)) for text in passages[rows]["text"]]

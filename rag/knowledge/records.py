@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 # "page_content" is LangChain's.
 TEXT_NAMES = ("text", "contents", "passage", "body", "content", "context", "paragraph", "document", "page_content")
 TITLE_NAMES = ("title", "wikipedia_title")  # the second is KILT's
-ID_NAMES = ("id", "_id", "docid", "doc_id", "pid", "passage_id", "url")
+ID_NAMES = ("", "id", "_id", "docid", "doc_id", "pid", "passage_id", "url")  # "": pandas names its numbers so
 MILLION = 10**6
 ROW_GROUP_LINES = 16  # of the longest length: the most that a row group of a Parquet file may hold
 
@@ -93,10 +93,12 @@ class Columns(NamedTuple):
 
 
 def find_columns(names: Iterable[str]) -> Columns | None:
-    """The columns of title and text among `names`; None where none is known to hold a text."""
-    names = list(names)
-    text = next((name for name in TEXT_NAMES if name in names), None)
-    return None if text is None else Columns(next((name for name in TITLE_NAMES if name in names), ""), text)
+    """The columns of title and text among `names`, in any case; None where none is known to hold a text."""
+    known: dict[str, str] = {}
+    for name in names:
+        known.setdefault(name.strip().lower(), name)
+    text = next((known[name] for name in TEXT_NAMES if name in known), None)
+    return None if text is None else Columns(next((known[name] for name in TITLE_NAMES if name in known), ""), text)
 
 
 def too_long(path: str | os.PathLike, line: int, options: ReadingOptions) -> Problem:
@@ -126,7 +128,7 @@ def document(
         return Problem(
             place, f"has a text longer than --max_line_mb {options.max_line_mb} (million characters); give more"
         )
-    if columns == Columns("", "contents"):
+    if columns is not None and not columns.title and columns.text.lower() == "contents":
         first, _, rest = text.strip().partition("\n")
         if rest.strip():
             title, text = first.strip().strip('"'), rest

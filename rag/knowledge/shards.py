@@ -106,7 +106,7 @@ def publish(folder: Path, checksums: dict[str, str], digest: str) -> None:
 
 def write_info(folder: Path, dimension: int, dtype: str) -> None:
     """The `dataset_info.json` of passages with embeddings of this dimension; 0 for none."""
-    DatasetInfo(features=_features(dimension, dtype)).write_to_directory(folder)
+    DatasetInfo(features=_features(dimension, dtype)).write_to_directory(os.path.abspath(folder))
 
 
 # --- What there is ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-r"""Documents in tables of text: tab-separated, or comma-separated under a header; quoted by a csv writer or not at all.
+r"""Documents in tables of text: tab-separated, or by commas, semicolons or bars under a header; quoted or not at all.
 
     for item in read_table(Path("my.tsv"), ReadingOptions()): ...
 
-A first line that names a column of texts and one of titles or ids is a header, in any order of columns; without one a
-line is `title TAB text`. Whether fields are quoted is seen in the whole file before anything is taken from it:
+A first line that names a column of texts and one of titles or ids, or that of texts alone, is a header, in any order of
+columns; without one a line is `title TAB text`. Whether fields are quoted is seen in the whole file before anything is
+taken from it:
 
-- a header whose names are quoted, DPR's header and a header with commas say that they are;
+- a header whose names are quoted, DPR's header and a header without tabs say that they are;
 - so does a file in which every field is quoted, and one in which in each column all are, or exactly those that have to
   be, if in one of them a quotation mark is doubled, or a tab or a line's end is quoted;
 - in any other file quotation marks are part of the text.
@@ -39,10 +40,10 @@ from rag.knowledge.records import (
     too_long,
 )
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 LONGEST_HEADER = 1000  # characters that are looked at to find one
 READ_AT_A_TIME = 2**20
-NAMES = {"\t": "tab", ",": "comma"}
+NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 FIELD = re.compile(r'"((?:[^"]++|"")*+)"')  # a quoted field, closed
 CLOSING = re.compile(r'(?:[^"]++|"")*+"')  # the rest of one, on a later line
 ARE_QUOTED = "fields are quoted as csv writers do, and are unquoted; --csv_quoting none leaves them as they are"
@@ -88,7 +89,7 @@ def read_table(path: Path, options: ReadingOptions) -> Iterator[Document | Probl
     state = os.stat(path)
     try:
         layout = _layout_of(path, (state.st_mtime_ns, state.st_size), options.quoting, options.longest)
-        if layout.columns < 2:
+        if not layout.columns:
             yield Problem(f"{path} line 1", layout.notice)
             return
         if layout.notice:
@@ -134,7 +135,7 @@ def _without_surplus(fields: list[str], layout: Layout) -> list[str]:
 
 def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOWrapper:
     """A text file, compressed or not, for reading; bytes that are not UTF-8 become surrogates."""
-    stream = pa.input_stream(str(path), compression=COMPRESSIONS.get(Path(path).suffix))
+    stream = pa.input_stream(str(path), compression=COMPRESSIONS.get(Path(path).suffix.lower()))
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -243,18 +244,22 @@ def _layout_of(path: Path, state: tuple[int, int], quoting: str, longest: int) -
 
 def _header_of(line: str) -> tuple[Layout, bool]:
     """The layout that a first line names, if it is a header, and whether it says that fields are quoted."""
-    for separator in ("\t", ",") if "\t" not in line else ("\t",):
+    for separator in NAMES if "\t" not in line else "\t":
         cells = [cell.strip() for cell in line.split(separator)]
         names = [cell.strip('"').strip().lower() for cell in cells]
         columns = find_columns(names)
-        if columns is None or not set(names) & {*TITLE_NAMES, *ID_NAMES} or len(set(names)) < len(names):
+        if columns is None or len(set(names)) < len(names):
             continue
+        if len(names) > 1 and not set(names) & {*TITLE_NAMES, *ID_NAMES}:
+            continue
+        if len(names) == 1:
+            separator = ","
         is_dpr = names == DPR_HEADER
         layout = Layout(
             separator, len(names), names.index(columns.title) if columns.title else -1, names.index(columns.text),
             has_header=True, is_passages=is_dpr and separator == "\t",
         )  # fmt: skip
-        return layout, is_dpr or separator == "," or any(cell.startswith('"') for cell in cells)
+        return layout, is_dpr or separator != "\t" or any(cell.startswith('"') for cell in cells)
     return Layout(), False
 
 

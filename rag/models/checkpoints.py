@@ -30,6 +30,7 @@ from transformers import (
     RagTokenizer,
     T5ForConditionalGeneration,
 )
+from transformers.generation import GenerationMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -65,6 +66,9 @@ RAG_TYPES = ("rag_sequence", "rag_token")
 
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
+# How answers are searched for, and settings that have a use in sampling alone.
+SEARCHES = (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -107,7 +111,9 @@ def load_model(
                 f"max_combined_length {config.max_combined_length}"
             )
     model = load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
-    return restore_generation_settings(model, path, cache_dir, flag)
+    restore_generation_settings(model, path, cache_dir, flag)
+    _keep_to_search(model.generation_config, path, flag)
+    return model
 
 
 def fitting_model_type(
@@ -220,10 +226,10 @@ def restore_generation_settings(
     model: PreTrainedModel, path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG
 ) -> PreTrainedModel:
     """Give a RAG model, and its generator, the generation settings that were saved with it."""
+    saved = read_json(path, "generation_config.json", cache_dir, flag)  # transformers passes over what it cannot read
     if not isinstance(model.config, RagConfig):
         return model
     generator = model.generator
-    saved = read_json(path, "generation_config.json", cache_dir, flag)
     if saved is None:  # older checkpoints keep them in the generator's part of config.json
         saved = (read_json(path, "config.json", cache_dir, flag) or {}).get("generator", {})
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
@@ -232,6 +238,19 @@ def restore_generation_settings(
         generator.generation_config.update(**generation_kwargs)
     model.generation_config = generator.generation_config
     return model
+
+
+def _keep_to_search(settings: GenerationConfig, path: str, flag: str) -> None:
+    """Answers are searched for, greedily or by beams, also where a checkpoint's settings ask for samples."""
+    if settings.do_sample:
+        _warn_once(f"{flag} {path}: its generation settings ask for samples; answers are searched for all the same")
+        for name in ("do_sample", *SAMPLING):
+            setattr(settings, name, None)
+    if (mode := settings.get_generation_mode()) not in SEARCHES:
+        raise UserError(
+            f"{flag} {path}: its generation settings ask for {mode.value.replace('_', ' ')}, and answers are found by "
+            "greedy or beam search; mend its generation_config.json"
+        )
 
 
 def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None) -> None:

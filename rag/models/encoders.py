@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTrainedConfig, PreTrainedModel
 
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.models.custom_code import code_beside, custom_model_class, name_own_code
-from rag.models.loading import checkpoint_errors, hub_access, load_config, load_weights
+from rag.models.loading import checkpoint_errors, hub_access, load_config, load_weights, not_finite_problems
 from rag.models.pooled_encoder import ENCODER_HALVES, PooledEncoder, PooledEncoderConfig, reads_forward
 from rag.models.sentence_transformers import Card, read_card
 
@@ -82,6 +82,7 @@ def load_encoder(
     with checkpoint_errors(flag, path):
         for layer, weights in zip(encoder.dense, card.dense if card and settings["dense"] else [], strict=True):
             layer.load_state_dict(weights)
+    raise_problems(not_finite_problems(encoder.dense, path, flag))
     return encoder.eval()
 
 

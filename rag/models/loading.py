@@ -113,7 +113,7 @@ def load_weights(model_class, path: str, flag: str, *, without_heads: bool = Fal
             for what, keys in counts.items()
             if keys
         ]
-        + _not_finite_problems(model, path, flag)
+        + not_finite_problems(model, path, flag)
     )
     return model
 
@@ -135,7 +135,7 @@ def _is_beside(model: PreTrainedModel, key: str) -> bool:
     return first not in dict(model.named_children()) and first not in dict(model.named_parameters(recurse=False))
 
 
-def _not_finite_problems(model: PreTrainedModel, path: str, flag: str) -> list[str]:
+def not_finite_problems(model: torch.nn.Module, path: str, flag: str) -> list[str]:
     """A sum is no number where one of its terms is none; it takes a third of the time of looking at each weight."""
     faulty = [
         name

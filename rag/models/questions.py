@@ -29,7 +29,8 @@ def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
     prompt, limit = getattr(encoder_config, "query_prompt", ""), min((limit for limit in limits if limit), default=None)
     if prompt and limit is not None and len(tokenizer(prompt)["input_ids"]) >= limit:
         raise UserError(
-            f"the query prompt {prompt[:80]!r} leaves no room for a question in the encoder's {limit} tokens"
+            f"the query prompt {prompt[:60]!r} leaves no room for a question in the encoder's {limit} tokens; give a "
+            "shorter --question_encoder_prompt to consolidate_rag_checkpoint.py"
         )
     setattr(tokenizer, PROMPT, prompt)
     setattr(tokenizer, LIMIT, limit)

@@ -142,7 +142,7 @@ def _lengths(path: str, folder: str, cache_dir: str | None, flag: str) -> dict[s
         (found for place in places if (found := read_json(path, place, cache_dir, flag)) is not None), {}
     )
     length, lower_case = config.get("max_seq_length"), config.get("do_lower_case", False)
-    if (length is not None and (not isinstance(length, int) or length < 1)) or not isinstance(lower_case, bool):
+    if (length is not None and (type(length) is not int or length < 1)) or not isinstance(lower_case, bool):
         raise UserError(
             f"{flag} {path}: max_seq_length {length} and do_lower_case {lower_case} are no number of tokens and no "
             "true or false; mend its sentence_bert_config.json"

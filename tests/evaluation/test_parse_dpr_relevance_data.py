@@ -45,7 +45,7 @@ def test_the_sample_gives_questions_and_titles(parse, capsys):
 
 
 def test_tabs_and_newlines_do_not_shift_lines_or_titles(parse):
-    records = [record("who\nwas\r\nit", "A\tB", "C\nD", ""), record("none", ""), record("u\u2028v", "E  F")]
+    records = [record("who\nwas\r\nit", "A\tB", "C\nD", ""), record("none", "", "\ufeff"), record("u\u2028v", "E  F")]
     counts, questions, pages = parse(json.dumps(records))
     assert counts == {"written": 2, "skipped": 1}
     assert questions == ["who was it", "u\u2028v"] and pages == ["A B\tC D", "E  F"]
@@ -117,6 +117,7 @@ GOOD = json.dumps(record("é?", "A"), ensure_ascii=False)
         ('[{"question": null, "positive_ctxs": []}]', "record 1, .*needs a `question`"),
         ('[{"question": "q", "positive_ctxs": [{"title": null}]}]', "record 1, .*needs a `question`"),
         ('[{"question": " \\n", "positive_ctxs": [{"title": "t"}]}]', "record 1, .*its `question` is blank"),
+        ('[{"question": "\\ufeff", "positive_ctxs": [{"title": "t"}]}]', "record 1, .*its `question` is blank"),
         (f'[{GOOD}, {{"question": "\\ud800 a"}}]', rf"half of a surrogate pair .* at byte {len(GOOD.encode()) + 3}$"),
         (f'[{GOOD}, {{"id": {"9" * 2000}}}]', "a number of 1,000 digits or more, behind byte"),
         ("[" * 2000, "more than 1,000 brackets in each other, behind byte 0"),

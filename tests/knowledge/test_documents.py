@@ -1,6 +1,7 @@
 """The same documents from every kind of file, faults where they are, and memory that does not grow."""
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def rows_of(path, options=None):
 
 def compress(path, ending):
     packed = path.with_name(f"{path.name}.{ending}")
-    with pa.output_stream(str(packed), compression={"gz": "gzip", "zst": "zstd"}[ending]) as file:
+    with pa.output_stream(str(packed), compression={"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[ending]) as file:
         file.write(path.read_bytes())
     path.unlink()
     return packed
@@ -100,7 +101,7 @@ def test_the_same_documents_have_the_same_digest_whatever_the_kind(tmp_path):
         assert survey_documents(tmp_path / "other.parquet").digest != surveys[0].digest
 
 
-@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2"])
 @pytest.mark.parametrize("name", TEXT_KINDS)
 def test_compressed_files(tmp_path, name, ending):
     KINDS[name](tmp_path / name, ROWS)
@@ -155,7 +156,7 @@ def test_faults_of_json_lines_are_told_with_their_lines(tmp_path):
         (" line 2", "is not JSON"),
         (" line 3", "is not JSON"),
         (" line 4", 'is no object; write {"title": ..., "text": ...}'),
-        (" line 5", "has no text; --skip_empty passes over such rows"),
+        (" line 5", "has no text"),
         (" line 6", "has a text that is no string but 5"),
         (" line 7", "is not UTF-8; convert the file"),
         (" line 8", "has a title that is no string but ['t']"),
@@ -173,6 +174,55 @@ def test_faults_of_columns_are_told_with_their_rows(tmp_path, write):
     numbers = pa.table({"title": ["a"], "text": [1]})
     pq.write_table(numbers, tmp_path / "numbers.parquet")
     assert reasons(tmp_path / "numbers.parquet") == [(" row 1", "has a text that is no string but 1")]
+
+
+def test_names_in_any_case(tmp_path):
+    pq.write_table(pa.table({"ID": [1], "Title": ["Oslo"], "TEXT": ["in Norway"]}), tmp_path / "a.PARQUET")
+    (tmp_path / "b.JSONL").write_text('{"Title": "Oslo", "Text": "in Norway"}\n')
+    (tmp_path / "c.jsonl").write_text('{"Contents": "Oslo\\nin Norway"}\n')
+    (tmp_path / "d.GZ").write_bytes(gzip.compress(b"TITLE\tTEXT\nOslo\tin Norway\n"))
+    assert rows_of(tmp_path) == [("Oslo", "in Norway")] * 4
+
+
+def test_texts_in_columns_of_any_type(tmp_path):
+    paragraphs = pa.array([["one", "two"], None])
+    pq.write_table(pa.table({"title": ["a", "b"], "text": paragraphs}), tmp_path / "lists.parquet")
+    assert next(iter(read_documents(tmp_path / "lists.parquet"))) == Document("a", "one\ntwo")
+    assert [reason.split(";")[0] for _, reason in reasons(tmp_path / "lists.parquet")] == ["has no text"]
+    for text in (pa.array([{"a": "b"}]), pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))):
+        pq.write_table(pa.table({"text": text}), tmp_path / "other.parquet")
+        ((place, reason),) = reasons(tmp_path / "other.parquet")
+        assert place == " row 1" and reason.startswith("has a text that is no string but ")
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "other.parquet")
+    assert reasons(tmp_path / "other.parquet") == [("", "has two columns of one name (text, text); rename one")]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (gzip.compress(b"a\tb\n"), "is packed by gzip; name it NAME.gz"),
+        (b"PK\x03\x04\x14\0", "is a zip archive or an office document; unpack it, or save it as "),
+        (b"PAR1\x15\x04", "is a Parquet file; name it NAME.parquet"),
+        (b"%PDF-1.7\n", "is a PDF; save its text"),
+        ("a\tb\n".encode("utf-16"), "is UTF-16 text; convert it (iconv -f utf-16 -t utf-8)"),
+    ],
+)
+def test_files_of_other_kinds_are_told_by_how_they_begin(tmp_path, content, says):
+    for name in ("d.tsv", "d.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        ((place, reason),) = reasons(tmp_path / name)
+        assert place == "" and reason.startswith(says)
+
+
+def test_datasets_that_are_none(tmp_path):
+    whole = datasets.Dataset.from_dict({"text": ["a"]})
+    whole.select([]).save_to_disk(tmp_path / "empty")
+    whole.save_to_disk(tmp_path / "nested")
+    (tmp_path / "nested" / "state.json").write_text("[" * 100_000)
+    for name in ("empty", "nested"):
+        ((_, reason),) = reasons(tmp_path / name)
+        assert reason.startswith("is not a whole dataset (")
 
 
 def test_columns_that_lack(tmp_path):

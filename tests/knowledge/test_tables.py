@@ -108,6 +108,11 @@ def test_quoting_as_it_is_asked_for(tmp_path):
         ('"title","text"\n"Oslo","in Norway\nand so on"\n', ("Oslo", "in Norway\nand so on")),
         ('"title"\t"text"\n"Oslo"\tin Norway\n', ("Oslo", "in Norway")),
         ("id,contents\n3,in Norway\n", ("", "in Norway")),
+        ('title;text\nOslo;"in Norway; the ""north"""\n', ("Oslo", 'in Norway; the "north"')),
+        ("id|title|text\n1|Oslo|in Norway\n", ("Oslo", "in Norway")),
+        (',text\n0,"in Norway, north"\n', ("", "in Norway, north")),
+        ("\ttext\n0\tin Norway\n", ("", "in Norway")),
+        ('text\n"in Norway, north"\n', ("", "in Norway, north")),
         ("title\ttext\t\nOslo\tin Norway\t\t\n", ("Oslo", "in Norway")),
     ],
 )  # fmt: skip

@@ -292,3 +292,15 @@ def test_what_transformers_alone_makes_of_it(flags, rag_folder, bert_tokenizer):
         vectors = model.question_encoder(**bert_tokenizer(QUESTIONS[0][0], return_tensors="pt"))[0]
     _, ids, docs = retriever.retrieve(vectors.numpy(), n_docs=2)
     assert ids.shape == (1, 2) and docs[0]["title"][0] in dict(PASSAGES)
+
+
+@pytest.mark.parametrize("name", ["~", "~/x", "file:x", "a*[b]?"])
+def test_a_folder_whose_name_datasets_would_read_otherwise(name, flags, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(flags | {"--output_dir": name}).passages == 11
+    assert (tmp_path / "here" / name / "my_knowledge_dataset" / "dataset_info.json").is_file()
+    with pytest.raises(UserError, match="--output_dir a::b: datasets cannot read a path with '::'"):
+        run(flags | {"--output_dir": "a::b"})

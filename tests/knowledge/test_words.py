@@ -86,3 +86,10 @@ def test_no_model_is_imported(settings):
     )
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_documents_without_words_are_told_before_anything_is_written(settings, tmp_path):
+    (tmp_path / "signs.tsv").write_text("a\t? !\n")
+    with pytest.raises(UserError, match=r"^--csv_path .*signs.tsv has no words that BM25 could find"):
+        run(settings | {"--csv_path": tmp_path / "signs.tsv"})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
