@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, RagConfig
 from rag.errors import UserError, one_line
 from rag.generation.decoding import generate_answers
 
-# What a checkpoint's generation settings do not decide here: length and search are the flags'.
+# What a checkpoint's generation settings do not decide here: lengths are the flags', and one answer is wanted.
 FLAGS_DECIDE: dict[str, Any] = {
-    "do_sample": False, "penalty_alpha": None, "num_beam_groups": None, "num_return_sequences": 1,
-    "max_new_tokens": None, "min_new_tokens": None, "return_dict_in_generate": False,
+    "num_return_sequences": 1, "max_new_tokens": None, "min_new_tokens": None, "return_dict_in_generate": False,
 }  # fmt: skip
 LARGEST_PENALTY = 100  # on length: an exponent, of which Python would take whole powers without end
 # Their attention becomes another, for good, at the first text that is short.

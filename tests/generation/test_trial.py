@@ -61,8 +61,8 @@ def test_only_the_question_encoder_where_nothing_is_answered(rag_sequence, token
 
 
 @pytest.mark.parametrize("kind", ["bart_folder", "rag"])
-def test_the_flags_decide_on_length_and_search(request, checkpoint, bart_tokenizer, kind):
-    """Not what a checkpoint's generation_config.json says of new tokens or samples."""
+def test_the_flags_decide_on_length_and_number(request, checkpoint, bart_tokenizer, kind):
+    """Not what a checkpoint's generation_config.json says of new tokens and sequences."""
     model = load_model(str(checkpoint() if kind == "rag" else request.getfixturevalue(kind)))
     generator = model.generator if kind == "rag" else model
     tokens = bart_tokenizer("what is the capital of france", return_tensors="pt")
@@ -76,5 +76,5 @@ def test_the_flags_decide_on_length_and_search(request, checkpoint, bart_tokeniz
         )  # fmt: skip
 
     expected = answer()
-    generator.generation_config.update(max_new_tokens=1, min_new_tokens=1, do_sample=True, num_return_sequences=1)
+    generator.generation_config.update(max_new_tokens=1, min_new_tokens=1, num_beams=2, num_return_sequences=2)
     assert torch.equal(answer(), expected)
