@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rag.command_line.script import run_script
-from rag.errors import UserError, raise_problems
+from rag.errors import UserError, printable, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
 from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_path, read_data
@@ -290,10 +290,10 @@ def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores
         save_json({"scores": scores, **gold, **made_with}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):
         if args.print_predictions:
-            print(f"Q: {record['question']} - A: {line}")
+            print(printable(f"Q: {record['question']} - A: {line}"))
         if args.print_docs:
             for title, score in zip(record.get("titles", []), record.get("scores", []), strict=True):
-                print(f"    {score:10.4f}  {title}")
+                print(printable(f"    {score:10.4f}  {title}"))
     print(f"{len(data.questions):,} questions; {describe(**made_with)}")
     for name, score in scores.items():
         print(f"{label(name)}: {100 * score:.2f}")

@@ -87,7 +87,7 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     from callbacks_rag import RunDescription, build_callbacks
     from lightning_base import Seq2SeqDataModule, build_logger, build_trainer, refusals
     from rag.distributed.launch import ended_together
-    from rag.training.loading import load_model_and_tokenizer
+    from rag.training.loading import going_back_to, load_model_and_tokenizer
     from rag.training.qa_module import GenerativeQAModule
 
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
@@ -104,11 +104,13 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
         data = Seq2SeqDataModule(args.data, args.training.seed, *tokenizers, prefetch)
         metrics, checkpoint_to_test = {}, args.run.resume_from_checkpoint
         if args.run.do_train:
-            trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
+            with going_back_to(args.run.resume_from_checkpoint):
+                trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
             metrics |= trainer.callback_metrics
             checkpoint_to_test = trainer.checkpoint_callback.best_model_path or None
         if args.run.do_predict:
-            trainer.test(module, datamodule=data, ckpt_path=checkpoint_to_test, verbose=False)
+            with going_back_to(checkpoint_to_test):
+                trainer.test(module, datamodule=data, ckpt_path=checkpoint_to_test, verbose=False)
             metrics |= trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}
 

@@ -185,6 +185,8 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.is_open and self.path.is_symlink():
+            self.path.unlink()  # in a stranger's folder it may lead anywhere: the file takes its place
         if self.mode == "a" and not self.is_open:
             _drop_half_line(self.path)
         with open(self.path, self.mode, encoding="utf-8") as file:

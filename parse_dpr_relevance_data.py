@@ -4,9 +4,10 @@
         --evaluation_set output/biencoder-nq-dev.questions --gold_data_path output/biencoder-nq-dev.pages
 
 The source is one JSON array of records with a `question` and its `positive_ctxs`, up to gigabytes long
-(https://dl.fbaipublicfiles.com/dpr/data/retriever/biencoder-nq-dev.json.gz). It is read record by record, a .gz file as
-it is. Line n of the gold file holds the tab-separated titles of the positive passages of the question on line n. A
-record without positive passages would score 0 whatever was retrieved: it is left out of both files and counted.
+(https://dl.fbaipublicfiles.com/dpr/data/retriever/biencoder-nq-dev.json.gz), or, in a file named .jsonl, a record a
+line. It is read record by record, a .gz file as it is. Line n of the gold file holds the tab-separated titles of the
+positive passages of the question on line n. A record without positive passages would score 0 whatever was retrieved: it
+is left out of both files and counted.
 """
 
 import codecs
@@ -38,6 +39,7 @@ LONGEST_PIECE = 1 << 20  # bytes without a `}` that are kept together: DPR's pas
 LONGEST_RECORD = 256 << 20  # bytes; one takes several times as much memory
 GZIP = b"\x1f\x8b"
 WHITE_SPACE = b" \t\r\n"
+NO_ARRAY = "'{' stands where [ is expected"
 NEEDED = "needs a `question` and `positive_ctxs`, each with a `title`"
 DEEPEST, LONGEST_NUMBER = 1000, 1000  # brackets in brackets, digits: what is more, ijson's parser in C does not survive
 # The first half of a surrogate pair, escaped, without the second, which ijson replaces in silence.
@@ -50,7 +52,10 @@ STRING_OR_CONSTANT = re.compile(rb'("(?:[^"\\]|\\.)*(?:"|\Z))|-?Infinity|NaN', r
 class ParseArguments:
     evaluation_set: str = required_flag("File to write: a question a line.")
     gold_data_path: str = required_flag("File to write: the question's gold titles a line, tab-separated.")
-    src_path: str = flag("biencoder-nq-dev.json", "DPR's relevance data: a JSON array of records, also as .gz.")
+    src_path: str = flag(
+        "biencoder-nq-dev.json",
+        "DPR's relevance data: a JSON array of records, or .jsonl with a record a line, also as .gz.",
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> ParseArguments:
@@ -67,7 +72,7 @@ def main(args: ParseArguments) -> dict[str, int]:
         output("--evaluation_set", args.evaluation_set) as questions,
         output("--gold_data_path", args.gold_data_path) as pages,
     ):
-        for record, end in read_records(args.src_path, chunks):
+        for record, end in read_records(args.src_path, chunks, has_lines(args.src_path)):
             try:
                 question, titles = question_and_titles(record)
             except (KeyError, TypeError, ValueError) as error:
@@ -91,7 +96,7 @@ def main(args: ParseArguments) -> dict[str, int]:
 @contextmanager
 def output(flag: str, path: str) -> Iterator[IO]:
     """A file that appears when the block ends well; no other run may write it meanwhile."""
-    with writing(flag, path), one_at_a_time(lock_beside(path), flag, path), atomic_write(path) as file:
+    with writing(flag, path), one_at_a_time(lock_beside(path), flag, path), atomic_write(path, follow=True) as file:
         yield file
 
 
@@ -125,6 +130,11 @@ def on_one_line(text: str) -> str:
     return re.sub(r"[\t\r\n]+", " ", text).lstrip("\ufeff")
 
 
+def has_lines(path: str) -> bool:
+    """Whether the file's name says that it has a record a line."""
+    return path.removesuffix(".gz").endswith(".jsonl")
+
+
 def is_gzip(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(len(GZIP)) == GZIP
@@ -151,8 +161,10 @@ def read_chunks(path: str) -> Iterator[bytes]:
 # --- A JSON array, record by record -----------------------------------------------------------------------------------
 
 
-def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
+def read_records(name: str, chunks: Iterable[bytes], has_lines: bool = False) -> Iterator[tuple[Any, int]]:
     """The elements of a JSON array in a stream of UTF-8 bytes, each with the number of bytes up to its end.
+
+    With `has_lines` the records follow each other without an array around them.
 
     Holds one chunk and one record at a time, whatever the length of the array. ijson reads the stream. It does not say
     where an error is, so the json module, which does, reads the record that ijson refuses once more.
@@ -160,22 +172,22 @@ def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]
     Raises:
         UserError: what is wrong with the file, and at which byte.
     """
+    what = f"--src_path {name} " + ("has no JSON record a line" if has_lines else "is no JSON array of records")
     records = ijson.sendable_list()
-    parser = ijson.items_coro(records, "item")
+    parser = ijson.items_coro(records, "" if has_lines else "item", multiple_values=has_lines)
     rest, start = bytearray(), 0  # what follows the last record, and the byte where that starts
     depth = 0  # at most that many brackets are open behind `rest`; those in texts count
     try:
         for piece in _pieces(chunks):
             rest += piece
             if len(rest) > LONGEST_RECORD:
-                what = f"a record of more than {LONGEST_RECORD >> 20} MB"
-                raise UserError(f"--src_path {name} is no JSON array of records: {what}, behind byte {start}")
-            if start == 0 and not rest.lstrip(WHITE_SPACE).startswith(b"["):
-                raise _syntax_error(name, rest, start)
+                raise UserError(f"{what}: a record of more than {LONGEST_RECORD >> 20} MB, behind byte {start}")
+            if start == 0 and not has_lines and not rest.lstrip(WHITE_SPACE).startswith(b"["):
+                raise _syntax_error(what, rest, start)
             depth += _opened(piece)
             has_long_number = len(piece) >= LONGEST_NUMBER and LONG_NUMBER.search(piece)
             if (depth > DEEPEST or has_long_number) and (problem := _hostile(rest)):
-                raise UserError(f"--src_path {name} is no JSON array of records: {problem}, behind byte {start}")
+                raise UserError(f"{what}: {problem}, behind byte {start}")
             has_constants = b"NaN" in piece or b"Infinity" in piece
             parser.send(_without_constants(rest)[-len(piece) :] if has_constants else piece)
             if records and (b"\\ud" in rest or b"\\uD" in rest) and HALF_A_PAIR.search(rest):
@@ -188,7 +200,7 @@ def read_records(name: str, chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]
                 records.clear()
         parser.close()
     except (ijson.JSONError, UnicodeError) as error:
-        raise _syntax_error(name, rest, start, error) from error
+        raise _syntax_error(what, rest, start, has_lines, error) from error
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -227,10 +239,13 @@ def _opened(text: bytes) -> int:
     return text.count(b"[") + text.count(b"{") - text.count(b"]") - text.count(b"}")
 
 
-def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = None) -> UserError:
-    """What is wrong in `rest`, which follows a record of the array, from byte `start` on, or is the array's beginning.
+def _syntax_error(
+    what: str, rest: bytes, start: int, has_lines: bool = False, error: Exception | None = None
+) -> UserError:
+    """What is wrong in `rest`, which follows a record, from byte `start` on, or is the file's beginning.
 
     Args:
+        what: the beginning of the message.
         error: ijson's.
     """
     try:
@@ -238,11 +253,13 @@ def _syntax_error(name: str, rest: bytes, start: int, error: Exception | None = 
     except UnicodeDecodeError as not_utf8:
         problem, byte = "not UTF-8 text (of archives only .gz is read)", start + not_utf8.start
     else:
-        problem, at = _first_problem(text, ",]" if start else "[")
+        problem, at = _first_problem(f",{text}", ",") if has_lines else _first_problem(text, ",]" if start else "[")
+        at -= has_lines
         if isinstance(error, UnicodeError):  # \ud800 to \udfff without the escape behind or before it, for a pair
-            problem, at = "half of a surrogate pair in the record", _skip_white_space(text, 1)
+            problem, at = "half of a surrogate pair in the record", _skip_white_space(text, 0 if has_lines else 1)
         byte = start + len(text[:at].encode())
-    return UserError(f"--src_path {name} is no JSON array of records: {problem}, at byte {byte}")
+    remedy = "; a file with a record a line must be named .jsonl" if problem == NO_ARRAY else ""
+    return UserError(f"{what}: {problem}, at byte {byte}{remedy}")
 
 
 def _first_problem(text: str, expected: str) -> tuple[str, int]:

@@ -126,12 +126,12 @@ def read_answers(data_dir: str | os.PathLike, split: str) -> list[tuple[str, lis
 
 def _blank_line_problems(path: Path, lines: list[str]) -> list[str]:
     if not lines:
-        return [f"{path} is empty; one example a line is expected in it"]
+        return [f"--data_dir {path.parent}: {path.name} is empty; one example a line is expected in it"]
     blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
     if not blank:
         return []
     return [
-        f"{path}: blank lines, {len(blank)} in all, the first is line {blank[0]};"
+        f"--data_dir {path.parent}: {path.name}: blank lines, {len(blank)} in all, the first is line {blank[0]};"
         " fill them or remove them from .source and .target alike"
     ]
 

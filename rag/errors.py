@@ -6,7 +6,11 @@
 """
 
 import os
+import re
 from pathlib import Path
+
+# Control characters but tab and newline, those that change the direction of what follows, halves of surrogate pairs.
+_OBEYED_BY_TERMINALS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -28,6 +32,11 @@ class RankError(JobError):
 def one_line(error: BaseException, most: int | None = None) -> str:
     """What a library says of an error, on one line, or the first `most` characters of it."""
     return " ".join(str(error).split())[:most]
+
+
+def printable(text: str) -> str:
+    """A text of a stranger's as a terminal shows it without obeying it: an escape code is spelled out, `\\x1b`."""
+    return _OBEYED_BY_TERMINALS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def raise_problems(problems: list[str]) -> None:

@@ -16,6 +16,8 @@ from typing import IO, Any
 from rag.errors import UserError, one_line
 
 LONGEST_LINE = 1 << 26  # bytes of a question, an answer, a list of answers: a thousand times what anybody has
+LARGEST_JSON = 1 << 28  # bytes: ten times the largest tokenizer.json; one takes several times as much memory
+DATA_FILES = "_data_files"  # what the state.json of a saved dataset calls the list of its files
 CHUNK = 1 << 20  # bytes, at most as many as a line
 
 
@@ -28,7 +30,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     Raises:
         UserError: it is not UTF-8, or a line is longer than `LONGEST_LINE`.
     """
-    _require_lines(Path(path))
+    require_lines(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # text mode turns \r\n and \r into \n
     except UnicodeDecodeError as error:
@@ -37,9 +39,9 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def _require_lines(path: Path) -> None:
-    """A file of gigabytes without an end of a line would take many times as much memory."""
-    if path.stat().st_size <= LONGEST_LINE:
+def require_lines(path: str | os.PathLike) -> None:
+    """Raise `UserError` where a line is too long: gigabytes without an end would take many times as much memory."""
+    if os.stat(path).st_size <= LONGEST_LINE:
         return
     length = 0
     with open(path, "rb") as file:
@@ -53,32 +55,40 @@ def _require_lines(path: Path) -> None:
             length = len(others[-1]) if others else length
 
 
-def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:
+def write_lines(lines: Iterable[str], path: str | os.PathLike, follow: bool = False) -> None:
     """Write one line each; a line that holds a line end would come back as two, so it is refused."""
-    with atomic_write(path) as file:
+    with atomic_write(path, follow=follow) as file:
         for line in lines:
             assert "\n" not in line and "\r" not in line, f"a line end inside a line: {line!r}"
             file.write(line + "\n")
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike, mode: str = "w", *, follow: bool = False) -> Iterator[IO]:
     """Open a file beside `path` that takes its place when the block ends well and is removed when it does not.
 
-    Of a link it is the file behind it that is written.
+    Args:
+        follow: of a link write the file behind it, as is right for a path that the user gave. In a folder, which may be
+            a stranger's, a link may lead anywhere, and the file takes its place.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path)) if follow else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)  # a killed run's, or a link that leads elsewhere: "x" makes a new file, or none
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(beside, mode, **text) as file:
+        with open(beside, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def not_following(path: str, flags: int) -> int:
+    """An `opener` for `open`, for files in folders that may be a stranger's: of a link it raises `OSError`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextmanager
@@ -88,7 +98,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(beside, ignore_errors=True)  # a killed run's: in a container every run has the same process id
+    remove(beside)  # a killed run's: in a container every run has the same process id
     beside.mkdir()
     try:
         yield beside
@@ -108,6 +118,13 @@ def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2, **j
 
 
 def load_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON, or larger than any that is read here.
+    """
+    if (size := os.stat(path).st_size) > LARGEST_JSON:
+        raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -129,6 +146,17 @@ def read_state(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (it holds no JSON object); {remedy}")
     return content
+
+
+def require_own_files(folder: str | os.PathLike) -> None:
+    """Raise `ValueError` unless the data files of a saved dataset are files in its folder, as far as it names any."""
+    state = Path(folder, "state.json")
+    named = load_json(state).get(DATA_FILES, []) if state.is_file() else []
+    for name in [file["filename"] for file in named]:
+        if Path(name).name != name:
+            raise ValueError(f"state.json names {name[:80]!r}, outside of the folder")
+        if not Path(folder, name).is_file():
+            raise ValueError(f"{name[:80]!r} is no file")
 
 
 def new_digest(data: bytes = b""):

@@ -41,10 +41,12 @@ def one_at_a_time(lock_path: str | os.PathLike, flag: str, output: str | os.Path
         output: its value.
 
     Raises:
-        UserError: another process, which is named, holds it.
+        UserError: another process, which is named, holds it; or the lock is no file.
     """
     lock_path = Path(lock_path)
     lock_path.parent.mkdir(parents=True, exist_ok=True)
+    if lock_path.is_symlink() or (lock_path.exists() and not lock_path.is_file()):
+        raise UserError(f"{flag} {output}: its lock {lock_path} is a link, a pipe or a folder, not a file; remove it")
     lock = FileLock(lock_path)
     _acquire(lock, lock_path, f"{flag} {output}")
     try:
@@ -80,8 +82,9 @@ def _acquire(lock: FileLock, path: Path, what: str) -> None:
 def _holder(path: Path) -> dict[str, Any]:
     """Who holds the lock, as far as it has said."""
     try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
+        with open(path) as file:
+            holder = json.loads(file.read(1000))
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -34,6 +34,8 @@ def output_folder_problems(flag: str, path: str | os.PathLike) -> list[str]:
 def _problems(flag: str, path: str | os.PathLike, wanted: str, other: str) -> list[str]:
     if not str(path).strip() or "\0" in str(path):
         return [f"{flag} {str(path)!r} names nothing; give the path of a {wanted} to write"]
+    if wanted == "file" and str(path).endswith(os.sep):
+        return [f"{flag} {path} ends as a folder does; give the path of a file to write"]
     path = Path(path)
     try:
         reason = _obstacle(path, wanted, other)
@@ -50,6 +52,8 @@ def _obstacle(path: Path, wanted: str, other: str) -> str | None:
         kinds = {"file": stat.S_ISREG(mode), "folder": stat.S_ISDIR(mode)}
         if not kinds[wanted]:
             return f"is a {other}, not a {wanted}" if kinds[other] else f"is a device or a pipe, not a {wanted}"
+    if wanted == "file" and ".." in path.parts and not path.parent.exists():
+        return f"cannot be written: there is no {path.parent}"
     folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir() or folder.exists())
     if folder != path or wanted == "folder":
         if not folder.is_dir():

@@ -13,6 +13,7 @@ from rag.files import (
     free_bytes,
     load_json,
     read_lines,
+    read_state,
     remove,
     save_json,
     space_problems,
@@ -109,3 +110,31 @@ def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} has a line of more than 100 bytes"):
             read_lines(path)
+
+
+def test_a_link_is_followed_only_where_it_was_asked_for(tmp_path):
+    for name in ("own", "strangers"):
+        (tmp_path / name).write_text("old")
+        (tmp_path / f"{name}_link").symlink_to(tmp_path / name)
+    write_lines(["new"], tmp_path / "own_link", follow=True)
+    write_lines(["new"], tmp_path / "strangers_link")
+    assert (tmp_path / "own").read_text() == "new\n" and (tmp_path / "own_link").is_symlink()
+    assert (tmp_path / "strangers").read_text() == "old" and not (tmp_path / "strangers_link").is_symlink()
+
+
+def test_an_unfinished_file_of_the_same_name_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / f".x.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+    with atomic_write(tmp_path / "x") as file:
+        file.write("new")
+    assert (tmp_path / "x").read_text() == "new"
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
+def test_no_json_is_read_that_is_larger_than_any(tmp_path):
+    with open(tmp_path / "x.json", "w") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
+        load_json(tmp_path / "x.json")
+    with pytest.raises(UserError, match="damaged"):
+        read_state(tmp_path / "x.json", "remove it")

@@ -76,3 +76,13 @@ def test_half_written_files_of_killed_runs_go(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".p.txt.lock"])
     with one_at_a_time(tmp_path / ".lock", "--output_dir", "out"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".p.txt.lock", others[-1]]
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    os.mkfifo(tmp_path / ".p.lock")
+    for lock in (tmp_path / ".lock", lock_beside(tmp_path / "p")):
+        with pytest.raises(UserError, match=re.escape(f"--x p: its lock {lock}")), one_at_a_time(lock, "--x", "p"):
+            pass
+    assert (tmp_path / "victim").read_text() == "kept"

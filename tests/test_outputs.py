@@ -31,6 +31,15 @@ def test_what_cannot_be_written(tmp_path, problems):
             assert line.startswith("--out ") and reason in line, line
 
 
+def test_no_file_has_the_name_of_a_folder_or_lies_behind_one_that_is_missing(tmp_path):
+    for path in (f"{tmp_path}/new/", f"{tmp_path}/none/../new"):
+        (line,) = output_file_problems("--out", path)
+        assert line.startswith("--out ")
+    assert output_folder_problems("--out", f"{tmp_path}/new/") == []
+    (tmp_path / "there").mkdir()
+    assert output_file_problems("--out", f"{tmp_path}/there/../new") == []
+
+
 def test_what_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "file")

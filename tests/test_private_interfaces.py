@@ -386,6 +386,16 @@ def _(folder):
     require(dataset().select([1, 0])._indices is not None, "a selection has none")
 
 
+@row("pytorch-lightning", "checkpoint_connector.py, whose functions restore a run", "'checkpoint_connector.py'")
+def _(folder):
+    from pytorch_lightning.trainer.connectors import checkpoint_connector
+
+    names = [name for name in dir(checkpoint_connector._CheckpointConnector) if "restore" in name]
+    expected = {"restore_model", "restore_training_state", "restore_callbacks", "restore_optimizers_and_schedulers"}
+    require(expected <= {*names}, f"its functions are {names}")
+    require(hasattr(checkpoint_connector._CheckpointConnector, "resume_start"), "it has no resume_start")
+
+
 @row("torch", "Optimizer._step_supports_amp_scaling of a fused AdamW", "_step_supports_amp_scaling")
 def _(folder):
     import torch

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rag.errors import UserError
+from rag.errors import UserError, printable
 
 
 def _load_hf_argument_parser():
@@ -75,7 +75,7 @@ class RagArgumentParser(HfArgumentParser):
         if unknown:  # it may be an empty word
             close = difflib.get_close_matches(unknown[0].split("=")[0], options_of(self), n=1, cutoff=0.7)
             message += f"; did you mean {close[0]}?" if close else ""
-        sys.stderr.write(f"{self.prog}: error: {message} (--help lists every flag)\n")
+        sys.stderr.write(f"{self.prog}: error: {printable(message)} (--help lists every flag)\n")
         sys.exit(2)
 
     def parse(self, argv: list[str] | None = None) -> tuple:

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import io
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from rag.command_line.parser import program_name
-from rag.errors import JobError, ReportedError, UserError
+from rag.errors import JobError, ReportedError, UserError, printable
+
+LONGEST_LINE = 4000  # characters of a message: what it quotes may be a stranger's
 
 
 def _parse_once(parse_args):
@@ -54,6 +57,23 @@ def _path_problem(error: OSError) -> str | None:
     return None
 
 
+def _print_safely() -> None:
+    """Print any file's name and any text: what an encoding cannot hold, and in warnings what a terminal would obey, is
+    spelled out.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    make_record = logging.getLogRecordFactory()
+
+    def make_printable(*args, **kwargs) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError):  # a library's slip, of which logging itself tells
+            record.msg, record.args = printable(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(make_printable)
+
+
 def run_script(parse_args, main) -> NoReturn:
     """The entry point of every script: a mistake of the user's ends with its message and status 2, Ctrl-C with 130.
 
@@ -69,21 +89,26 @@ def run_script(parse_args, main) -> NoReturn:
     if not sys.stderr.isatty():  # bars are for terminals
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    _print_safely()
     script = program_name()
     try:
         main(_parse_once(parse_args))
     except ReportedError:
         _leave_it_to_the_reporter()
     except UserError as error:
-        print(*(f"{script}: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        print(
+            *(f"{script}: error: {printable(line[:LONGEST_LINE])}" for line in str(error).split("\n")),
+            sep="\n",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except JobError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a name that is too long, no permission, a disk that fails: wherever it is noticed
         if (problem := _path_problem(error)) is None:
             raise
-        print(f"{script}: error: {problem}", file=sys.stderr)
+        print(f"{script}: error: {printable(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

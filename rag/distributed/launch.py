@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import pytorch_lightning as pl
 import torch.distributed as dist
@@ -148,14 +148,14 @@ def ended_together(trainer: pl.Trainer) -> Iterator[None]:
             trainer.strategy.launcher.end(patience)
 
 
-def _is_collective(error: BaseException) -> bool:
+def _is_collective(error: BaseException) -> TypeGuard[RuntimeError]:
     """Whether an error is of a call that all ranks make, and so may well be another rank's."""
     if isinstance(error, RankError | dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo/" in str(error) or "NCCL" in str(error))
 
 
-def _explain(trainer: pl.Trainer, error: BaseException) -> None:
+def _explain(trainer: pl.Trainer, error: RuntimeError) -> None:
     """Have one rank of each machine say which rank was lost."""
     problem = str(error)
     if not isinstance(error, RankError):

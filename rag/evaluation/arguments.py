@@ -114,6 +114,8 @@ def _range_problems(args: EvalArguments) -> list[str]:
         ks = " ".join(map(str, args.k))
         problems.append(f"--k {ks}: give one or more numbers, each 1 or more, and {most_k:,} or fewer")
     problems += args.search_problems() + timeout_problems(args.rank_timeout)
+    if args.max_length == 1:
+        problems.append("--max_length 1 must be 2 or more: the token that generation begins with counts")
     if args.min_length < 0:
         problems.append(f"--min_length {args.min_length} must be 0 or more")
     if args.min_length > args.max_length:

@@ -24,7 +24,7 @@ from typing import Any
 import xxhash
 
 from rag.errors import UserError
-from rag.files import json_digest, new_digest, read_state, save_json, write_lines
+from rag.files import json_digest, new_digest, read_state, require_lines, save_json, write_lines
 from rag.outputs import writing
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ def _whole_lines(path: Path) -> tuple[list[str], bytes]:
     """The lines of a file, and the bytes behind its last newline: what a killed run left half-written."""
     if not path.is_file():
         return [], b""
+    try:
+        require_lines(path)
+    except UserError as error:
+        raise UserError(f"--predictions_path: {error}; {REMEDY}") from error
     whole, newline, rest = path.read_bytes().replace(b"\r\n", b"\n").rpartition(b"\n")
     return (_decoded(path, whole).split("\n") if newline else []), rest
 
@@ -241,7 +245,7 @@ class Predictions:
         pairs = zip(self.records, self.lines, strict=True)
         with writing("--predictions_path", self.path):
             # Lines without records, where a run is killed in between, are refused where the settings are known only.
-            write_lines(self.lines, self.path)
+            write_lines(self.lines, self.path, follow=True)
             save_json(content | {DIGEST: json_digest(content)}, self.settings_path)
             write_lines([sealed(record, line) for record, line in pairs], self.records_path)
 

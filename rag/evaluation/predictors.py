@@ -20,6 +20,7 @@ from rag.evaluation.arguments import AnswerPlan, EvalArguments
 from rag.evaluation.gold import strip_title
 from rag.generation.decoding import generate_answers
 from rag.generation.families import require_family
+from rag.generation.trial import FLAGS_DECIDE, require_runs
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
 from rag.models.checkpoints import load_model, load_tokenizer
@@ -59,6 +60,7 @@ def load_predictor(
         model = load_model(model_name_or_path, model_type).to(where)
         require_fit(model, tokenizer, source)
         complete_start(model, tokenizer, source)
+        require_runs(model, tokenizer, source, **generation_kwargs(plan, model))
         return partial(answer_closed_book, plan, model, tokenizer), {}
     require_family(config.generator, source)
     # The index first: it opens in milliseconds, and says what does not fit.
@@ -70,8 +72,11 @@ def load_predictor(
     complete_start(model, tokenizer, source)
     if retrieve_only:
         question_encoder = model.rag.question_encoder.to(where)
+        require_runs(model, tokenizer, source, answers=False)
         return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
-    return partial(answer_from_passages, plan, model.to(where), retriever), index
+    model = model.to(where)
+    require_runs(model, tokenizer, source, **generation_kwargs(plan, model.generator))
+    return partial(answer_from_passages, plan, model, retriever), index
 
 
 def rag_config(args: EvalArguments) -> RagConfig:
@@ -179,7 +184,7 @@ def generation_kwargs(plan: AnswerPlan, generator) -> dict[str, Any]:
     bos = generator.config.bos_token_id
     if bos is not None:  # BART likes to repeat its first token
         kwargs["bad_words_ids"] = [[bos, bos]]
-    return kwargs | {"early_stopping": False}
+    return kwargs | FLAGS_DECIDE | {"early_stopping": False}
 
 
 def decode(tokenizer, token_ids) -> list[str]:

@@ -329,6 +329,8 @@ def _generation_config(owner, settings: dict, device) -> GenerationConfig:
         raise ValueError(f"generate_answers does not know {', '.join(unknown)}")
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
         raise ValueError("generate_answers runs greedy or beam search only; set do_sample=False")
+    if config.guidance_scale not in (None, 1):
+        raise ValueError("generate_answers runs the generator on the contexts alone; leave guidance_scale out")
     owner._prepare_special_tokens(config, True, device=device)  # what `_get_logits_processor` reads
     if config.max_new_tokens is not None:  # not counting the decoder's first token
         config.max_length = 1 + config.max_new_tokens

@@ -21,6 +21,7 @@ import bisect
 import fcntl
 import itertools
 import logging
+import os
 import re
 import unicodedata
 from array import array
@@ -38,7 +39,7 @@ import pyarrow as pa
 import regex
 
 from rag.errors import UserError, one_line, raise_problems
-from rag.files import atomic_folder, load_json, save_json
+from rag.files import atomic_folder, load_json, not_following, save_json
 from rag.index.arguments import index_effort
 from rag.index.index_files import DESCRIPTION_FILE
 from rag.index.integrity import checksums_of, damaged, require_undamaged
@@ -202,7 +203,7 @@ def open_bm25(config) -> Bm25Index:
         UserError: there are no passages, or the index's folder holds something else or cannot be written.
     """
     path = config.passages_path
-    if path is None or not Path(path).is_dir():
+    if path is None or not os.path.isdir(path):
         raise UserError(
             f"--passages_path {path} is not a folder of passages, which --index_name bm25 needs; build it with "
             "use_own_knowledge_dataset.py, or save a dataset of title and text by save_to_disk"
@@ -235,7 +236,7 @@ def open_bm25(config) -> Bm25Index:
 def _folder(config) -> Path:
     passages = Path(config.passages_path)
     beside = passages.with_name(f"{passages.name}_bm25")
-    if config.index_path is None or Path(config.index_path).is_file():  # of a FAISS index, which a checkpoint remembers
+    if config.index_path is None or os.path.isfile(config.index_path):  # of a FAISS index, which a checkpoint remembers
         return beside
     return Path(config.index_path)
 
@@ -273,7 +274,7 @@ def _holds(folder: Path, wanted: dict) -> bool:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+    with open(folder.with_name(f".{folder.name}.lock"), "w", opener=not_following) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, by a kill if need be
         yield
 

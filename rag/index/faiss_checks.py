@@ -3,12 +3,13 @@
     ranking_of(index)                       # "inner product", "distance", "cosine", ...
     rank_by_inner_product(index)            # a Flat index of distances gives the same vectors' inner products
     ids_problem(index, count)               # ids of its own, which are no row numbers
+    foreign_row(index, embeddings.gather)   # the row of a vector that is not the passage's
     links_problem(levels, ...)              # links of an HNSW graph that lead out of it
 
 FAISS trusts all of these. Checks are vectorized and take blocks of a bounded size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import faiss
 import numpy as np
@@ -16,6 +17,11 @@ import numpy as np
 from rag.index.faiss_kinds import parts_of, transforms_of, view_of
 
 NUMBERS_AT_A_TIME = 2**18
+# What keeps vectors as they are, or rounds each of their numbers, and gives one back without a search.
+EXACT, ROUNDED = (faiss.IndexFlat, faiss.IndexHNSWFlat), (faiss.IndexScalarQuantizer, faiss.IndexHNSWSQ)
+SOME_VECTORS = 16
+# The largest difference of two vectors of length one: half precision makes 5e-4, four bits a number 0.15.
+EXACT_DIFFERENCE, ROUNDED_DIFFERENCE = 0.02, 0.3
 METRIC_NAMES = {faiss.METRIC_INNER_PRODUCT: "inner product", faiss.METRIC_L2: "distance"}
 
 
@@ -57,6 +63,34 @@ def rank_by_inner_product(index):
     return by_product
 
 
+# --- Its vectors ------------------------------------------------------------------------------------------------------
+
+
+def foreign_row(index, vectors_of: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """The first of a few rows whose vector in the index is another than the passage's; None where that is not known.
+
+    An index over as many other passages, or over these by another encoder, would find any passage.
+
+    Args:
+        vectors_of: rows (n,) to the passages' vectors (n, d).
+    """
+    index, ids = faiss.downcast_index(index), None
+    if isinstance(index, faiss.IndexIDMap):
+        index, ids = faiss.downcast_index(index.index), faiss.vector_to_array(index.id_map)
+    if not isinstance(index, EXACT + ROUNDED) or not index.ntotal:
+        return None
+    places = np.unique(np.linspace(0, index.ntotal - 1, SOME_VECTORS).astype(np.int64))
+    rows = places if ids is None else ids[places]
+    ours, theirs = index.reconstruct_batch(places), vectors_of(rows)
+    most = EXACT_DIFFERENCE if isinstance(index, EXACT) else ROUNDED_DIFFERENCE
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN of a passage is told elsewhere
+        # Their lengths may be others: an index for cosines holds vectors of length one.
+        ours, theirs = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (ours, theirs))
+        same = np.linalg.norm(ours - theirs, axis=1) <= most
+    foreign = ~same & np.isfinite(theirs).all(axis=1)
+    return int(rows[foreign][0]) if foreign.any() else None
+
+
 # --- Ids --------------------------------------------------------------------------------------------------------------
 
 
@@ -68,13 +102,26 @@ def ids_problem(index, count: int) -> str | None:
             return problem
     if isinstance(index, faiss.IndexIDMap):
         return _rows_problem([faiss.vector_to_array(index.id_map)], count)
+    if isinstance(index, faiss.IndexFastScan):
+        return _blocks_problem(index)
     if isinstance(index, faiss.IndexIVF):
         lists = index.invlists
+        if lists.nlist != index.nlist:
+            return f"it has {lists.nlist} lists in the place of {index.nlist}"
         sizes = [lists.list_size(number) for number in range(lists.nlist)]
         return _rows_problem(
             (faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes) if size), count
         )
     return None
+
+
+def _blocks_problem(index) -> str | None:
+    """Whether the codes of an index of 4-bit codes, which FAISS reads in blocks, are as many as the blocks hold."""
+    block, rows, parts = index.bbs, index.ntotal2, index.M2
+    fits = block > 0 and block % 32 == 0 and rows % block == 0 and index.ntotal <= rows < index.ntotal + block
+    if fits and index.M <= parts <= index.M + 1 and index.codes.size() == rows * parts // 2:
+        return None
+    return "its codes do not fill the blocks that it says it has"
 
 
 def _rows_problem(blocks, count: int) -> str | None:

@@ -10,7 +10,7 @@ Files appear whole or not at all.
 import os
 import re
 import types
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -44,6 +44,7 @@ def shard_files(folder: str | os.PathLike) -> list[tuple[Path, int, int]]:
 def write_faiss_index(index, path: str | os.PathLike) -> None:
     """Write the index whole or not at all."""
     temporary = f"{path}.{os.getpid()}.part"
+    Path(temporary).unlink(missing_ok=True)  # FAISS would follow a link
     try:
         faiss.write_index(index, temporary)
         os.replace(temporary, path)
@@ -197,8 +198,8 @@ def _of_json(kind: type, values: Any) -> Any:
             raise ValueError(f"{path[:80]!r} leads out of the folder")
     if "/" in known.get("index", ""):
         raise ValueError(f"index {known['index'][:80]!r} is not beside it")
-    missing = [name for name in ("csv_path", "csv_digest", "passages") if kind is DocumentsPart and name not in known]
-    if missing:
+    missing = [one.name for one in fields(kind) if one.default is one.default_factory and one.name not in known]
+    if missing:  # both are MISSING: a field without a default
         raise ValueError(f"a part lacks {missing[0]}")
     return kind(**known)
 

@@ -17,6 +17,7 @@ for each, named by the rows it holds. Rows are counted from 0 in every file.
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
 from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, finite_blocks
 from rag.index.device_search import DeviceSearch, DeviceUnavailableError
+from rag.index.faiss_checks import foreign_row
 from rag.index.faiss_kinds import describe_search
 from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows, set_effort
 from rag.index.index_files import shard_files, write_faiss_index
@@ -132,10 +134,13 @@ class KnowledgeIndex:
         """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
-        if passages_path is None or not Path(passages_path).is_dir():
+        if passages_path is None or not os.path.isdir(passages_path):
             problems.append(f"--passages_path {passages_path} is not a folder of passages; {remedy}")
-        is_file = index_path is not None and Path(index_path).is_file()
-        if not is_file and not (index_path is not None and shard_files(index_path)):
+        is_file = index_path is not None and os.path.isfile(index_path)
+        is_folder = index_path is not None and os.path.isdir(index_path)
+        if not is_file and not (is_folder and shard_files(index_path)):
+            inside = sorted(Path(index_path).glob("*.faiss")) if is_folder else []
+            remedy = f"give {inside[0]}, which is in it" if inside else remedy
             problems.append(f"--index_path {index_path} is not a FAISS index file, nor a folder of shards; {remedy}")
         raise_problems(problems)
         require_undamaged(passages_path, index_path)
@@ -145,8 +150,16 @@ class KnowledgeIndex:
     @classmethod
     def from_dataset(cls, indexed_dataset, vector_size: int) -> "KnowledgeIndex":
         """Take a dataset on which `add_faiss_index("embeddings")` or `load_faiss_index` was called."""
-        if "embeddings" not in indexed_dataset.list_indexes():
-            raise UserError("indexed_dataset has no index; call indexed_dataset.add_faiss_index('embeddings') first")
+        if isinstance(indexed_dataset, dict):
+            splits = ", ".join(map(str, indexed_dataset))
+            raise UserError(f"indexed_dataset holds several splits ({splits}); give one, as indexed_dataset['train']")
+        names = indexed_dataset.list_indexes()
+        if "embeddings" not in names:
+            found = f", but of the name(s) {', '.join(names)}" if names else ""
+            raise UserError(
+                f"indexed_dataset has no index of the name embeddings{found}; call "
+                "indexed_dataset.add_faiss_index('embeddings') first"
+            )
         faiss_index = indexed_dataset.get_index("embeddings").faiss_index
         return cls(
             indexed_dataset,
@@ -222,16 +235,25 @@ class KnowledgeIndex:
             part = map_file(path, self.index_flag)
             if len(files) > 1 and part.ntotal != end - start:  # of one alone `_accept` tells all that is wrong
                 raise UserError(other_count(f"{self.index_flag} {path}", part.ntotal, end - start))
-            parts.append(self._fitting(part, end - start, path))
+            parts.append(self._fitting(part, end - start, path, start))
         return joined(parts)
 
-    def _fitting(self, faiss_index, count: int, path: str | None = None):
-        """The index of a file, or one in memory, as it is searched."""
+    def _fitting(self, faiss_index, count: int, path: str | None = None, start: int = 0):
+        """The index of a file, or one in memory, over `count` passages from row `start` on, as it is searched."""
         origin = self.index_origin if path is None else f"{self.index_flag} {path}"
+        given = faiss_index
         faiss_index, by_distance = fitting_index(
             faiss_index, count, origin, path, lambda: self.extra_dimensions > 0 or self._equally_long(path)
         )
         self.by_distance |= by_distance
+        embeddings = self.embeddings
+        if isinstance(embeddings, EmbeddingColumn) and (given.ntotal, given.d) == (count, self.vector_size):
+            row = foreign_row(given, lambda rows: embeddings.gather(rows + start))
+            if row is not None:
+                raise UserError(
+                    f"{origin}: its vector {row} is not the embedding of row {row + start} of {self.origin}; take the "
+                    "two that were built together"
+                )
         return faiss_index
 
     def _equally_long(self, path: str | None) -> bool:

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 
 from rag.errors import UserError, one_line
+from rag.files import require_own_files
 from rag.index.columns import EmbeddingColumn, TextColumn, is_text, is_vectors, require_finite
 
 FEW_ROWS, SOME_ROWS = 4096, 64  # read at an opening: all of so many, or so many of more
@@ -26,11 +27,16 @@ def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if path is None or not Path(path).is_dir():
+    if path is None or not os.path.isdir(path):  # False, too, of a name that can be none
         raise UserError(f"{flag} {path} is not a folder of passages; build it with use_own_knowledge_dataset.py")
     try:
+        require_own_files(path)
         passages = datasets.load_from_disk(os.path.abspath(path))  # of "~" and "file:" datasets makes something else
     except Exception as error:  # JSON, Arrow and the disk fail in ways of their own
+        if inside := sorted(Path(path).glob("*/state.json")):
+            raise UserError(
+                f"{flag} {path} is not a folder of passages, but {inside[0].parent} is; give that"
+            ) from error
         reason = one_line(error, 200) or type(error).__name__
         raise UserError(
             f"{flag} {path} is not a folder of passages, or is damaged ({reason}); build it with "

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rag.errors import UserError, one_line
-from rag.files import read_state
+from rag.files import read_state, require_own_files
 from rag.knowledge.arguments import OUTPUT_NAMES, PASSAGES_FOLDER
 from rag.knowledge.records import (
     MILLION,
@@ -228,6 +228,7 @@ def _read_dataset(path: Path, options: ReadingOptions) -> Items:
     import datasets
 
     try:
+        require_own_files(path)
         dataset = datasets.load_from_disk(os.path.abspath(path))
         columns = find_columns(dataset.column_names)
         if columns is None:
@@ -238,7 +239,7 @@ def _read_dataset(path: Path, options: ReadingOptions) -> Items:
         for batch in rows:
             yield from _read_batch(path, batch, columns, row, options)
             row += len(batch)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
         yield Problem(str(path), f"is not a whole dataset ({one_line(error, 120)}); save it again")
 
 

@@ -56,7 +56,14 @@ class PassageEmbedder:
         self.max_length = min(tokenizer.model_max_length, most_tokens(backbone) or ANY_LENGTH, own)
         if self.max_length == ANY_LENGTH:  # nothing names a limit
             self.max_length = TOKENS_OF_NO_LIMIT
+        if self.max_length < 1:
+            raise UserError(f"{ENCODER_FLAG}: its tokenizer says model_max_length {self.max_length}; mend it there")
         self.prompt = getattr(encoder.config, "passage_prompt", "")
+        if self.prompt and len(tokenizer(self.prompt)["input_ids"]) >= self.max_length:
+            raise UserError(
+                f"{ENCODER_FLAG}: the passage prompt {self.prompt[:80]!r} leaves no room for a passage in the "
+                f"encoder's {self.max_length} tokens; give another encoder"
+            )
         self.lower_case = getattr(encoder.config, "lower_case", False)
         self.cut = 0
         # Each batch is padded on its own, after all were tokenized to be sorted: the slower way, which it warns of.
@@ -110,7 +117,9 @@ class PassageEmbedder:
             return self.tokenizer(
                 titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False
             )
-        except Exception as error:  # the tokenizers package has no class of its own for it
+        except BaseException as error:  # the tokenizers package has no class of its own for it
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             reason = one_line(error, 120)
             raise UserError(f"{ENCODER_FLAG}: its tokenizer cannot read the passages ({reason}); {FITTING}") from error
 

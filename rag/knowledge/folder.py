@@ -400,7 +400,12 @@ def _same_index(one: IndexDescription, other: IndexDescription) -> bool:
 
 def _rows_of(index_path: Path) -> int:
     if index_path.is_dir():
-        return shard_files(index_path)[-1][2]
+        if not (files := shard_files(index_path)):
+            raise UserError(
+                f"{OUTPUT_FLAG} {index_path.parent}: its index.json names the index {index_path.name}, which holds no "
+                "FAISS files; build the knowledge again"
+            )
+        return files[-1][2]
     return map_index(index_path).ntotal
 
 

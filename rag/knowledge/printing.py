@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from rag.errors import printable
+
 
 def print_passages(question: str, ids: np.ndarray, scores: np.ndarray, docs: Mapping) -> list[dict]:
     """Print a question and its passages, and return these; -1 among the ids ends them."""
@@ -17,5 +19,5 @@ def print_passages(question: str, ids: np.ndarray, scores: np.ndarray, docs: Map
         if number >= 0
     ]
     for passage in passages:
-        print(f"  {passage['score']:8.3f}  {passage['title']}: {passage['text']}")
+        print(printable(f"  {passage['score']:8.3f}  {passage['title']}: {passage['text']}"))
     return passages

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Of several the first one counts. "contents" is FlashRAG's and Pyserini's, "body" and "passage" are MS MARCO's.
-TEXT_NAMES = ("text", "contents", "passage", "body", "content", "context", "paragraph")
+# Of several the first one counts. "contents" is FlashRAG's and Pyserini's, "body" and "passage" are MS MARCO's,
+# "page_content" is LangChain's.
+TEXT_NAMES = ("text", "contents", "passage", "body", "content", "context", "paragraph", "document", "page_content")
 TITLE_NAMES = ("title", "wikipedia_title")  # the second is KILT's
 ID_NAMES = ("", "id", "_id", "docid", "doc_id", "pid", "passage_id", "url")  # "": pandas names its numbers so
 MILLION = 10**6

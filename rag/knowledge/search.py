@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rag.errors import UserError, raise_problems
+from rag.errors import UserError, printable, raise_problems
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import PASSAGES_FOLDER
@@ -101,6 +101,7 @@ def answer_question(question: str, rag_model_name: str, index_flags: dict[str, s
     """Print the passages that a RAG model retrieves for a question, their scores, and its answer; return the answer."""
     from rag.generation.decoding import generate_answers
     from rag.generation.families import require_family
+    from rag.generation.trial import require_runs
     from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 
     model = load_model(rag_model_name, config_overrides=index_flags, flag=RAG_FLAG)
@@ -108,6 +109,7 @@ def answer_question(question: str, rag_model_name: str, index_flags: dict[str, s
     require_family(model.config.generator, f"{RAG_FLAG} {rag_model_name}")
     require_fit(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
     complete_start(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
+    require_runs(model, tokenizer, f"{RAG_FLAG} {rag_model_name}")
     retriever = RagKnowledgeRetriever(model.config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
     n_docs = min(model.config.n_docs, len(retriever.index))
@@ -119,5 +121,5 @@ def answer_question(question: str, rag_model_name: str, index_flags: dict[str, s
         ids = generate_answers(model, contexts.input_ids, contexts.attention_mask, contexts.doc_scores, n_docs=n_docs)
     answer = tokenizer.generator.decode(ids[0], skip_special_tokens=True).strip()
     print_passages(question, contexts.doc_ids[0], contexts.doc_scores[0].numpy(), contexts.docs[0])
-    print(f"Answer: {answer}")
+    print(printable(f"Answer: {answer}"))
     return answer

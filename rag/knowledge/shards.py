@@ -23,7 +23,7 @@ from datasets import DatasetInfo, Features, List, Value
 
 from rag.checksums import file_checksum
 from rag.errors import UserError
-from rag.files import atomic_write, read_state, save_json
+from rag.files import DATA_FILES, atomic_write, not_following, read_state, save_json
 from rag.knowledge.arguments import ENCODER_FLAG
 from rag.progress import progress
 
@@ -119,7 +119,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 def shard_checksums(folder: Path) -> dict[str, str]:
     """The checksums of these files, by name; "" of one that was written by an earlier version."""
-    files = _read_state(folder)["_data_files"]
+    files = _read_state(folder)[DATA_FILES]
     return {file["filename"]: file.get("checksum", "") for file in files}
 
 
@@ -160,7 +160,7 @@ def reopen(folder: Path, digest: str) -> int:
 
 def _read_state(folder: Path) -> dict:
     state = read_state(folder / STATE_FILE, f"remove {folder} and build the knowledge again")
-    files = state.get("_data_files")
+    files = state.get(DATA_FILES)
     if not (
         isinstance(files, list)
         and all(isinstance(file, dict) and Path(str(file.get("filename"))).name == file["filename"] for file in files)
@@ -212,7 +212,7 @@ def _write_missing(passages: Iterator[tuple[str, str]], embedder, folder: Path, 
 
     def write(path: Path, shard: Passages, vectors: np.ndarray | None) -> None:
         _write_shard(path, shard, vectors, plan.dtype)
-        with open(folder / JOURNAL, "a", encoding="utf-8") as journal:
+        with open(folder / JOURNAL, "a", encoding="utf-8", opener=not_following) as journal:
             journal.write(_journal_line(path.name, file_checksum(path)))
             journal.flush()
             os.fsync(journal.fileno())
@@ -253,7 +253,7 @@ def _features(dimension: int, dtype: str) -> Features:
 def _state(checksums: dict[str, str], digest: str) -> dict:
     """The `state.json` by which `datasets.load_from_disk` knows its files, and we their checksums."""
     return {
-        "_data_files": [{"filename": name, "checksum": checksum} for name, checksum in checksums.items()],
+        DATA_FILES: [{"filename": name, "checksum": checksum} for name, checksum in checksums.items()],
         "_fingerprint": digest,
         "_format_columns": None,
         "_format_kwargs": {},

@@ -11,9 +11,11 @@ refused and made to work.
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -58,6 +60,8 @@ MODEL_CLASSES = {
     "t5": T5ForConditionalGeneration,
     "auto": AutoModelForSeq2SeqLM,  # any other generator that transformers knows
 }
+MOST_GROWTH = 1000  # times; real ones put a character or a few in the place of another
+MOST_ADDED = 100_000  # tokens beside a tokenizer's words: each takes as long as thousands of those
 RAG_TYPES = ("rag_sequence", "rag_token")
 
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
@@ -252,9 +256,15 @@ def _keep_to_search(settings: GenerationConfig, path: str, flag: str) -> None:
 def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None) -> None:
     """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all."""
     generator = model.generator if isinstance(model.config, RagConfig) else model
+    settings = generator.generation_config
     with atomic_folder(directory) as folder:
-        model.save_pretrained(folder)
-        generator.generation_config.save_pretrained(folder)
+        # transformers reads settings without effect, as a penalty on length without beams, and refuses to write them.
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = settings
+        settings.to_json_file(folder / "generation_config.json")
         save_code(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -288,7 +298,14 @@ def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
     run = code_is_allowed()
     folder = f"{part['subfolder']}/" if part else ""
     settings = read_json(path, f"{folder}tokenizer_config.json", cache_dir, flag) or {}
+    state = read_json(path, f"{folder}tokenizer.json", cache_dir, flag) or {}
     with checkpoint_errors(flag, path), code_beside(path, **access):
+        if max(_growth(state.get("normalizer")), _growth(state.get("decoder"))) > MOST_GROWTH:
+            raise ValueError(f"its tokenizer makes texts more than {MOST_GROWTH:,} times as long")
+        names = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+        added = [state.get("added_tokens"), *map(settings.get, names)]
+        if (most := max(len(tokens or ()) for tokens in added)) > MOST_ADDED:
+            raise ValueError(f"its tokenizer adds {most:,} tokens to its words, which would take minutes")
         if not run and _is_custom_tokenizer(settings, of_rag=bool(part)):
             raise ValueError("its tokenizer is code, and trust_remote_code was not given")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=run, **access, **part)
@@ -298,9 +315,18 @@ def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise OSError("it holds no tokenizer")
         tokenizer("a ?")  # some faults of its files show only here
+        tokenizer("a word of many " * 20 + "?")  # and patterns without end only in a longer text
         if tokenizer.pad_token_id is None:
             raise ValueError("its tokenizer has no padding token")
     return tokenizer
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a step of a tokenizer.json, and those inside it, can make a text; none checks it."""
+    if not isinstance(step, dict):
+        return 1
+    inside = step.get("normalizers") or step.get("decoders") or []
+    return max(len(step.get("content") or step.get("prepend") or ""), 1) * math.prod(map(_growth, inside))
 
 
 def _is_custom_tokenizer(settings: dict, of_rag: bool) -> bool:

@@ -47,8 +47,8 @@ def require_fit(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
 
 def vocabulary_problems(model: PreTrainedModel, tokenizer: Any, source: str, part: str = "model") -> list[str]:
     """A tokenizer of another model would look up rows that the embeddings do not have, in mid-training."""
-    ids = max(tokenizer.get_vocab().values(), default=-1) + 1
-    ids, rows = max(len(tokenizer), ids), _embedding_rows(model)
+    known = [*tokenizer.get_vocab().values(), *tokenizer("a ?")["input_ids"]]  # a template may add ids of its own
+    ids, rows = max(len(tokenizer), 1 + max(known, default=-1)), _embedding_rows(model)
     if rows is None or ids <= rows:
         return []
     return [f"{source}: the tokenizer has {ids} tokens, the {part} only {rows}; give the tokenizer that belongs to it"]

@@ -4,6 +4,8 @@ most_tokens(config.question_encoder)                     # 512 of BERT, 512 of R
 raise_problems(length_problems(config, {"max_source_length": 128, "max_target_length": 25}))
 """
 
+import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,10 +85,32 @@ def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:
     for name in least_one:
         if getattr(config, name) < 1:
             _refuse(path, flag, name, getattr(config, name), "it must be 1 or more")
+    for name in ("doc_sep", "title_sep") if isinstance(config, RagConfig) else ():
+        text = getattr(config, name)
+        if not isinstance(text, str) or text != text.encode(errors="ignore").decode():
+            _refuse(path, flag, name, repr(text)[:80], "it must be a text")
+    for name in ("passages_path", "index_path") if isinstance(config, RagConfig) else ():
+        if (value := getattr(config, name)) is not None and not _may_be_a_path(value):
+            _refuse(path, flag, name, repr(value)[:80], "no file has such a name")
     for part in parts_of(config):
+        if not isinstance(part.architectures, list | None):
+            _refuse(path, flag, "architectures", part.architectures, "it must be a list of names")
+        if not isinstance(part.name_or_path, str | None):
+            _refuse(path, flag, "_name_or_path", part.name_or_path, "it must be a name")
         for name, value in vars(part).items():
             if name.endswith("layers") and isinstance(value, int) and not 0 <= value <= 1000:
                 _refuse(path, flag, name, value, "no model has so many")
+
+
+def _may_be_a_path(value: Any) -> bool:
+    """Whether a disk can be asked for it, whatever it answers."""
+    try:
+        os.lstat(value)
+    except (ValueError, TypeError):  # a NUL; no text
+        return False
+    except OSError as error:
+        return error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(value, str)
 
 
 def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from rag.errors import UserError, one_line, raise_problems
-from rag.files import load_json
+from rag.files import LARGEST_JSON, load_json
 from rag.hub import hub_is_reachable
 from rag.models.custom_code import code_beside, restore_buffers
 from rag.models.limits import parts_of, require_sound
@@ -27,6 +27,9 @@ from rag.models.trust import code_is_allowed
 logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--model_name_or_path"
+SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # of the files that are read of a checkpoint
+READ_WHOLE = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece",
+              "sentence", "chat_template", "modules")  # fmt: skip
 NOT_RUN = {"trust_remote_code": False}  # left out, transformers asks on standard input
 
 
@@ -82,7 +85,9 @@ def load_weights(model_class, path: str, flag: str, *, without_heads: bool = Fal
         without_heads: leave out what the checkpoint has beside the model, as a language model's output layer beside an
             encoder, and say so. What would belong inside the model is still refused: it has fewer layers than that.
     """
-    access = {"cache_dir": kwargs.pop("cache_dir", None), **hub_access(path)}
+    cache_dir = kwargs.pop("cache_dir", None)
+    access = {"cache_dir": cache_dir, **hub_access(path)}
+    _require_own_shards(path, cache_dir, flag)
     with checkpoint_errors(flag, path), _quiet_transformers(), code_beside(path, **access):
         model, info = model_class.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **access, **NOT_RUN, **kwargs
@@ -111,6 +116,17 @@ def load_weights(model_class, path: str, flag: str, *, without_heads: bool = Fal
         + not_finite_problems(model, path, flag)
     )
     return model
+
+
+def _require_own_shards(path: str, cache_dir: str | None, flag: str) -> None:
+    """Raise `UserError` where a checkpoint's list of files names one outside of its folder."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        files = (read_json(path, name, cache_dir, flag) or {}).get("weight_map")
+        for file in files.values() if isinstance(files, dict) else []:
+            if Path(str(file)).name != file:
+                raise UserError(
+                    f"{flag} {path}: {name} names {str(file)[:80]!r}, outside of the folder; give a whole checkpoint"
+                )
 
 
 def _is_beside(model: PreTrainedModel, key: str) -> bool:
@@ -152,6 +168,8 @@ def checkpoint_errors(flag: str, path: str) -> Iterator[None]:
     To be put around calls of transformers, tokenizers, safetensors and torch alone. They check little of what a file
     says, so that a broken one ends wherever it is first used: any error there is the checkpoint's.
     """
+    if problem := _endless_file(Path(path)):
+        raise UserError(f"{flag} {path}: {problem}; give a whole checkpoint")
     try:
         yield
     except UserError:
@@ -165,6 +183,16 @@ def checkpoint_errors(flag: str, path: str) -> Iterator[None]:
         raise UserError(
             f"{flag} {path} {_reason(path, error)}; give the folder of a checkpoint or the name of one"
         ) from error
+
+
+def _endless_file(folder: Path) -> str | None:
+    """What keeps a local checkpoint's files from being read to their end, as a pipe without a writer, if anything."""
+    for file in (file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.suffix in SUFFIXES):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            return f"{file} is a pipe or a device, not a file"
+        if file.name.startswith(READ_WHOLE) and file.is_file() and (size := file.stat().st_size) > LARGEST_JSON:
+            return f"{file} has {size:,} bytes, more than any of its kind"
+    return None
 
 
 def _why_not_run() -> str:

@@ -7,9 +7,11 @@
 BM25, the contexts and the generator see the bare question. Nothing heavy is imported.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rag.errors import UserError
+from rag.errors import UserError, one_line
 
 # Attributes that `with_prompt` gives a tokenizer: the text before a question, the most tokens, whether case is dropped.
 PROMPT, LIMIT, LOWER_CASE = "question_prompt", "question_limit", "question_lower_case"
@@ -27,7 +29,7 @@ def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
     prompt, limit = getattr(encoder_config, "query_prompt", ""), min((limit for limit in limits if limit), default=None)
     if prompt and limit is not None and len(tokenizer(prompt)["input_ids"]) >= limit:
         raise UserError(
-            f"the query prompt {prompt!r:.60} leaves no room for a question in the encoder's {limit} tokens; give a "
+            f"the query prompt {prompt[:80]!r} leaves no room for a question in the encoder's {limit} tokens; give a "
             "shorter --question_encoder_prompt to consolidate_rag_checkpoint.py"
         )
     setattr(tokenizer, PROMPT, prompt)
@@ -50,7 +52,24 @@ def encode_questions(tokenizer: Any, questions: list[str], max_length: int | Non
         max_length += len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if limit is not None:
         max_length = limit if max_length is None else min(max_length, limit)
-    return tokenizer([prompt + question for question in questions], max_length=max_length, truncation=True, **kwargs)
+    texts = [prompt + question for question in questions]
+    with reading(tokenizer):
+        return tokenizer(texts, max_length=max_length, truncation=True, **kwargs)
+
+
+@contextmanager
+def reading(tokenizer: Any) -> Iterator[None]:
+    """Turn what a tokenizer raises at a text into one line; no one checks its files, which may be a stranger's."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the library, which is written in Rust, is no Exception: a pattern that has no end.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} cannot read a text ({one_line(error, 120)}); give a checkpoint "
+            "with the tokenizer that belongs to it"
+        ) from error
 
 
 def bare_questions(tokenizer: Any, input_ids: Any) -> list[str]:

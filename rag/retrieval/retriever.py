@@ -24,7 +24,7 @@ from rag.index.sources import open_index
 from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens
-from rag.models.questions import bare_questions, with_prompt
+from rag.models.questions import bare_questions, reading, with_prompt
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -123,9 +123,16 @@ class RagKnowledgeRetriever(RagRetriever):
             found: id -1, a zero vector, empty strings.
 
         Raises:
-            UserError: the embedding of a passage that was found holds NaN or infinity.
+            UserError: the vectors are not as long as the index's, or the embedding of a passage that was found holds
+                NaN or infinity.
         """
         queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
+        has_vectors = isinstance(self.index, KnowledgeIndex) and not self.index.reads_text
+        if has_vectors and queries.shape[1:] != (self.index.vector_size,):
+            raise UserError(
+                f"the question vectors have shape {queries.shape}, but {self.index.index_origin} searches for those of "
+                f"shape (questions, {self.index.vector_size}); take the question encoder that it was built for"
+            )
         doc_ids, doc_embeds = self._search(queries, n_docs)
         require_finite(doc_embeds, doc_ids, getattr(self.index, "origin", "the index"))
         return doc_embeds, doc_ids, self.index.get_doc_dicts(doc_ids)
@@ -186,7 +193,8 @@ class RagKnowledgeRetriever(RagRetriever):
             padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
             max_length=None, stride=0, pad_to_multiple_of=None, padding_side=None,
         )  # fmt: skip
-        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        with reading(tokenizer):
+            return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
 
     def _cut(self, context: str, question: str, max_length: int) -> list[int]:
         """The tokens of a context that is too long, with fewer of its title and passage.

@@ -146,7 +146,7 @@ def _gpu_contradictions(run: "RunArguments", trainer: TrainerArguments) -> list[
     problems = []
     if trainer.devices != "auto":
         problems.append(f"--gpus {run.gpus} and --devices {trainer.devices} both count devices; give one")
-    if trainer.accelerator not in ("auto", "gpu", "cuda"):
+    if trainer.accelerator not in (("auto", "cpu") if run.gpus.strip() == "0" else ("auto", "gpu", "cuda")):
         problems.append(f"--gpus {run.gpus} contradicts --accelerator {trainer.accelerator}; leave one out")
     if run.gpus.strip() != "-1" and not all(part.strip().isdigit() for part in run.gpus.split(",")):
         problems.append(

@@ -8,15 +8,19 @@ Nothing is unpickled.
 
 import os
 import pickle
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, RagConfig
 
-from rag.errors import UserError, raise_problems
+from rag.errors import UserError, one_line, raise_problems
 from rag.files import load_json
 from rag.generation.families import require_family
+from rag.generation.trial import require_runs
 from rag.models.checkpoints import load_model, load_tokenizer
 from rag.models.fit import complete_start, require_fit
 from rag.models.limits import beams_problems, length_problems
@@ -56,6 +60,7 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
+    require_runs(model, tokenizer, source, train=True, num_beams=args.data.num_beams)
     if isinstance(model.config, RagConfig):  # --tokenizer_name may be of an encoder with another prompt
         with_prompt(tokenizer.question_encoder, model.config.question_encoder)
     return model, tokenizer
@@ -123,6 +128,32 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
     if not isinstance(checkpoint, dict) or not {"hyper_parameters", "state_dict"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of finetune_rag.py; {remedy}")
     return checkpoint
+
+
+@contextmanager
+def going_back_to(path: str | os.PathLike | None) -> Iterator[None]:
+    """Turn what Lightning and torch raise where a checkpoint does not fit the run into one line.
+
+    They check little of it, and fail wherever they use it first.
+
+    Args:
+        path: of the checkpoint; None where there is none.
+    """
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        is_other = type(error) is RuntimeError and not str(error).startswith("Error(s) in loading state_dict")
+        places = {(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(error.__traceback__)}
+        is_restored = any(
+            file == "checkpoint_connector.py" and name.lstrip("_").startswith(("restore", "resume_start"))
+            for file, name in places
+        )
+        if path is None or isinstance(error, UserError) or is_other or not is_restored:
+            raise
+        raise UserError(
+            f"--resume_from_checkpoint {path} does not fit the model and its settings ({one_line(error, 300)}); give a "
+            "checkpoint of this run, or start from a Hugging Face checkpoint by --model_name_or_path"
+        ) from error
 
 
 def load_trained_parts(

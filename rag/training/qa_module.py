@@ -26,6 +26,7 @@ from transformers import RagSequenceForGeneration, RagTokenForGeneration
 from rag.files import write_lines
 from rag.generation.decoding import generate_answers
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.checkpoints import save_model
 from rag.public_names import Replaced
@@ -330,7 +331,8 @@ class GenerativeQAModule(BaseTransformer):
         return {name: max(measures[name] for measures in each) for name in each[0]}
 
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
-        settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, "min_length": 1, "max_length": max_length}
+        lengths = {"min_length": 1, "max_length": max_length}
+        settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, **lengths, **FLAGS_DECIDE}
         if contexts is None:
             return self.generator.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings

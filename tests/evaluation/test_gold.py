@@ -179,7 +179,7 @@ def test_a_line_that_the_public_suite_reads():
         "k": [0, 10**12],
         "num_beams": [0, -1, 100_000],
         "min_length": [-1, 60],
-        "max_length": [0, -5, 10**9],
+        "max_length": [0, 1, -5, 10**9],
         "eval_batch_size": [0, 10**9],
         "max_source_length": [0, 10**9],
     }.items(),

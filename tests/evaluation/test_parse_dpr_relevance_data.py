@@ -22,10 +22,10 @@ from tests.conftest import ROOT
 def parse(tmp_path):
     """Parse a JSON text (or bytes); return the counts and the lines of both files."""
 
-    def run(source):
-        (tmp_path / "src.json").write_bytes(source if isinstance(source, bytes) else source.encode())
+    def run(source, name="src.json"):
+        (tmp_path / name).write_bytes(source if isinstance(source, bytes) else source.encode())
         questions, pages = tmp_path / "out" / "questions", tmp_path / "out" / "pages"
-        argv = ["--src_path", tmp_path / "src.json", "--evaluation_set", questions, "--gold-data-path", pages]
+        argv = ["--src_path", tmp_path / name, "--evaluation_set", questions, "--gold-data-path", pages]
         counts = script.main(script.parse_args([str(word) for word in argv]))
         return counts, read_lines(questions), read_lines(pages)
 
@@ -155,6 +155,35 @@ def test_a_gz_file_is_read_as_it_is(parse):
             parse(damaged)
     with pytest.raises(UserError, match=r"Expecting value, at byte 1$"):
         parse(gzip.compress(b"[x]"))
+
+
+def test_a_record_a_line_is_read_where_the_name_says_so(parse, monkeypatch):
+    records = [record("q1", "A", "B"), record("NaN } é", "C") | {"score": float("nan")}, record("q3", "D")]
+    lines = "\n".join(map(json.dumps, records)) + "\n\n"
+    for chunk in (1, 1 << 20):
+        monkeypatch.setattr(script, "CHUNK_BYTES", chunk)
+        expected = ({"written": 3, "skipped": 0}, ["q1", "NaN } é", "q3"], ["A\tB", "C", "D"])
+        assert parse(lines, "src.jsonl") == parse(gzip.compress(lines.encode()), "src.jsonl.gz") == expected
+    with pytest.raises(UserError, match=r"a record a line must be named .jsonl$"):
+        parse(lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question" 3}', rf"has no JSON record a line: Expecting ':' delimiter, at byte {len(GOOD.encode()) + 13}$"),
+        (GOOD[:-9], r"has no JSON record a line: .*at byte \d+$"),
+        ('{"question": "\\ud800 a"}', rf"half of a surrogate pair in the record, at byte {len(GOOD.encode()) + 1}$"),
+        ("[" * 2000, "has no JSON record a line: more than 1,000 brackets in each other, behind byte"),
+        ('{"question": "no positives"}', "record 2, which ends at byte .*needs a `question`"),
+        ("7", "record 2, which ends at byte .*needs a `question`"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_faulty_line_is_named_with_its_byte(parse, monkeypatch, line, message, chunk):
+    monkeypatch.setattr(script, "CHUNK_BYTES", chunk)
+    with pytest.raises(UserError, match=message):
+        parse(f"{GOOD}\n{line}\n", "src.jsonl")
 
 
 def test_a_record_of_gigabytes_is_refused_at_a_limit(parse, monkeypatch):

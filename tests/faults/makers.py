@@ -164,6 +164,11 @@ def settings(**values) -> Change:
     return lambda old: json.dumps(json.loads(old) | values).encode()
 
 
+def inside(part: str, **values) -> Change:
+    """A JSON object with other values in one of the objects in it."""
+    return lambda old: settings(**{part: json.loads(old)[part] | values})(old)
+
+
 def huge_header(old: bytes) -> bytes:
     """A safetensors file whose header would take 10^18 bytes."""
     return struct.pack("<Q", 10**18) + old[8:]

@@ -22,6 +22,7 @@ from tests.faults.makers import (
     first_line,
     flip,
     huge_header,
+    inside,
     settings,
     utf16,
 )
@@ -183,7 +184,16 @@ for value in FACTORIES:
 BROKEN = {
     "config.json": NOT_JSON | {"of no known model": settings(model_type="nothing"),
                                "n_docs three": settings(n_docs="three"),
+                               "architectures a number": settings(architectures=7),
+                               "a name that is none": inside("question_encoder", _name_or_path=1.5),
+                               "dropout 1.5": inside("generator", dropout=1.5),
+                               "no dropout": inside("generator", activation_dropout=None),
+                               "-1 heads": inside("question_encoder", num_attention_heads=-1),
+                               "vectors NaN": inside("question_encoder", layer_norm_eps=float("nan")),
                                "code beside it": settings(model_type="evil", auto_map={"AutoConfig": "evil.C"})},
+    "generation_config.json": {"cut": b"{", "a list": b"[1]","a start of -1": settings(decoder_start_token_id=-1),
+                                          "a penalty of text": settings(length_penalty="x"),
+                                          "an end of NaN": settings(eos_token_id=float("nan"))},
     "model.safetensors": {"empty": b"", "cut": cut(0.6), "garbage": b"\xff" * 999, "gone": None, "huge": huge_header,
                           "a flipped header": flip(0.001)},
     "generator_tokenizer/tokenizer.json": {"empty": b"", "cut": cut(0.5), "binary": b"\0\xff" * 50},
@@ -226,6 +236,8 @@ INDEXES = {
     "of 32 dimensions": lambda faiss, v: filled(faiss.IndexFlatIP(32), v.repeat(2, 1)),
     "cut": lambda faiss, v: faiss.serialize_index(filled(faiss.IndexFlatIP(16), v)).tobytes()[:-50],
     "HNSW cut": lambda faiss, v: faiss.serialize_index(filled(faiss.index_factory(16, "HNSW8", 0), v)).tobytes()[:-50],
+    "of other vectors": lambda faiss, v: filled(faiss.IndexFlatIP(16), -v),
+    "in another order": lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat", 0), v[::-1].copy()),
     "empty": lambda faiss, v: b"",
     "of bits": lambda faiss, v: faiss.serialize_index_binary(faiss.IndexBinaryFlat(64)).tobytes(),
 }

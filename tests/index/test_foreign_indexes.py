@@ -10,7 +10,7 @@ import pytest
 from rag import checksums
 from rag.errors import UserError
 from rag.index import faiss_mapping
-from rag.index.faiss_checks import ids_problem, ranking_of
+from rag.index.faiss_checks import foreign_row, ids_problem, ranking_of
 from rag.index.faiss_mapping import map_index
 from rag.index.faiss_opening import ANY_EFFORT
 from rag.index.index_files import shard_path
@@ -258,3 +258,29 @@ def test_more_effort_than_makes_sense_is_refused(tmp_path):
     assert opened(index, VECTORS, tmp_path, ef_search=ANY_EFFORT).description()["ef_search"] == ANY_EFFORT
     with pytest.raises(UserError, match="--ef_search 1000000000 is more than the index's 300 passages; give fewer"):
         reopened(tmp_path, ef_search=10**9)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8,Flat", "SQ8", "SQ4", "HNSW8,SQ8", "IDMap,Flat"])
+def test_vectors_of_other_passages_are_found(factory):
+    vectors = np.random.default_rng(5).standard_normal((300, 16), dtype=np.float32)
+    index = faiss.index_factory(16, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    rows = np.arange(300)
+    if factory.startswith("IDMap"):
+        rows = rows[::-1].copy()
+        index.add_with_ids(vectors[rows], rows)
+    else:
+        index.add(vectors)
+    assert foreign_row(index, lambda rows: vectors.astype(np.float16)[rows].astype(np.float32)) is None
+    assert foreign_row(index, lambda rows: vectors[rows - 1]) == rows[0]
+    assert foreign_row(index, lambda rows: 0 * vectors[rows]) == rows[0]
+    assert foreign_row(index, lambda rows: np.nan * vectors[rows]) is None
+
+
+@pytest.mark.parametrize("factory", ["PQ4x4", "PCA8,Flat", "IVF4,Flat", "L2norm,Flat"])
+def test_of_vectors_that_are_not_kept_nothing_is_said(factory):
+    vectors = np.random.default_rng(5).standard_normal((300, 16), dtype=np.float32)
+    index = faiss.index_factory(16, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    assert foreign_row(index, lambda rows: vectors[rows]) is None

@@ -1,5 +1,7 @@
 """Opening, searching and describing a knowledge index, and what is said when its parts do not fit."""
 
+import shutil
+
 import datasets
 import faiss
 import numpy as np
@@ -162,6 +164,15 @@ def test_what_does_not_fit_is_named(knowledge, change, message):
     del arguments["index_name"]
     with pytest.raises(UserError, match=message):
         KnowledgeIndex.load_from_disk(**arguments)
+
+
+def test_the_folder_around_passages_and_index_is_told_from_them(knowledge, tmp_path):
+    shutil.copytree(knowledge["passages_path"], tmp_path / "my_knowledge_dataset")
+    shutil.copy(knowledge["index_path"], tmp_path / "my_index.faiss")
+    with pytest.raises(UserError, match=rf"but {tmp_path}/my_knowledge_dataset is; give that"):
+        KnowledgeIndex.load_from_disk(DIMENSION, tmp_path, knowledge["index_path"])
+    with pytest.raises(UserError, match=rf"nor a folder of shards; give {tmp_path}/my_index.faiss, which is in it"):
+        KnowledgeIndex.load_from_disk(DIMENSION, knowledge["passages_path"], tmp_path)
 
 
 def test_an_index_of_other_passages_is_refused(knowledge, tmp_path):

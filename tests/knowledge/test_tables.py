@@ -99,6 +99,7 @@ def test_quoting_as_it_is_asked_for(tmp_path):
         ("text\ttitle\nin Norway\tOslo\n", ("Oslo", "in Norway")),
         ("Title\tText\tlang\nOslo\tin Norway\ten\n", ("Oslo", "in Norway")),
         ("docid\turl\ttitle\tbody\nD1\thttp://a\tOslo\tin Norway\n", ("Oslo", "in Norway")),
+        ("title\tdocument\nOslo\tin Norway\n", ("Oslo", "in Norway")),
         ("D1\thttps://a.b\tOslo\tin Norway\n", ("Oslo", "in Norway")),
         ("pid\tpassage\n7\tin Norway\n", ("", "in Norway")),
         ("0\tin Norway\n", ("", "in Norway")),

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -366,3 +367,17 @@ def test_seq2seq_checkpoints_open_with_transformers_alone(bart, bart_tokenizer, 
     save_model(bart, tmp_path / "bart", bart_tokenizer)
     assert_same_weights(bart, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bart"))
     assert load_tokenizer(str(tmp_path / "bart"))("paris").input_ids == bart_tokenizer("paris").input_ids
+
+
+@pytest.mark.parametrize("kind", ["rag", "bart"])
+def test_settings_without_effect_are_saved_again(request, checkpoint, tmp_path, kind):
+    """transformers reads a penalty on length without beams, and refuses to write it."""
+    folder = (
+        checkpoint() if kind == "rag" else shutil.copytree(request.getfixturevalue("bart_folder"), tmp_path / "bart")
+    )
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"length_penalty": 2.0, "top_k": 20}))
+    save_model(load_model(str(folder)), tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (saved["length_penalty"], saved["top_k"]) == (2.0, 20)
+    assert load_model(str(tmp_path / "again")).generation_config.length_penalty == 2.0

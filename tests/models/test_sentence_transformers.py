@@ -118,6 +118,8 @@ def test_passages_are_embedded_behind_their_prompt(make, bert_tokenizer):
     assert described.passage_prompt == "the city of "
     without = IndexDescription(**embedder.description() | {"passage_prompt": ""}, encoder_digest="a")
     assert described.passages_digest() != without.passages_digest()
+    with pytest.raises(UserError, match="leaves no room for a passage in the encoder's 8 tokens"):
+        vectors(prompted, passages, "the city of " * 4)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,22 @@ def test_an_indexed_dataset_in_memory(retriever, knowledge, tmp_path, vectors):
     np.testing.assert_array_equal(again.retrieve(vectors, 3)[0], retriever.retrieve(vectors, 3)[0])
 
 
+def test_an_indexed_dataset_that_is_none_is_told(retriever, knowledge, tmp_path):
+    retriever.save_pretrained(tmp_path)
+    dataset = datasets.load_from_disk(knowledge["passages_path"])
+    dataset.add_faiss_index("embeddings", index_name="mine")
+    with pytest.raises(UserError, match=r"no index of the name embeddings, but of the name\(s\) mine; call"):
+        RagKnowledgeRetriever.from_pretrained(tmp_path, indexed_dataset=dataset)
+    with pytest.raises(UserError, match=r"several splits \(train\); give one"):
+        RagKnowledgeRetriever.from_pretrained(tmp_path, indexed_dataset=datasets.DatasetDict(train=dataset))
+
+
+@pytest.mark.parametrize("shape", [(2, DIMENSION + 1), (DIMENSION,)])
+def test_question_vectors_of_another_length_are_told(retriever, shape):
+    with pytest.raises(UserError, match=rf"have shape .*--index_path .* of shape \(questions, {DIMENSION}\)"):
+        retriever.retrieve(np.ones(shape, dtype=np.float32), 2)
+
+
 def test_any_index_of_transformers_interface_will_do(rag_sequence, retriever, vectors, knowledge):
     index = KnowledgeIndex.load_from_disk(DIMENSION, knowledge["passages_path"], knowledge["index_path"])
     given = RagKnowledgeRetriever(

@@ -155,6 +155,7 @@ def test_data_problems_are_named_together(tmp_path):
     assert "train.source has 4 lines but train.target has 3 lines" in problems
     assert "val.source is empty" in problems and "val.target is missing" in problems
     assert len(problems.splitlines()) == 4
+    assert all(line.startswith(f"--data_dir {tmp_path}: ") for line in problems.splitlines())
     assert "is not a folder" in data_file_problems(tmp_path / "nowhere", ["train"])[0]
 
 

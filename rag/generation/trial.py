@@ -1,0 +1,84 @@
+"""Whether a loaded model runs at all: what is wrong with its settings of dropout, heads, tokens or search shows there.
+
+    require_runs(model, tokenizer, "--model_name_or_path path", num_beams=4, train=True)
+
+transformers checks few of the settings in a checkpoint; the others would end the first batch, when files are written.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, RagConfig
+
+from rag.errors import UserError, one_line
+from rag.generation.decoding import generate_answers
+
+# What a checkpoint's generation settings do not decide here: length and search are the flags'.
+FLAGS_DECIDE: dict[str, Any] = {
+    "do_sample": False, "penalty_alpha": None, "num_beam_groups": None, "num_return_sequences": 1,
+    "max_new_tokens": None, "min_new_tokens": None, "return_dict_in_generate": False,
+}  # fmt: skip
+LARGEST_PENALTY = 100  # on length: an exponent, of which Python would take whole powers without end
+# Their attention becomes another, for good, at the first text that is short.
+NOT_TRIED = {"big_bird", "bigbird_pegasus"}
+TEXT = "a ?"
+
+
+def require_runs(
+    model: PreTrainedModel, tokenizer: Any, source: str, *, answers: bool = True, train: bool = False, **settings: Any
+) -> None:
+    """Run every part of a model on a text of two words; the model and torch's random numbers stay as they are.
+
+    Args:
+        tokenizer: a `RagTokenizer` for a RAG model.
+        source: the flag that named the model, and its value.
+        answers: run the generator, too.
+        train: as in training, with dropout.
+        settings: of `generate`, but for the lengths.
+
+    Raises:
+        UserError: one fails, or a question's vector or a word's score is no number.
+    """
+    settings = FLAGS_DECIDE | settings | {"min_length": 1, "max_length": 3}
+    rag = isinstance(model.config, RagConfig)
+    generator = model.generator if rag else model
+    try:
+        penalty = generator.generation_config.length_penalty
+        if isinstance(penalty, int | float) and not abs(penalty) <= LARGEST_PENALTY:
+            raise ValueError(f"length_penalty {penalty} is no penalty")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.train(train)
+            if rag and _is_tried(model.question_encoder):
+                ids, mask = _tokens(tokenizer.question_encoder, model.question_encoder)
+                _require_numbers(model.question_encoder(ids, attention_mask=mask)[0].isfinite(), "a question's vector")
+            if answers and _is_tried(generator):
+                ids, mask = _tokens(tokenizer.generator if rag else tokenizer, generator)
+                _require_numbers(~generator(ids, attention_mask=mask, labels=ids).logits.isnan(), "a word's score")
+                model.eval()
+                if rag:
+                    generate_answers(model, ids, mask, torch.zeros(1, 1, device=ids.device), n_docs=1, **settings)
+                else:
+                    model.generate(ids, attention_mask=mask, **settings)
+    except Exception as error:  # each family and each setting in its own way
+        reason = one_line(error, 200) or type(error).__name__
+        raise UserError(
+            f"{source}: the model cannot be run with the settings in its config.json and generation_config.json "
+            f"({reason}); correct them, or give another checkpoint"
+        ) from error
+    finally:
+        model.eval()
+
+
+def _is_tried(part: PreTrainedModel) -> bool:
+    return part.config.model_type not in NOT_TRIED
+
+
+def _tokens(tokenizer: Any, part: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, (1, S)."""
+    tokens = tokenizer(TEXT, return_tensors="pt").to(part.device)
+    return tokens["input_ids"], tokens["attention_mask"]
+
+
+def _require_numbers(are_numbers: torch.Tensor, what: str) -> None:
+    if not are_numbers.all():
+        raise ValueError(f"{what} is NaN or infinite")
