@@ -207,6 +207,7 @@ def test_texts_in_columns_of_any_type(tmp_path):
         (b"%PDF-1.7\n", "is a PDF; save its text"),
         ("a\tb\n".encode("utf-16"), "is UTF-16 text; convert it (iconv -f utf-16 -t utf-8)"),
     ],
+    ids=["gzip", "zip", "Parquet", "PDF", "UTF-16"],  # pytest's would hold the time, which gzip notes
 )
 def test_files_of_other_kinds_are_told_by_how_they_begin(tmp_path, content, says):
     for name in ("d.tsv", "d.jsonl"):
