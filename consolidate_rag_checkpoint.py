@@ -181,7 +181,7 @@ def _rag_config(args: ConsolidateArguments):
 
     if args.config_name_or_path is None:
         return None
-    config = load_config(args.config_name_or_path, flag="--config_name_or_path")
+    config = load_config(args.config_name_or_path, flag="--config_name_or_path", for_other_parts=True)
     if not isinstance(config, RagConfig):
         raise UserError(
             f"--config_name_or_path {args.config_name_or_path} is the config of a {config.model_type} model; "

@@ -259,13 +259,14 @@ def dimension_of_config(args: KnowledgeArguments) -> int | None:
         UserError: there is no such model.
     """
     from rag.models.encoders import read_encoder_config
+    from rag.models.limits import vector_size
 
     config, card = read_encoder_config(args.dpr_ctx_encoder_model_name, flag=ENCODER_FLAG)
     if args.ctx_encoder_pooling == "auto" and card is not None and card.settings["dense"]:
         return card.settings["dense"][-1]["out_features"]
     if args.ctx_encoder_pooling != "auto" and config.model_type == "pooled_encoder":
         config = config.backbone  # its dense layers are left out
-    return getattr(config, "projection_dim", 0) or getattr(config, "hidden_size", None)
+    return vector_size(config)
 
 
 def dimension_problems(args: KnowledgeArguments, d: int, rag_config) -> list[str]:

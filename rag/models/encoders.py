@@ -13,6 +13,7 @@ from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder, PreTr
 
 from rag.errors import UserError, raise_problems
 from rag.models.custom_code import code_beside, custom_model_class, name_own_code
+from rag.models.limits import vector_size
 from rag.models.loading import checkpoint_errors, hub_access, load_config, load_weights, not_finite_problems
 from rag.models.pooled_encoder import ENCODER_HALVES, PooledEncoder, PooledEncoderConfig, reads_forward
 from rag.models.sentence_transformers import Card, read_card
@@ -124,4 +125,6 @@ def describe_encoder(encoder: PreTrainedModel) -> str:
 
 def encoder_dimension(encoder: PreTrainedModel) -> int:
     """d, the length of the vectors that an encoder gives."""
-    return getattr(encoder.config, "projection_dim", 0) or encoder.config.hidden_size
+    size = vector_size(encoder.config)
+    assert size is not None
+    return size

@@ -102,6 +102,27 @@ def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:
                 _refuse(path, flag, name, value, "no model has so many")
 
 
+def vector_size(config: PreTrainedConfig) -> int | None:
+    """d, the length of the vectors that an encoder of this config gives; None where it does not say."""
+    return getattr(config, "projection_dim", 0) or getattr(config, "hidden_size", None)
+
+
+def settle_vector_size(config: RagConfig, path: str, flag: str) -> None:
+    """Have a RAG model's config search with vectors as long as those that its question encoder gives.
+
+    `from_pretrained_question_encoder_generator` leaves transformers' default there, whatever the encoder is.
+
+    Raises:
+        UserError: it says another number than both.
+    """
+    size, said = vector_size(config.question_encoder), config.retrieval_vector_size
+    if not isinstance(size, int) or said == size:
+        return
+    if said != RagConfig.retrieval_vector_size:
+        _refuse(path, flag, "retrieval_vector_size", said, f"write {size}, as its question encoder gives")
+    config.retrieval_vector_size = size
+
+
 def _may_be_a_path(value: Any) -> bool:
     """Whether a disk can be asked for it, whatever it answers."""
     try:

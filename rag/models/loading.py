@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, RagConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +20,7 @@ from rag.errors import UserError, one_line, raise_problems
 from rag.files import LARGEST_JSON, load_json
 from rag.hub import hub_is_reachable
 from rag.models.custom_code import code_beside, restore_buffers
-from rag.models.limits import parts_of, require_sound
+from rag.models.limits import parts_of, require_sound, settle_vector_size
 from rag.models.pooled_encoder import PooledEncoderConfig
 from rag.models.trust import code_is_allowed
 
@@ -34,7 +34,12 @@ NOT_RUN = {"trust_remote_code": False}  # left out, transformers asks on standar
 
 
 def load_config(
-    path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG, *, of_encoder: bool = False
+    path: str,
+    cache_dir: str | None = None,
+    flag: str = MODEL_FLAG,
+    *,
+    of_encoder: bool = False,
+    for_other_parts: bool = False,
 ) -> PreTrainedConfig:
     """The config at `path` (folder or hub name), or a `UserError` that names `flag`.
 
@@ -43,11 +48,14 @@ def load_config(
 
     Args:
         of_encoder: its class may be code beside it, where such is allowed.
+        for_other_parts: of a RAG model's only what is beside the configs of its parts is used.
     """
     run = of_encoder and code_is_allowed()
     access = {"cache_dir": cache_dir, **hub_access(path)}
     with checkpoint_errors(flag, path), code_beside(path, **access):
         config = AutoConfig.from_pretrained(path, trust_remote_code=run, **access)
+        if isinstance(config, RagConfig) and not for_other_parts:
+            settle_vector_size(config, path, flag)
     if of_encoder and not run and getattr(config, "auto_map", None):
         _warn_of_code(path, flag, config.model_type)
     _drop_code(config, keep=run)

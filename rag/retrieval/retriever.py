@@ -23,7 +23,8 @@ from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
-from rag.models.limits import most_tokens
+from rag.models.limits import most_tokens, settle_vector_size
+from rag.models.loading import MODEL_FLAG
 from rag.models.questions import bare_questions, reading, with_prompt
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
@@ -75,6 +76,7 @@ class RagKnowledgeRetriever(RagRetriever):
                 config, unknown = RagConfig.from_pretrained(retriever_name_or_path, return_unused_kwargs=True, **kwargs)
             for name in unknown.keys() & set(INDEX_FLAGS):
                 setattr(config, name, unknown[name])
+            settle_vector_size(config, str(retriever_name_or_path), MODEL_FLAG)
         return config
 
     @staticmethod

@@ -198,6 +198,7 @@ def test_faults_are_found_before_any_model_is_loaded(flags, csv_path, monkeypatc
 def test_dimensions_must_fit(flags, rag_folder, question_encoder_folder):
     assert run(flags, **{"--d": DIMENSION}).dimension == DIMENSION
     config = json.loads((rag_folder / "config.json").read_text()) | {"retrieval_vector_size": 99}
+    config["question_encoder"]["hidden_size"] = 99
     (rag_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
         run(flags, **{"--d": 768, "--rag_model_name": rag_folder})

@@ -26,9 +26,11 @@ from rag.models.checkpoints import compose_rag, fitting_model_type, load_config,
 from rag.models.fit import complete_start, require_fit
 from rag.models.limits import beams_problems, length_problems, most_tokens
 from rag.models.pooled_encoder import PooledEncoderConfig
+from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import parse_args as finetune_args
 from rag.training.loading import load_model_and_tokenizer
 from rag.training.loss import decoder_inputs_and_targets
+from tests.conftest import DIMENSION
 
 SIZES = {"vocab_size": 99, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 
@@ -177,3 +179,21 @@ def test_a_rag_models_tokenizer_needs_both(checkpoint, bart_folder):
         load_tokenizer(str(bart_folder), "rag_sequence", flag="--tokenizer_name")
     config = json.loads((checkpoint() / "config.json").read_text())
     assert config["model_type"] == "rag"
+
+
+# --- The length of the question vectors -------------------------------------------------------------------------------
+
+
+def test_the_question_encoder_says_how_long_its_vectors_are(checkpoint, knowledge):
+    """`RagModel.from_pretrained_question_encoder_generator` leaves transformers' 768 in the config."""
+    folder = checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"retrieval_vector_size": 768}))
+    assert load_config(str(folder)).retrieval_vector_size == DIMENSION
+    assert RagKnowledgeRetriever.from_pretrained(folder, **knowledge).index.vector_size == DIMENSION
+    (folder / "config.json").write_text(json.dumps(config | {"retrieval_vector_size": 64}))
+    with pytest.raises(UserError, match="says retrieval_vector_size 64; write 16, as its question encoder"):
+        load_config(str(folder))
+    bare = config | {"question_encoder": config["question_encoder"] | {"projection_dim": 8}}
+    (folder / "config.json").write_text(json.dumps(bare | {"retrieval_vector_size": 768}))
+    assert load_config(str(folder)).retrieval_vector_size == 8

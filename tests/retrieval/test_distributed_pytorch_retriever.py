@@ -26,7 +26,7 @@ ROUNDS = [((3, 3, 3), 2), ((5, 1, 2), 2), ((2, 4, 0), 5), ((0, 3, 1), 5), ((0, 0
 
 def rag_config(**index) -> RagConfig:
     return RagConfig(
-        question_encoder=DPRConfig().to_dict(),
+        question_encoder=DPRConfig(hidden_size=DIMENSION, num_attention_heads=2).to_dict(),
         generator=BartConfig().to_dict(),
         retrieval_vector_size=DIMENSION,
         **index,
