@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 FILE_ENDS = ("", ".jsonl", ".settings.json", ".scores.json")  # of the files that belong to the predictions
 
+HEADER = re.compile(r'"?questions?"?[\t,;]"?answers?"?\s*', re.IGNORECASE)
+_LIST_FIELD = re.compile(r'[,;] ?(?="?(?:\[|\(|array\())')  # before a list in a table with commas or semicolons
+
 
 @dataclass
 class EvalData:
@@ -44,12 +47,21 @@ def read_data(args: EvalArguments) -> EvalData:
     if blank or not questions:
         what = f"line {blank[0]} is blank" if blank else "there is none"
         raise UserError(f"--evaluation_set {args.evaluation_set}: {what}; a question a line is expected")
+    if with_answers(questions):
+        raise UserError(
+            f"--evaluation_set {args.evaluation_set} has more than questions: answers, or records of them, which would "
+            f"be asked, too; give a file of questions alone, and this one as {_gold_flag(args)}"
+        )
     mode = args.gold_data_mode if args.eval_mode == "e2e" else "titles"
     data = EvalData(questions, _read_gold("--gold_data_path", args.gold_data_path, questions, mode))
     if args.answers_path is not None:
         mode = "regex" if args.gold_data_mode == "regex" else "qa"
         data.answers = _read_gold("--answers_path", args.answers_path, questions, mode)
     return data
+
+
+def _gold_flag(args: EvalArguments) -> str:
+    return "--gold_data_path" if args.eval_mode == "e2e" else "--answers_path"
 
 
 def checkpoint_folders(path: str) -> list[Path]:
@@ -168,10 +180,7 @@ def _each(flag: str, path: str, lines: list[str], parse: Callable[[str], Any]) -
 
 def _qa_line_of_json(line: str) -> str:
     """`{"question": ..., "answer": [...]}`, as NQ-open has it, or with `answers`, as a line with a tab."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
+    record = _json_of(line)
     if not isinstance(record, dict) or not isinstance(record.get("question"), str):
         record = {}
     answers = record.get("answers", record.get("answer"))
@@ -258,6 +267,36 @@ def _is_qa_line(line: str) -> bool:
         return False
 
 
+def with_answers(lines: list[str]) -> bool:
+    """Whether a file of questions is none: most of its lines hold answers, too, or it is a table or JSON.
+
+    A question may have a tab or a comma in it: what follows has to be a list of texts.
+    """
+    if lines and HEADER.fullmatch(lines[0]):
+        return True
+    if "".join(lines[:2]).lstrip("[ \t").startswith("{"):
+        whole = _json_of("\n".join(lines))
+        if isinstance(whole, dict) or (isinstance(whole, list) and any(isinstance(one, dict) for one in whole)):
+            return True
+    return sum(map(_has_answers, lines)) > len(lines) / 2
+
+
+def _has_answers(line: str) -> bool:
+    if line.startswith("{"):
+        return isinstance(_json_of(line), dict)
+    if "\t" not in line and (gap := _LIST_FIELD.search(line)):
+        line = f"{line[: gap.start()]}\t{line[gap.end() :]}"
+    return _is_qa_line(line)
+
+
+def _json_of(text: str) -> Any:
+    """What is written there; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def strip_title(title: str) -> str:
     """A title without the blanks and quotes around it; wiki_dpr has quotes."""
     return title.strip().removeprefix('"').removesuffix('"').strip()
@@ -275,7 +314,7 @@ WITH_QUESTIONS = ("qa", "regex")
 
 def _header_hint(lines: list[str]) -> str:
     """Of a table's first line, which pandas writes unless it is told not to."""
-    if lines and re.fullmatch(r'"?questions?"?\t"?answers?"?\s*', lines[0], re.IGNORECASE):
+    if lines and HEADER.fullmatch(lines[0]):
         return f"; its first line, {lines[0]!r}, is a header: take it out"
     return ""
 

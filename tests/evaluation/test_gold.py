@@ -94,6 +94,31 @@ def test_answers_read_as_something_else_are_refused(read, tmp_path):
     assert data.gold == [["Album", "['x']"], ["Other", "one"]]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "where\t['a']\nwhen\t[\"b\"]\n",
+        'where,"[\'a\']"\nwhen,"[""b"", ""c""]"\n',
+        'where,Oslo\nwhen,Monday\n',
+        '{"question": "where", "answer": ["a"]}\n{"question": "when", "answer": ["b"]}\n',
+        '[\n {\n  "question": "where"\n }\n]\n',
+    ],
+    ids=["qa", "csv", "header", "jsonl", "json"],
+)  # fmt: skip
+def test_answers_are_not_asked_as_questions(read, tmp_path, content, request):
+    head = "question,answer\n" if request.node.callspec.id == "header" else ""
+    (tmp_path / "other").write_text(head + content)
+    with pytest.raises(
+        UserError, match=r"--evaluation_set .* has more than questions: .* this one as --gold_data_path"
+    ):
+        read("where\t['a']\nwhen\t['b']\n", evaluation_set=tmp_path / "other")
+
+
+def test_a_question_may_look_like_more(read):
+    questions = ["tab\there", "where, (a) or (b)", "what does x, ['y'] mean", "{a}", "[MASK] is", '["a"]', "a\t[1]"]
+    assert read("a\n" * len(questions), questions=questions, gold_data_mode="ans").questions == questions
+
+
 def test_files_that_are_no_utf8_are_named_by_their_flag(read, tmp_path):
     with pytest.raises(UserError, match=r"--gold_data_path .* is not UTF-8"):
         read("where\t['a']\n".encode("utf-16"), questions=["where"])
