@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Public names of this module, whose code is in rag/.
+from rag import files
 from rag.errors import UserError
 from rag.evaluation.gold import gold_lines, parse_lines, split_qa_line
-from rag.files import atomic_write, load_json, read_lines, save_json
+from rag.files import atomic_write, load_json, read_lines
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
 from rag.models.questions import encode_questions
 
@@ -308,6 +309,14 @@ def set_extra_model_params(extra_params: Sequence[str], hparams: Any, config: An
     return hparams, config
 
 
+def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2, **json_dump_kwargs: Any) -> None:
+    """Write an object as indented JSON, whole or not at all, of a link into the file behind it.
+
+    Other arguments are those of `json.dump`.
+    """
+    files.save_json(content, path, indent, follow=True, **json_dump_kwargs)
+
+
 class _PlainDataPickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         """Called for whatever is neither a number nor text nor a container of Python's."""
@@ -323,7 +332,7 @@ def pickle_save(obj: Any, path: str | os.PathLike) -> None:
     Raises:
         TypeError: there is an object of another class in it, a function or a class; nothing is written.
     """
-    with atomic_write(path, "wb") as file:
+    with atomic_write(path, "wb", follow=True) as file:
         _PlainDataPickler(file).dump(obj)
 
 
@@ -352,4 +361,4 @@ def get_git_info() -> dict[str, str | None]:
 
 def save_git_info(folder_path: str | os.PathLike) -> None:
     """Write `git_log.json` into a folder."""
-    save_json(get_git_info(), Path(folder_path) / "git_log.json")
+    files.save_json(get_git_info(), Path(folder_path) / "git_log.json")

@@ -110,9 +110,16 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2, **json_dump_kwargs: Any) -> None:
-    """Write an object as indented JSON, whole or not at all; other arguments are those of `json.dump`."""
-    with atomic_write(path) as file:
+def save_json(
+    content: Any, path: str | os.PathLike, indent: int | None = 2, *, follow: bool = False, **json_dump_kwargs: Any
+) -> None:
+    """Write an object as indented JSON, whole or not at all.
+
+    Args:
+        follow: as `atomic_write`'s.
+        json_dump_kwargs: those of `json.dump`.
+    """
+    with atomic_write(path, follow=follow) as file:
         json.dump(content, file, indent=indent, **({"ensure_ascii": False} | json_dump_kwargs))
         file.write("\n")
 

@@ -107,6 +107,14 @@ def test_json_is_written_as_it_is_asked_for(tmp_path):
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{"b": 1, "\\u00f6": 2}\n'
 
 
+def test_a_file_of_the_users_may_be_a_link(tmp_path):
+    for save, name in ((save_json, "a.json"), (pickle_save, "a.pkl")):
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        save([1], tmp_path / "link")
+        assert (tmp_path / name).is_file() and (tmp_path / "link").is_symlink()
+        (tmp_path / "link").unlink()
+
+
 def test_plain_data_alone_are_pickled(tmp_path):
     settings = {"a": [1, 2.5, None, "x"], ("b",): {3}}
     pickle_save(settings, tmp_path / "plain.pkl")
