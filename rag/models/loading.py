@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--model_name_or_path"
 SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # of the files that are read of a checkpoint
+CONTEXT_ENCODER = "rag.ctx_encoder."  # weights of end-to-end training, which other suites save in a RAG checkpoint
 READ_WHOLE = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece",
               "sentence", "chat_template", "modules")  # fmt: skip
 NOT_RUN = {"trust_remote_code": False}  # left out, transformers asks on standard input
@@ -113,6 +114,11 @@ def load_weights(model_class, path: str, flag: str, *, without_heads: bool = Fal
             logger.warning(
                 f"{flag} {path}: {len(heads)} weights of its head ({parts}) are left out: an encoder has none"
             )
+    if any(key.startswith(CONTEXT_ENCODER) for key in unexpected):
+        unexpected = [key for key in unexpected if not key.startswith(CONTEXT_ENCODER)]
+        logger.warning(
+            f"{flag} {path}: the weights of its context encoder ({CONTEXT_ENCODER}*) are left out: it has none"
+        )
     name = model_class.__name__
     counts = {f"lacks {len(missing)} of {name}'s weights": missing, f"has {len(unexpected)} weights more": unexpected}
     raise_problems(

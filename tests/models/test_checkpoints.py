@@ -215,6 +215,13 @@ def test_missing_and_unknown_weights_are_named(rag_sequence, tmp_path):
     assert "layers.9.fc1.bias" in unknown
 
 
+def test_a_context_encoder_of_end_to_end_training_is_left_out(rag_sequence, tmp_path, caplog):
+    weights = {**rag_sequence.state_dict(), "rag.ctx_encoder.ctx_encoder.bert_model.x.weight": torch.zeros(4)}
+    rag_sequence.save_pretrained(tmp_path, state_dict=weights)
+    assert_same_weights(rag_sequence, load_model(str(tmp_path)))
+    assert "context encoder (rag.ctx_encoder.*) are left out" in caplog.text
+
+
 def test_unreadable_checkpoints(rag_sequence, tmp_path, monkeypatch):
     rag_sequence.save_pretrained(tmp_path / "rag")
     os.truncate(tmp_path / "rag" / "model.safetensors", 1000)
