@@ -257,7 +257,7 @@ def _holds(folder: Path, wanted: dict) -> bool:
         UserError: it holds something else.
     """
     if not (folder / DESCRIPTION_FILE).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder):
             raise UserError(f"--index_path {folder} holds something else than a BM25 index; give another folder")
         return False
     try:

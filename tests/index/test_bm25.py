@@ -308,6 +308,13 @@ def test_many_processes_build_it_once(config):
     assert [process.exitcode for process in processes] == [0] * 3 and builds.value == 1
 
 
+def test_a_file_in_the_way_is_left_alone(config, tmp_path):
+    (tmp_path / "passages_bm25").write_text("mine")
+    with pytest.raises(UserError, match="_bm25 holds something else than a BM25 index; give another folder"):
+        open_index(config)
+    assert (tmp_path / "passages_bm25").read_text() == "mine"
+
+
 def test_what_is_in_the_way_is_named(config, tmp_path, knowledge):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear reader")
