@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +129,12 @@ def load_json(path: str | os.PathLike) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: it is no JSON, or larger than any that is read here.
+        ValueError: it is no JSON, or larger than any that is read here, or a pipe or a device, which may have no end.
     """
-    if (size := os.stat(path).st_size) > LARGEST_JSON:
+    state = os.stat(path)
+    if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):  # of a folder `read_text` says so
+        raise ValueError("it is a pipe or a device, not a file")
+    if (size := state.st_size) > LARGEST_JSON:
         raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
     return json.loads(Path(path).read_text(encoding="utf-8"))
 

@@ -131,6 +131,13 @@ def test_an_unfinished_file_of_the_same_name_is_not_followed(tmp_path):
     assert (tmp_path / "victim").read_text() == "kept"
 
 
+def test_no_json_is_read_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    for path in (tmp_path / "x.json", "/dev/zero"):
+        with pytest.raises(ValueError, match="a pipe or a device"):
+            load_json(path)
+
+
 def test_no_json_is_read_that_is_larger_than_any(tmp_path):
     with open(tmp_path / "x.json", "w") as file:
         file.truncate(1 << 40)
