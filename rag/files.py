@@ -112,9 +112,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2, **json_dump_kwargs: Any) -> None:
     """Write an object as indented JSON, whole or not at all; other arguments are those of `json.dump`."""
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=indent, **({"ensure_ascii": False} | json_dump_kwargs))
-        file.write("\n")
+    text = json.dumps(content, indent=indent, **({"ensure_ascii": False} | json_dump_kwargs))
+    with atomic_write(path, "wb") as file:
+        # A file's name may hold bytes that are no UTF-8. The surrogates that Python makes of them are written `\udcff`,
+        # which is how JSON escapes them.
+        file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def load_json(path: str | os.PathLike) -> Any:
