@@ -310,6 +310,8 @@ ROWS = {
     "a row group of gigabytes": (KNOWLEDGE, {"--csv_path": Of(parquet_bomb)}),
     "a literal that explodes": (EVAL, {"--gold_data_path": File(b"q\t[" + b"'a'*10**9," * 9 + b"]\n")}),
     "a quote without end": (EVAL, {"--gold_data_path": File(b'q\t"[a' + (b"x" * 60 + b"\n") * 200_000)}),
+    "a record of a million titles": (PARSE, {"--src_path": File(b'[{"question":"q","positive_ctxs":[' + b",".join(
+        [b'{"title":"t"}'] * 10**6) + b"]}]", "x.json")}),
     "an index elsewhere": (KNOWLEDGE, {"--csv_path": elsewhere("../victim/x.faiss"), "--append": True}),
     "an index by its full path": (KNOWLEDGE, {"--csv_path": elsewhere("{victim}/x.faiss"), "--append": True}),
 }  # fmt: skip
