@@ -182,7 +182,8 @@ def read_records(name: str, chunks: Iterable[bytes], has_lines: bool = False) ->
             rest += piece
             if len(rest) > LONGEST_RECORD:
                 raise UserError(f"{what}: a record of more than {LONGEST_RECORD >> 20} MB, behind byte {start}")
-            if start == 0 and not has_lines and not rest.lstrip(WHITE_SPACE).startswith(b"["):
+            is_first = len(rest) - len(piece) == start == 0
+            if is_first and not has_lines and not rest.lstrip(WHITE_SPACE).startswith(b"["):
                 raise _syntax_error(what, rest, start)
             depth += _opened(piece)
             has_long_number = len(piece) >= LONGEST_NUMBER and LONG_NUMBER.search(piece)

@@ -120,9 +120,12 @@ def save_json(
         follow: as `atomic_write`'s.
         json_dump_kwargs: those of `json.dump`.
     """
-    with atomic_write(path, follow=follow) as file:
-        json.dump(content, file, indent=indent, **({"ensure_ascii": False} | json_dump_kwargs))
-        file.write("\n")
+    text = json.dumps(content, indent=indent, **({"ensure_ascii": False} | json_dump_kwargs))
+    with atomic_write(path, "wb", follow=follow) as file:
+        # A file's name may hold bytes that are no UTF-8. The surrogates that Python makes of them are written `\udcff`,
+        # which is how JSON escapes them.
+        file.write(text.encode(errors="backslashreplace") + b"
+")
 
 
 def load_json(path: str | os.PathLike) -> Any:

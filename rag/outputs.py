@@ -36,12 +36,22 @@ def _problems(flag: str, path: str | os.PathLike, wanted: str, other: str) -> li
         return [f"{flag} {str(path)!r} names nothing; give the path of a {wanted} to write"]
     if wanted == "file" and str(path).endswith(os.sep):
         return [f"{flag} {path} ends as a folder does; give the path of a file to write"]
+    if wanted == "folder" and not _is_utf8(path):  # FAISS, tokenizers and safetensors write in no other
+        return [f"{flag} {path} is not UTF-8; give the path of a folder to write in that is"]
     path = Path(path)
     try:
         reason = _obstacle(path, wanted, other)
     except OSError as error:  # a name that is too long, a loop of links, what the disk answers
         reason = f"cannot be written ({error.strerror})"
     return [f"{flag} {path} {reason}; give the path of a {wanted} that can be written"] if reason else []
+
+
+def _is_utf8(path: str | os.PathLike) -> bool:
+    try:
+        str(Path(path).absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _obstacle(path: Path, wanted: str, other: str) -> str | None:

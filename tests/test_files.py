@@ -57,6 +57,8 @@ def test_a_broken_write_leaves_the_old_file_and_no_rest(tmp_path):
         raise RuntimeError
     assert load_json(tmp_path / "f.json") == {"title": "Łódź"}
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+    save_json({"name": (name := os.fsdecode(b"Lodz \xff"))}, tmp_path / "f.json")  # of a file, which is not UTF-8
+    assert load_json(tmp_path / "f.json") == {"name": name}
     with atomic_write(tmp_path / "b", "wb") as file:
         file.write(b"\r\n")
     assert (tmp_path / "b").read_bytes() == b"\r\n"

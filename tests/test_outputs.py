@@ -40,6 +40,12 @@ def test_no_file_has_the_name_of_a_folder_or_lies_behind_one_that_is_missing(tmp
     assert output_file_problems("--out", f"{tmp_path}/there/../new") == []
 
 
+def test_folders_have_names_in_utf8(tmp_path):
+    (line,) = output_folder_problems("--out", os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    assert line.startswith("--out ") and "is not UTF-8" in line
+    assert output_file_problems("--out", os.fsdecode(bytes(tmp_path) + b"/\xff")) == []
+
+
 def test_what_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "file")

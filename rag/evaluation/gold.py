@@ -192,19 +192,19 @@ def _qa_line_of_json(line: str) -> str:
 
 def _joined_fields(flag: str, path: str, lines: list[str]) -> list[str]:
     """The lines of a qa file, those of a quoted list of answers in one: NumPy breaks its lists at 75 characters."""
-    joined: list[str] = []
+    joined: list[list[str]] = []
     is_open = False
     for line in lines:
         if is_open:
-            joined[-1] += "\n" + line
+            joined[-1].append(line)
             is_open = line.count('"') % 2 == 0
         else:
-            joined.append(line)
+            joined.append([line])
             answers = split_qa_line(line)[1]
             is_open = answers.startswith(('"[', '"(', '"array(')) and answers.count('"') % 2 == 1
     if is_open:
         raise UserError(f"{flag} {path}, line {len(joined)}: a quote before its answers is not closed")
-    return joined
+    return ["\n".join(parts) for parts in joined]
 
 
 def split_qa_line(line: str) -> tuple[str, str]:

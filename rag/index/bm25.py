@@ -41,6 +41,7 @@ import regex
 from rag.errors import UserError, one_line, raise_problems
 from rag.files import atomic_folder, load_json, not_following, save_json
 from rag.index.arguments import index_effort
+from rag.index.columns import REBUILD
 from rag.index.index_files import DESCRIPTION_FILE
 from rag.index.integrity import checksums_of, damaged, require_undamaged
 from rag.index.knowledge_index import KnowledgeIndex
@@ -223,6 +224,8 @@ def open_bm25(config) -> Bm25Index:
             with _one_at_a_time(folder):
                 if not _holds(folder, wanted):  # another process may have built it meanwhile
                     build_bm25(passages, folder, wanted)
+        except pa.ArrowException as error:
+            raise UserError(f"{origin}: texts are damaged ({one_line(error, 100)}); {REBUILD}") from error
         except OSError as error:
             raise UserError(
                 f"--index_path {folder} cannot be written ({error.strerror}: {error.filename}); give a folder for the "
@@ -321,6 +324,7 @@ def _number_words(passages: datasets.Dataset) -> tuple[list[str], np.ndarray, np
     numbers, lengths = array("i"), array("i")
     batches = passages.select_columns(["title", "text"]).with_format("arrow").iter(PASSAGES_AT_A_TIME)
     for batch in progress(batches, len(passages), "Indexing words", "passages", size=len):
+        batch.validate(full=True)  # else a damaged place of a text would end the process
         for title, text in zip(batch["title"].to_pylist(), batch["text"].to_pylist(), strict=True):
             word_numbers = [number_of[word] for word in words_of(f"{title or ''} {text}")]
             numbers.extend(word_numbers)

@@ -15,13 +15,14 @@ of them; that it was is kept in the user's cache as long as the file is not writ
 
 import os
 import struct
+from pathlib import Path
 
 import faiss
 import numpy as np
 
 from rag.checksums import found_once
 from rag.index.faiss_checks import links_problem
-from rag.index.faiss_kinds import view_of
+from rag.index.faiss_kinds import parts_of, view_of
 
 # FAISS may change its file's layout, or its vectors' views, at any release: a longer list needs `make test` with each.
 TESTED_FAISS_VERSIONS = ("1.15.1",)
@@ -41,7 +42,24 @@ def map_index(path: str | os.PathLike):
         RuntimeError: it is not a whole FAISS index.
     """
     index = _map_hnsw(path) if faiss.__version__ in TESTED_FAISS_VERSIONS else None
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) if index is None else index
+    if index is None:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        if problem := _elsewhere_problem(index, Path(path)):
+            raise RuntimeError(problem)
+    return index
+
+
+def _elsewhere_problem(index, path: Path) -> str | None:
+    """Why the lists of an IVF index, which FAISS has mapped, cannot be read, where they are in a file of their own."""
+    index = faiss.downcast_index(index)
+    lists = faiss.downcast_InvertedLists(index.invlists) if isinstance(index, faiss.IndexIVF) else None
+    if isinstance(lists, faiss.OnDiskInvertedLists):
+        file = Path(os.path.realpath(lists.filename))
+        if file.parent != Path(os.path.realpath(path)).parent:
+            return f"its lists are in {file}; put that file beside it and write the index there again"
+        if not file.is_file() or file.stat().st_size < lists.totsize:
+            return f"its lists are in {file}, which ends before they do"
+    return next(filter(None, (_elsewhere_problem(part, path) for part in parts_of(index))), None)
 
 
 class _MappedFile:

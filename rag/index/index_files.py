@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import faiss
 
-from rag.errors import UserError
+from rag.errors import UserError, printable
 from rag.files import json_digest, load_json, save_json
 
 DESCRIPTION_FILE = "index.json"
@@ -128,7 +128,7 @@ class IndexDescription:
             question_encoder: its config.
             name: where it is from; None for what the config says.
         """
-        mismatches = []
+        mismatches: list[str] = []
         theirs = name or getattr(question_encoder, "name_or_path", None) or ""
         passages_pair, questions_pair = (re.findall("single-nq|multiset", source) for source in (self.encoder, theirs))
         if passages_pair and questions_pair and passages_pair != questions_pair:
@@ -140,7 +140,7 @@ class IndexDescription:
         ours = {"pooling": self.pooling, "normalize": self.normalize}
         if self.normalize is not None and ours != (questions := pooling_of(question_encoder)):
             mismatches.append(f"passages are pooled by {ours}, questions by {questions}: retrieval will suffer")
-        return mismatches
+        return [printable(mismatch) for mismatch in mismatches]
 
 
 def write_description(folder: str | os.PathLike, description: IndexDescription) -> None:
@@ -191,12 +191,14 @@ def _of_json(kind: type, values: Any) -> Any:
         if not isinstance(value, _types_of(hints[name])) or (hints[name] is int and isinstance(value, bool)):
             raise ValueError(f"{name} is {str(value)[:40]}")
     checksums = known.get("checksums", {})
-    if not all(isinstance(value, str) and re.fullmatch(r"\w+:[0-9a-f]+:\d+", value) for value in checksums.values()):
+    if not all(
+        isinstance(value, str) and re.fullmatch(r"\w+:[0-9a-f]+:\d{1,18}", value) for value in checksums.values()
+    ):
         raise ValueError("checksums hold something else")
     for path in [known.get("index", ""), *checksums]:
         if PurePath(path).is_absolute() or ".." in PurePath(path).parts or "\0" in path:
             raise ValueError(f"{path[:80]!r} leads out of the folder")
-    if "/" in known.get("index", ""):
+    if PurePath(known.get("index", "")).name != known.get("index", ""):
         raise ValueError(f"index {known['index'][:80]!r} is not beside it")
     missing = [one.name for one in fields(kind) if one.default is one.default_factory and one.name not in known]
     if missing:  # both are MISSING: a field without a default

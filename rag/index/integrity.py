@@ -11,6 +11,7 @@ asked for (`verify`).
 """
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -90,10 +91,12 @@ def require_undamaged(passages_path: str | os.PathLike, index_path: str | os.Pat
 
 def _size_problem(folder: Path, name: str, checksum: str) -> str | None:
     try:
-        size = os.stat(folder / name).st_size
+        state = os.stat(folder / name)
     except OSError as error:
         return f"{name} is not there ({error.strerror})"
-    if size != checksum_size(checksum):
+    if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for, a device read without end
+        return f"{name} is no file"
+    if (size := state.st_size) != checksum_size(checksum):
         return f"{name} has {size:,} bytes instead of {checksum_size(checksum):,}"
     return None
 

@@ -178,7 +178,7 @@ def _read_parquet(path: Path, options: ReadingOptions) -> Items:
     if path.suffix.lower() in COMPRESSIONS:
         yield Problem(str(path), "is a packed Parquet file, which is compressed within; unpack it")
         return
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(pa.OSFile(os.fsencode(path))) as file:
         columns = find_columns(file.schema_arrow.names)
     if columns is None:
         yield _no_text_column(path, file.schema_arrow.names)
@@ -189,7 +189,7 @@ def _read_parquet(path: Path, options: ReadingOptions) -> Items:
         return
     # A text that many rows share is read once: a file of some KB can be made to hold any number of copies.
     shared = [name for name in names if not pa.types.is_nested(file.schema_arrow.field(name).type)]
-    with pq.ParquetFile(path, read_dictionary=shared) as file:
+    with pq.ParquetFile(pa.OSFile(os.fsencode(path)), read_dictionary=shared) as file:
         row = 0
         for group in range(file.num_row_groups):
             size = _size_on_disk(file.metadata.row_group(group), names)
@@ -237,9 +237,19 @@ def _read_dataset(path: Path, options: ReadingOptions) -> Items:
         rows = dataset.select_columns([name for name in columns if name]).with_format("arrow").iter(ROWS_AT_A_TIME)
         row = 0
         for batch in rows:
+            batch.validate(full=True)  # else a damaged place of a text would end the process
             yield from _read_batch(path, batch, columns, row, options)
             row += len(batch)
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
+    except (
+        OSError,
+        LookupError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        pa.ArrowException,
+    ) as error:
         yield Problem(str(path), f"is not a whole dataset ({one_line(error, 120)}); save it again")
 
 

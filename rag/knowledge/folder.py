@@ -34,6 +34,7 @@ from rag.index.index_files import (
     write_description,
 )
 from rag.index.integrity import damage, note_undamaged
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import (
     ENCODER_FLAG,
     HNSW_FILE,
@@ -43,6 +44,7 @@ from rag.knowledge.arguments import (
     PASSAGES_FOLDER,
     SHARDS_FOLDER,
     WORDS_FOLDER,
+    WORDS_KIND,
 )
 from rag.knowledge.mending import all_checksums, index_is_whole, mend_lists, passages_are_whole, require_whole
 from rag.knowledge.passages import PassageSource
@@ -80,9 +82,15 @@ def read_knowledge(output: Path) -> IndexDescription:
     """The `index.json` of a folder; one that knows nothing where there is none, or one of an earlier version.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or names an index of another name than ours have.
     """
     description = read_description(output / PASSAGES_FOLDER, OUTPUT_FLAG)
+    ours = {WORDS_FOLDER} if description.factory == WORDS_KIND else INDEXES
+    if description.index and description.index not in ours:  # it may be removed, or added to
+        raise UserError(
+            f"{OUTPUT_FLAG} {output}: its {DESCRIPTION_FILE} names the index {description.index[:80]!r}, which no "
+            "version has written; remove the folder and build the knowledge again"
+        )
     return description if description.parts else IndexDescription()
 
 
@@ -96,6 +104,8 @@ def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
 
     require_whole(output, read_knowledge(output))
     dataset = load_from_disk(os.path.abspath(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
+    if not 0 <= count <= len(dataset):
+        raise _other_passages(output, count, len(dataset))
     for rows in dataset.select(range(count)).iter(1000):
         yield from zip(rows["title"], rows["text"], strict=True)
 
@@ -258,6 +268,7 @@ class KnowledgeFolder:
             print(f"{self.output} holds these documents already")
             return replace(knowledge, reused=True)
         digest = json_digest([earlier.digest, new.csv_digest, new.drop_duplicates])
+        self._require_as_described(knowledge, earlier, digest)
         self._require_room_to_append(source, index_path)
 
         shards = ShardPlan(source.count, f"data-{digest}", self.num_shards, earlier.embeddings)
@@ -300,6 +311,18 @@ class KnowledgeFolder:
             )
         raise_problems(problems)
 
+    def _require_as_described(self, knowledge: Knowledge, earlier: IndexDescription, digest: str) -> None:
+        """Look at passages and index before more are embedded; at none that a killed run of this --append replaced."""
+        found = digest_of(Path(knowledge.passages_path))
+        if found == digest:
+            return
+        if found != earlier.digest:
+            raise UserError(
+                f"--append: the --append to {self.output} before this one was killed; run that command again first"
+            )
+        if (count := len(self._opened(knowledge))) != earlier.passages:
+            raise _other_passages(self.output, earlier.passages, count)
+
     def _require_room_to_append(self, source: PassageSource, index_path: Path) -> None:
         vectors = source.count * self.embedder.dimension * 4
         index = index_path.stat().st_size if index_path.is_file() else 0
@@ -318,9 +341,18 @@ class KnowledgeFolder:
         digest = json_digest([description.digest, _index_fields(description)])
         build_index(vectors, plan, Path(knowledge.index_path), digest)
 
+    def _opened(self, knowledge: Knowledge) -> KnowledgeIndex:
+        """Passages and index, which are found to fit each other."""
+        index = KnowledgeIndex.load_from_disk(self.embedder.dimension, knowledge.passages_path, knowledge.index_path)
+        index.init_index()
+        return index
+
     def _index_fits(self, path: Path, earlier: IndexDescription) -> bool:
         """Whether an index of which no checksum is known is one of all passages."""
-        return _rows_of(path) == earlier.passages
+        try:
+            return len(self._opened(_knowledge(self.output, earlier))) == earlier.passages
+        except UserError:
+            return False
 
     def _extended(self, index_path: Path, shards: list[Path], known: int, digest: str) -> Path | None:
         """The file that adds the rows from `known` on to an index; None where a killed run has put it there."""
@@ -407,6 +439,13 @@ def _rows_of(index_path: Path) -> int:
             )
         return files[-1][2]
     return map_index(index_path).ntotal
+
+
+def _other_passages(output: Path, told: int, found: int) -> UserError:
+    return UserError(
+        f"{OUTPUT_FLAG} {output}: its {DESCRIPTION_FILE} tells of {told:,} passages, but there are {found:,}; remove "
+        "the folder and build the knowledge again"
+    )
 
 
 def _print_what_was_cut(workers) -> None:

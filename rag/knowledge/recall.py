@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import load_from_disk
 
+from rag.errors import printable
 from rag.index.build import EmbeddingFiles
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
@@ -56,8 +57,8 @@ def report_recall(
 
     results = measure_efforts(open_index, query_vectors, exact_scores(vectors, query_vectors, n_docs))
     print(
-        f"{description.factory}: {_size_of(index_path):,} bytes, built in {description.index_seconds} s; of the "
-        f"{n_docs} best for {count} pieces of {WORDS_A_QUERY} words it finds"
+        f"{printable(description.factory)}: {_size_of(index_path):,} bytes, built in {description.index_seconds} s; of "
+        f"the {n_docs} best for {count} pieces of {WORDS_A_QUERY} words it finds"
     )
     for row in results:
         effort = " ".join(f"--{name} {value}" for name, value in row.items() if name in ("ef_search", "nprobe"))

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import DatasetInfo, Features, List, Value
 
-from rag.checksums import file_checksum
+from rag.checksums import checksum_size, file_checksum
 from rag.errors import UserError
 from rag.files import DATA_FILES, atomic_write, not_following, read_state, save_json
 from rag.knowledge.arguments import ENCODER_FLAG
@@ -120,7 +120,7 @@ def shards_of(folder: Path) -> list[Path]:
 def shard_checksums(folder: Path) -> dict[str, str]:
     """The checksums of these files, by name; "" of one that was written by an earlier version."""
     files = _read_state(folder)[DATA_FILES]
-    return {file["filename"]: file.get("checksum", "") for file in files}
+    return {file["filename"]: str(file.get("checksum") or "") for file in files}
 
 
 def digest_of(folder: Path) -> str | None:
@@ -134,8 +134,11 @@ def digest_of(folder: Path) -> str | None:
 def is_whole(path: Path, checksum: str) -> bool:
     """Whether a file is there and is what was written."""
     try:
-        return file_checksum(path) == checksum if checksum else path.stat().st_size > 0
-    except OSError:
+        if not path.is_file():  # a pipe would be waited for
+            return False
+        size = path.stat().st_size
+        return size == checksum_size(checksum) and file_checksum(path) == checksum if checksum else size > 0
+    except (OSError, ValueError):  # ValueError: no checksum at all
         return False
 
 
@@ -178,7 +181,7 @@ def _read_journal(folder: Path) -> dict[str, str]:
             try:
                 name, checksum = json.loads(line)
                 checksums[str(name)] = str(checksum)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
     return checksums
 

@@ -135,7 +135,7 @@ def _without_surplus(fields: list[str], layout: Layout) -> list[str]:
 
 def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOWrapper:
     """A text file, compressed or not, for reading; bytes that are not UTF-8 become surrogates."""
-    stream = pa.input_stream(str(path), compression=COMPRESSIONS.get(Path(path).suffix.lower()))
+    stream = pa.input_stream(pa.OSFile(os.fsencode(path)), compression=COMPRESSIONS.get(Path(path).suffix.lower()))
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 

@@ -75,6 +75,9 @@ class WordsFolder(KnowledgeFolder):
         remove(knowledge.index_path)  # it may be damaged
         _open(self.output)
 
+    def _opened(self, knowledge: Knowledge) -> Bm25Index:
+        return _open(self.output)
+
     def _index_fits(self, path: Path, earlier: IndexDescription) -> bool:
         return False  # it is built in no time
 

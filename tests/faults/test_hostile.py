@@ -147,6 +147,21 @@ def leading_out(files: str) -> Of:
     return Of(make)
 
 
+def texts_elsewhere(world: Path, folder: Path) -> Path:
+    """Saved passages of which a text is said to lie gigabytes behind the file."""
+    import pyarrow as pa
+
+    shutil.copytree(world / "passages", folder / "passages")
+    places = pa.array([0, 5, 10, 2**31 - 1, -7, 3, 2, 1, 40], pa.int32()).buffers()[1]
+    texts = pa.StringArray.from_buffers(8, places, pa.py_buffer(b"x" * 40))
+    (file,) = (folder / "passages").glob("*.arrow")
+    rows = pa.record_batch({"text": texts, "title": ["title"] * 8})
+    with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, rows.schema) as stream:
+        stream.write_batch(rows)
+    (folder / "passages" / "dataset_info.json").write_text("{}")
+    return folder / "passages"
+
+
 def special(source: str, name: str, kind: str = "fifo") -> Of:
     """A copy of a folder of the world in which one file is a pipe, or a link to something else."""
 
@@ -238,6 +253,11 @@ ROWS = {
     "documents elsewhere": (KNOWLEDGE, {"--csv_path": Copy("passages", {"state.json": settings(
         _data_files=[{"filename": "../../world/passages/data-00000-of-00001.arrow"}])})}),
     "documents from a pipe": (KNOWLEDGE, {"--csv_path": special("passages", "data-00000-of-00001.arrow")}),
+    "texts of no place, BM25": (EVAL, {"--index_name": "bm25", "--passages_path": Of(texts_elsewhere)}),
+    "texts of no place, documents": (KNOWLEDGE, {"--csv_path": Of(texts_elsewhere)}),
+    "documents with vectors of no length": (KNOWLEDGE, {"--csv_path": Copy("passages", {"dataset_info.json": settings(
+        features={name: {"_type": "Value", "dtype": "string"} for name in ("title", "text")} | {"embeddings": {
+            "_type": "List", "feature": {"_type": "Value", "dtype": "float32"}, "length": 10**15}})})}),
     "weights elsewhere": (EVAL, {"--model_name_or_path": leading_out("../outside.safetensors")}),
     "weights by a full path": (FINETUNE, {"--model_name_or_path": leading_out("{folder}/outside.safetensors")}),
     "weights from a device": (EVAL, {"--model_name_or_path": leading_out("/dev/zero")}),
@@ -289,6 +309,9 @@ ROWS = {
     "a JSON line of a gigabyte": (KNOWLEDGE, {"--csv_path": bomb(b"[" * 2**20, 1000, "x.jsonl.gz")}),
     "a row group of gigabytes": (KNOWLEDGE, {"--csv_path": Of(parquet_bomb)}),
     "a literal that explodes": (EVAL, {"--gold_data_path": File(b"q\t[" + b"'a'*10**9," * 9 + b"]\n")}),
+    "a quote without end": (EVAL, {"--gold_data_path": File(b'q\t"[a' + (b"x" * 60 + b"\n") * 200_000)}),
+    "a record of a million titles": (PARSE, {"--src_path": File(b'[{"question":"q","positive_ctxs":[' + b",".join(
+        [b'{"title":"t"}'] * 10**6) + b"]}]", "x.json")}),
     "an index elsewhere": (KNOWLEDGE, {"--csv_path": elsewhere("../victim/x.faiss"), "--append": True}),
     "an index by its full path": (KNOWLEDGE, {"--csv_path": elsewhere("{victim}/x.faiss"), "--append": True}),
 }  # fmt: skip

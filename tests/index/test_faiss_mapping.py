@@ -1,5 +1,6 @@
 """rag/index/faiss_mapping.py: the same index that FAISS reads, without reading it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -148,3 +149,29 @@ def test_what_is_mapped_is_not_read(random, tmp_path):
     assert resident_share(path.resolve()) < 0.15
     assert index.search(random.standard_normal((200, 64), dtype=np.float32), 5)[1].min() >= 0
     assert resident_share(path.resolve()) > 0.5
+
+
+# --- Lists in a file of their own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", ["IVF2,Flat", "PCA4,IVF2,Flat"])
+def test_lists_on_disk_are_beside_their_index_and_whole(tmp_path, build):
+    vectors = np.random.default_rng(0).standard_normal((80, 8)).astype(np.float32)
+    index = faiss.index_factory(8, build, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    inside = faiss.extract_index_ivf(index)
+    for folder in ("here", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    file = tmp_path / "here" / "lists.ivfdata"
+    lists = faiss.OnDiskInvertedLists(inside.nlist, inside.code_size, str(file))
+    inside.replace_invlists(lists)
+    index.add(vectors)
+    for folder in ("here", "elsewhere"):
+        faiss.write_index(index, str(tmp_path / folder / "x.faiss"))
+    assert map_index(tmp_path / "here" / "x.faiss").ntotal == 80
+    with pytest.raises(RuntimeError, match=r"its lists are in .*/here/lists.ivfdata; put that file beside it"):
+        map_index(tmp_path / "elsewhere" / "x.faiss")
+    (tmp_path / "short").write_bytes(file.read_bytes()[:100])
+    os.replace(tmp_path / "short", file)
+    with pytest.raises(RuntimeError, match="which ends before they do"):
+        map_index(tmp_path / "here" / "x.faiss")

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -217,6 +218,8 @@ PART = {"csv_path": "d", "csv_digest": "0", "drop_duplicates": False, "documents
         b'{"dimension": "x"}', b'{"dimension": true}', b'{"index": "../victim/x.faiss"}', b'{"index": "/etc/passwd"}',
         b'{"index": "a/../../x"}', b'{"index": "below/x"}', b'{"checksums": {"../x": "xxh3:00:1"}}', b'{"index": ".."}',
         b'{"checksums": {"/x": "xxh3:00:1"}}', b'{"checksums": {"x": 3}}', b'{"checksums": {"x": "y"}}', b"[" * 10**5,
+        b'{"index": "."}', b'{"index": "x/"}', b'{"checksums": {"x": "xxh3:00:%s"}}' % (b"9" * 5000),
+        b'{"parts": [{"csv_path": "d", "csv_digest": "0", "passages": 1}]}',
     ],
 )  # fmt: skip
 def test_any_other_index_json_is_told_in_one_line(tmp_path, content):
@@ -224,6 +227,18 @@ def test_any_other_index_json_is_told_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match=f"--output_dir {tmp_path}: its index.json cannot be read") as error:
         read_description(tmp_path / "x", "--output_dir")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_damaged(tmp_path, kind):
+    os.mkfifo(tmp_path / "x") if kind == "pipe" else (tmp_path / "x").symlink_to("/dev/zero")
+    assert damage(tmp_path, IndexDescription(checksums={"x": "xxh3:00:0"})) == ["x is no file"]
+
+
+def test_warnings_of_encoders_are_printable():
+    theirs = SimpleNamespace(model_type="dpr", name_or_path="\x1b[2J-multiset")
+    (warning,) = IndexDescription(encoder="\x1b[2J-single-nq").encoder_mismatches(theirs)
+    assert warning.isprintable() and "\\x1b[2J-single-nq" in warning
 
 
 def test_an_index_json_of_any_version_is_read(tmp_path):

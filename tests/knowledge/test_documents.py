@@ -3,8 +3,10 @@
 import csv
 import gzip
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -237,6 +239,15 @@ def test_columns_that_lack(tmp_path):
         Document("", "no title"),
         Document("", "no title"),
     ]
+
+
+@pytest.mark.parametrize("write", [write_tsv, write_json_lines, write_parquet])
+def test_names_that_are_not_utf8(tmp_path, write):
+    ending = {write_json_lines: ".jsonl", write_parquet: ".parquet"}.get(write, ".tsv")
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xff")).with_suffix(ending)
+    write(tmp_path / "x", ROWS[1:3])
+    (tmp_path / "x").rename(path)
+    assert rows_of(path) == ROWS[1:3]
 
 
 def test_files_that_cannot_be_read(tmp_path):

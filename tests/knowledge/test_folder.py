@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -193,6 +196,65 @@ def test_what_does_not_belong_there_is_not_added(flags, more_path, context_encod
     assert "have encoder_digest" in digest and "have embeddings float32, these would have float16" in stored
     assert "--index_factory Flat: --append adds to an index of kind HNSW8,Flat" in factory
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"index": "."}, "'.' is not beside it|its index.json cannot be read"),
+        ({"index": "my_knowledge_dataset"}, "names the index 'my_knowledge_dataset', which no version has written"),
+        ({"index": "x" * 5000}, "names the index 'x{80}', which"),
+        ({"passages": 10**15}, "tells of 1,000,000,000,000,000 passages, but there are 11"),
+        ({"passages": -5}, "tells of -5 passages, but there are 11"),
+        ({"digest": "0"}, "was killed; run that command again first"),
+    ],
+)
+def test_nothing_is_added_to_what_index_json_does_not_describe(flags, more_path, tmp_path, changed, message, words):
+    if words:
+        flags = {"--csv_path": flags["--csv_path"], "--output_dir": tmp_path / "out"}
+    run(flags, **({"--index_factory": "bm25"} if words else {}))
+    path = tmp_path / "out" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    before = contents(tmp_path / "out")
+    for more in ({}, {"--drop_duplicates": True}):
+        with pytest.raises(UserError, match=message):
+            run(flags, **{"--csv_path": more_path, "--append": True}, **more)
+        assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["garbage", "other dimension", "pipe", "folder"])
+@pytest.mark.parametrize("has_checksums", [False, True])
+def test_nothing_is_added_to_an_index_that_is_none(flags, more_path, tmp_path, capsys, kind, has_checksums):
+    flags |= {"--recall_queries": 0}
+    knowledge = run(flags)
+    index, path = Path(knowledge.index_path), tmp_path / "out" / "index.json"
+    if not has_checksums:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"checksums": {}}))
+    index.unlink()
+    if kind == "garbage":
+        index.write_bytes(b"x" * 1000)
+    elif kind == "other dimension":
+        other = faiss.index_factory(4, "Flat", faiss.METRIC_INNER_PRODUCT)
+        other.add(np.ones((11, 4), dtype=np.float32))
+        faiss.write_index(other, str(index))
+    else:
+        os.mkfifo(index) if kind == "pipe" else index.mkdir()
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=index.name):
+        run(flags, **{"--csv_path": more_path, "--append": True})
+    assert contents(tmp_path / "out") == before
+    run(flags)  # the command that built it mends it
+    assert len(opened(knowledge)) == 11
+
+
+def test_the_kind_of_an_index_is_printable(flags, more_path, tmp_path, capsys):
+    run(flags)
+    path = tmp_path / "out" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"factory": "\x1b[2J"}))
+    capsys.readouterr()
+    run(flags, **{"--csv_path": more_path, "--append": True, "--recall_queries": 3})
+    assert "\\x1b[2J: " in (printed := capsys.readouterr().out) and "\x1b" not in printed
 
 
 def test_duplicates_are_left_out_and_counted(flags, more_path, tmp_path, capsys):
