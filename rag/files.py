@@ -124,8 +124,7 @@ def save_json(
     with atomic_write(path, "wb", follow=follow) as file:
         # A file's name may hold bytes that are no UTF-8. The surrogates that Python makes of them are written `\udcff`,
         # which is how JSON escapes them.
-        file.write(text.encode(errors="backslashreplace") + b"
-")
+        file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def load_json(path: str | os.PathLike) -> Any:
