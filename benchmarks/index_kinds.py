@@ -172,7 +172,7 @@ def search(folder: Path, kind: str, args, writer) -> None:
 
 
 def main(args: BenchmarkArguments) -> list[dict]:
-    from rag.knowledge.folder import size_of
+    from rag.knowledge.recall import size_of
 
     print(
         f"{header('faiss-cpu')}\n"

@@ -1,7 +1,9 @@
 """Every benchmark starts from its file; what they share names the machine and sees memory that is allocated."""
 
+import ast
 import datetime
 import gc
+import importlib
 import os
 import re
 import subprocess
@@ -23,6 +25,16 @@ def test_it_starts_from_anywhere(script, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "--short" in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_all_it_imports_of_the_package_is_there(script):
+    """Where it is used, behind the flags: what moved to another room would end the benchmark in the middle."""
+    tree = ast.parse((ROOT / "benchmarks" / script).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rag."):
+            module = importlib.import_module(node.module)
+            assert not [name.name for name in node.names if not hasattr(module, name.name)], node.module
 
 
 def test_make_bench_runs_them_all():

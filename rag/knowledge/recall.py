@@ -57,7 +57,7 @@ def report_recall(
 
     results = measure_efforts(open_index, query_vectors, exact_scores(vectors, query_vectors, n_docs))
     print(
-        f"{printable(description.factory)}: {_size_of(index_path):,} bytes, built in {description.index_seconds} s; of "
+        f"{printable(description.factory)}: {size_of(index_path):,} bytes, built in {description.index_seconds} s; of "
         f"the {n_docs} best for {count} pieces of {WORDS_A_QUERY} words it finds"
     )
     for row in results:
@@ -71,6 +71,6 @@ def _middle(text: str) -> str:
     return " ".join(words_from(text, start, WORDS_A_QUERY).split())
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
