@@ -42,8 +42,8 @@ from rag.public_names import module_getattr
 
 if TYPE_CHECKING:
     from rag.index.index_files import IndexDescription
+    from rag.knowledge.contents import Knowledge
     from rag.knowledge.embedding import PassageEmbedder
-    from rag.knowledge.folder import Knowledge
     from rag.knowledge.passages import PassageSource
 
 ELSEWHERE = {
@@ -80,7 +80,7 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
     if args.search:
         return search(args)
 
-    from rag.knowledge.folder import verify
+    from rag.knowledge.contents import verify
     from rag.locks import one_at_a_time
     from rag.outputs import writing
 
@@ -148,7 +148,7 @@ def read_source(args: KnowledgeArguments) -> PassageSource:
     output = Path(args.output_dir)
     known = None
     if args.drop_duplicates:
-        from rag.knowledge.folder import read_knowledge, read_known
+        from rag.knowledge.contents import read_knowledge, read_known
 
         earlier = read_knowledge(output)
         known = read_known(output, earlier.passages) if args.append and earlier.parts else ()
@@ -159,7 +159,7 @@ def read_source(args: KnowledgeArguments) -> PassageSource:
 
 def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowledge:
     """Embed and index the passages of --csv_path, or with --append add them to what is there."""
-    from rag.knowledge.folder import read_knowledge
+    from rag.knowledge.contents import read_knowledge
 
     if args.of_words or (args.append and read_knowledge(Path(args.output_dir)).factory == WORDS_KIND):
         return build_words(args, source)

@@ -108,8 +108,9 @@ def padding(tokenizer, passages, shard: int, by_length: bool) -> float:
 def compare_speed(args) -> dict:
     import numpy as np
 
-    from rag.knowledge.embedding import PASSAGES_PER_SHARD, PassageEmbedder
+    from rag.knowledge.embedding import PassageEmbedder
     from rag.knowledge.passages import read_passages
+    from rag.knowledge.shards import PASSAGES_PER_SHARD
 
     encoder, tokenizer = make_encoder(**({"num_hidden_layers": 2} if args.short else {}))
     passages = list(read_passages(next(path for path in TEXTS if path.is_file())))

@@ -10,7 +10,7 @@ other; `checksums` are those of all files. What is found again and is not what w
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -28,12 +28,11 @@ from rag.index.index_files import (
     DESCRIPTION_FILE,
     VECTOR_FIELDS,
     IndexDescription,
-    read_description,
     shard_files,
     shard_path,
     write_description,
 )
-from rag.index.integrity import damage, note_undamaged
+from rag.index.integrity import note_undamaged
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import (
     ENCODER_FLAG,
@@ -44,8 +43,8 @@ from rag.knowledge.arguments import (
     PASSAGES_FOLDER,
     SHARDS_FOLDER,
     WORDS_FOLDER,
-    WORDS_KIND,
 )
+from rag.knowledge.contents import Knowledge, knowledge_in, other_passages, read_knowledge
 from rag.knowledge.mending import all_checksums, index_is_whole, mend_lists, passages_are_whole, require_whole
 from rag.knowledge.passages import PassageSource
 from rag.knowledge.recall import report_recall
@@ -53,83 +52,6 @@ from rag.knowledge.shards import ShardPlan, digest_of, partial_folder, publish, 
 
 A_FILE = 2**13  # bytes that any file takes beside what is counted: its header, and what is left of its last block
 SMALL_FILES = 2**16  # state.json, index.json and their like, and room to replace them
-
-
-@dataclass
-class Knowledge:
-    """What a command made.
-
-    Attributes:
-        passages_path: folder of the passages, for `--passages_path`.
-        index_path: the FAISS file or the folder of its shards, for `--index_path`.
-        documents: that were read.
-        passages: pieces they were cut into.
-        dimension: d of the embeddings.
-        reused: whether all of it was there from an earlier run.
-        answer: of the RAG model; None where there was no question.
-    """
-
-    passages_path: str
-    index_path: str
-    documents: int
-    passages: int
-    dimension: int
-    reused: bool = False
-    answer: str | None = None
-
-
-def read_knowledge(output: Path) -> IndexDescription:
-    """The `index.json` of a folder; one that knows nothing where there is none, or one of an earlier version.
-
-    Raises:
-        UserError: it cannot be read, or names an index of another name than ours have.
-    """
-    description = read_description(output / PASSAGES_FOLDER, OUTPUT_FLAG)
-    ours = {WORDS_FOLDER} if description.factory == WORDS_KIND else INDEXES
-    if description.index and description.index not in ours:  # it may be removed, or added to
-        raise UserError(
-            f"{OUTPUT_FLAG} {output}: its {DESCRIPTION_FILE} names the index {description.index[:80]!r}, which no "
-            "version has written; remove the folder and build the knowledge again"
-        )
-    return description if description.parts else IndexDescription()
-
-
-def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
-    """The first `count` passages of a folder: those that were there before a command that may have been killed.
-
-    Raises:
-        UserError: something in the folder is damaged.
-    """
-    from datasets import load_from_disk
-
-    require_whole(output, read_knowledge(output))
-    dataset = load_from_disk(os.path.abspath(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
-    if not 0 <= count <= len(dataset):
-        raise _other_passages(output, count, len(dataset))
-    for rows in dataset.select(range(count)).iter(1000):
-        yield from zip(rows["title"], rows["text"], strict=True)
-
-
-def verify(output: Path) -> Knowledge:
-    """--verify: read all files of a folder, whatever is known of them, and compare them with their checksums.
-
-    Raises:
-        UserError: some are damaged, or the folder is not finished.
-    """
-    description = read_knowledge(output)
-    if not (description.is_finished and description.checksums):
-        raise UserError(
-            f"--verify: {OUTPUT_FLAG} {output} is unfinished, or of a version that kept no checksums; run the command "
-            "that built it first"
-        )
-    raise_problems(
-        [
-            f"{OUTPUT_FLAG} {output}: {problem}; run the command that built it, which makes it again"
-            for problem in damage(output, description, verify=True)
-        ]
-    )
-    print(f"{output}: {len(description.checksums):,} files are as they were written")
-    return replace(_knowledge(output, description), reused=True)
 
 
 @dataclass
@@ -163,7 +85,7 @@ class KnowledgeFolder:
         passages_path = self.output / PASSAGES_FOLDER
         mend_lists(self.output, description, earlier)
         description = self._described(description, plan, earlier)
-        knowledge = _knowledge(self.output, description)
+        knowledge = knowledge_in(self.output, description)
 
         if passages_path.exists() and digest_of(passages_path) != description.digest:
             raise UserError(
@@ -258,7 +180,7 @@ class KnowledgeFolder:
         """
         earlier = read_knowledge(self.output)
         self._require_same_kind(earlier, new, factory)
-        knowledge = _knowledge(self.output, earlier)
+        knowledge = knowledge_in(self.output, earlier)
         passages_path, index_path = Path(knowledge.passages_path), Path(knowledge.index_path)
         require_whole(self.output, earlier)
         total = earlier.passages + source.count
@@ -291,7 +213,7 @@ class KnowledgeFolder:
             index_seconds=round(time.monotonic() - start, 1),
         )
         self._finish(description)
-        return _knowledge(self.output, description)
+        return knowledge_in(self.output, description)
 
     def _require_same_kind(self, earlier: IndexDescription, new: IndexDescription, factory: str | None) -> None:
         if not earlier.is_finished:
@@ -321,7 +243,7 @@ class KnowledgeFolder:
                 f"--append: the --append to {self.output} before this one was killed; run that command again first"
             )
         if (count := len(self._opened(knowledge))) != earlier.passages:
-            raise _other_passages(self.output, earlier.passages, count)
+            raise other_passages(self.output, earlier.passages, count)
 
     def _require_room_to_append(self, source: PassageSource, index_path: Path) -> None:
         vectors = source.count * self.embedder.dimension * 4
@@ -350,7 +272,7 @@ class KnowledgeFolder:
     def _index_fits(self, path: Path, earlier: IndexDescription) -> bool:
         """Whether an index of which no checksum is known is one of all passages."""
         try:
-            return len(self._opened(_knowledge(self.output, earlier))) == earlier.passages
+            return len(self._opened(knowledge_in(self.output, earlier))) == earlier.passages
         except UserError:
             return False
 
@@ -367,7 +289,7 @@ class KnowledgeFolder:
         """With the recall of the index, if it is wanted."""
         if not self.recall_queries:
             return description
-        knowledge = _knowledge(self.output, description)
+        knowledge = knowledge_in(self.output, description)
         passages_path = Path(knowledge.passages_path)
         vectors = EmbeddingFiles(shards_of(passages_path), self.embedder.dimension)
         rows = report_recall(
@@ -411,16 +333,6 @@ class KnowledgeFolder:
                 remove(left)
 
 
-def _knowledge(output: Path, description: IndexDescription) -> Knowledge:
-    return Knowledge(
-        passages_path=str(output / PASSAGES_FOLDER),
-        index_path=str(output / description.index),
-        documents=description.documents,
-        passages=description.passages,
-        dimension=description.dimension,
-    )
-
-
 def _index_fields(description: IndexDescription) -> dict:
     """What tells one index over the same passages from another."""
     return {name: getattr(description, name) for name in ("factory", "shards", "train_sample", "index")}
@@ -439,13 +351,6 @@ def _rows_of(index_path: Path) -> int:
             )
         return files[-1][2]
     return map_index(index_path).ntotal
-
-
-def _other_passages(output: Path, told: int, found: int) -> UserError:
-    return UserError(
-        f"{OUTPUT_FLAG} {output}: its {DESCRIPTION_FILE} tells of {told:,} passages, but there are {found:,}; remove "
-        "the folder and build the knowledge again"
-    )
 
 
 def _print_what_was_cut(workers) -> None:

@@ -20,7 +20,8 @@ from rag.files import remove
 from rag.index.bm25 import Bm25Index, open_bm25
 from rag.index.index_files import IndexDescription
 from rag.knowledge.arguments import PASSAGES_FOLDER, WORDS_FOLDER, WORDS_KIND
-from rag.knowledge.folder import Knowledge, KnowledgeFolder
+from rag.knowledge.contents import Knowledge
+from rag.knowledge.folder import KnowledgeFolder
 from rag.knowledge.printing import print_passages
 from rag.knowledge.shards import Passages
 
