@@ -85,10 +85,9 @@ def foreign_row(index, vectors_of: Callable[[np.ndarray], np.ndarray]) -> int | 
     most = EXACT_DIFFERENCE if isinstance(index, EXACT) else ROUNDED_DIFFERENCE
     with np.errstate(invalid="ignore"):  # NaN of a passage is told elsewhere
         # Their lengths may be others: an index for cosines holds vectors of length one.
-        a, b = (np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (ours, theirs))
-        same = np.linalg.norm(ours * b - theirs * a, axis=1, keepdims=True) <= most * a * b
-    same = (same & ((a > 0) == (b > 0)))[:, 0]
-    foreign = ~same & np.isfinite(theirs).all(axis=1)
+        a, b = (np.linalg.norm(vectors, axis=1) for vectors in (ours, theirs))
+        differences = np.linalg.norm(ours * b[:, None] - theirs * a[:, None], axis=1)
+        foreign = ~(differences <= most * a * b) & np.isfinite(theirs).all(axis=1)
     return int(rows[foreign][0]) if foreign.any() else None
 
 
