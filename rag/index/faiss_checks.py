@@ -81,7 +81,7 @@ def foreign_row(index, vectors_of: Callable[[np.ndarray], np.ndarray]) -> int | 
         return None
     places = np.unique(np.linspace(0, index.ntotal - 1, SOME_VECTORS).astype(np.int64))
     rows = places if ids is None else ids[places]
-    ours, theirs = index.reconstruct_batch(places), vectors_of(rows)
+    ours, theirs = np.float64(index.reconstruct_batch(places)), np.float64(vectors_of(rows))
     most = EXACT_DIFFERENCE if isinstance(index, EXACT) else ROUNDED_DIFFERENCE
     with np.errstate(invalid="ignore"):  # NaN of a passage is told elsewhere
         # Their lengths may be others: an index for cosines holds vectors of length one.

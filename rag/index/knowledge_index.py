@@ -250,9 +250,9 @@ class KnowledgeIndex:
         if isinstance(embeddings, EmbeddingColumn) and (given.ntotal, given.d) == (count, self.vector_size):
             row = foreign_row(given, lambda rows: embeddings.gather(rows + start))
             if row is not None:
-                raise UserError(
-                    f"{origin}: its vector {row} is not the embedding of row {row + start} of {self.origin}; take the "
-                    "two that were built together"
+                logger.warning(
+                    f"{origin}: its vector {row} is not the embedding of row {row + start} of {self.origin}: passages "
+                    "are found by the one and scored by the other; unless you mean it, take two that were built together"
                 )
         return faiss_index
 

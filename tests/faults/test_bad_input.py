@@ -236,8 +236,6 @@ INDEXES = {
     "of 32 dimensions": lambda faiss, v: filled(faiss.IndexFlatIP(32), v.repeat(2, 1)),
     "cut": lambda faiss, v: faiss.serialize_index(filled(faiss.IndexFlatIP(16), v)).tobytes()[:-50],
     "HNSW cut": lambda faiss, v: faiss.serialize_index(filled(faiss.index_factory(16, "HNSW8", 0), v)).tobytes()[:-50],
-    "of other vectors": lambda faiss, v: filled(faiss.IndexFlatIP(16), -v),
-    "in another order": lambda faiss, v: filled(faiss.index_factory(16, "HNSW8,Flat", 0), v[::-1].copy()),
     "empty": lambda faiss, v: b"",
     "of bits": lambda faiss, v: faiss.serialize_index_binary(faiss.IndexBinaryFlat(64)).tobytes(),
 }

@@ -285,3 +285,11 @@ def test_of_vectors_that_are_not_kept_nothing_is_said(factory):
     index.train(vectors)
     index.add(vectors)
     assert foreign_row(index, lambda rows: vectors[rows]) is None
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, -1)])
+def test_an_index_of_other_vectors_is_warned_of(tmp_path, caplog, rows):
+    index = filled("Flat", VECTORS[rows], faiss.METRIC_INNER_PRODUCT)
+    opened(index, VECTORS, tmp_path)
+    warned = f"--index_path {tmp_path / 'x.faiss'}: its vector 0 is not the embedding of row 0" in caplog.text
+    assert warned == (rows.step == -1)
