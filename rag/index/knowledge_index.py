@@ -252,7 +252,7 @@ class KnowledgeIndex:
             if row is not None:
                 logger.warning(
                     f"{origin}: its vector {row} is not the embedding of row {row + start} of {self.origin}: passages "
-                    "are found by the one and scored by the other; unless you mean it, take two that were built together"
+                    "are found by one and scored by the other; unless you mean it, take two that were built together"
                 )
         return faiss_index
 
