@@ -43,8 +43,8 @@ def require_runs(
     generator = model.generator if rag else model
     try:
         penalty = generator.generation_config.length_penalty
-        if isinstance(penalty, int | float) and not abs(penalty) <= LARGEST_PENALTY:
-            raise ValueError(f"length_penalty {penalty} is no penalty")
+        if penalty is not None and not (isinstance(penalty, int | float) and abs(penalty) <= LARGEST_PENALTY):
+            raise ValueError(f"length_penalty {penalty!r} is no penalty")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.train(train)
             if rag and _is_tried(model.question_encoder):
