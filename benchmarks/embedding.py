@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.index_kinds import TEXTS, passages_of
+from benchmarks.index_kinds import passages_of, real_passages
 from benchmarks.machine import header, status_mib
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
@@ -109,11 +109,10 @@ def compare_speed(args) -> dict:
     import numpy as np
 
     from rag.knowledge.embedding import PassageEmbedder
-    from rag.knowledge.passages import read_passages
     from rag.knowledge.shards import PASSAGES_PER_SHARD
 
     encoder, tokenizer = make_encoder(**({"num_hidden_layers": 2} if args.short else {}))
-    passages = list(read_passages(next(path for path in TEXTS if path.is_file())))
+    passages = real_passages()
     wasted = {
         "public": padding(tokenizer, passages, len(passages), by_length=False),
         "ours": padding(tokenizer, passages, PASSAGES_PER_SHARD, by_length=True),

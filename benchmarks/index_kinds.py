@@ -28,7 +28,7 @@ from rag.command_line.script import run_script
 from rag.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = (ROOT.parent / "shared" / "data" / "nq_gold" / "passages.tsv", ROOT / "test_data" / "my_knowledge_dataset.csv")
+NQ_GOLD = ROOT.parent / "shared" / "data" / "nq_gold" / "passages.tsv"  # id, title, text
 BM25 = "bm25"
 
 
@@ -77,14 +77,21 @@ class RandomEmbedder:
             yield len(shard)
 
 
+def real_passages() -> list[tuple[str, str]]:
+    """Title and text of nq_gold's passages where they are at hand, else of the quickstart's."""
+    from rag.files import read_lines
+    from rag.knowledge.passages import read_passages
+
+    if NQ_GOLD.is_file():
+        return [tuple(line.split("\t")[1:3]) for line in read_lines(NQ_GOLD)]
+    return list(read_passages(ROOT / "test_data" / "my_knowledge_dataset.csv"))
+
+
 def passages_of(count: int):
     """Title and text of `count` passages, no two of them equal."""
     import itertools
 
-    from rag.knowledge.passages import read_passages
-
-    texts = list(read_passages(next(path for path in TEXTS if path.is_file())))
-    for number, (title, text) in enumerate(itertools.islice(itertools.cycle(texts), count)):
+    for number, (title, text) in enumerate(itertools.islice(itertools.cycle(real_passages()), count)):
         yield title, f"{text} ({number})"
 
 
