@@ -34,6 +34,11 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something failed, and nobody asked this process to end: a panic of a library in Rust is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def printable(text: str) -> str:
     """A text of a stranger's as a terminal shows it without obeying it: an escape code is spelled out, `\\x1b`."""
     return _OBEYED_BY_TERMINALS.sub(lambda match: repr(match[0])[1:-1], text)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rag.errors import UserError, one_line
+from rag.errors import UserError, is_failure, one_line
 from rag.knowledge.arguments import ENCODER_FLAG
 from rag.knowledge.shards import Passages
 from rag.models.limits import most_tokens
@@ -118,7 +118,7 @@ class PassageEmbedder:
                 titles, texts, truncation=True, max_length=self.max_length, return_token_type_ids=False
             )
         except BaseException as error:  # the tokenizers package has no class of its own for it
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not is_failure(error):
                 raise
             reason = one_line(error, 120)
             raise UserError(f"{ENCODER_FLAG}: its tokenizer cannot read the passages ({reason}); {FITTING}") from error

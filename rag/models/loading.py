@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, RagConfi
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from rag.errors import UserError, one_line, raise_problems
+from rag.errors import UserError, is_failure, one_line, raise_problems
 from rag.files import LARGEST_JSON, load_json
 from rag.hub import hub_is_reachable
 from rag.models.custom_code import code_beside, restore_buffers
@@ -189,8 +189,7 @@ def checkpoint_errors(flag: str, path: str) -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        # A panic of the libraries that are written in Rust is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(f"{flag} {path} needs code that lies beside it, {_why_not_run()}") from error

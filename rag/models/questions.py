@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rag.errors import UserError, one_line
+from rag.errors import UserError, is_failure, one_line
 
 # Attributes that `with_prompt` gives a tokenizer: the text before a question, the most tokens, whether case is dropped.
 PROMPT, LIMIT, LOWER_CASE = "question_prompt", "question_limit", "question_lower_case"
@@ -63,8 +63,7 @@ def reading(tokenizer: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic of the library, which is written in Rust, is no Exception: a pattern that has no end.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):  # a pattern that has no end makes the library panic
             raise
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} cannot read a text ({one_line(error, 120)}); give a checkpoint "
