@@ -121,7 +121,7 @@ class KnowledgeFolder:
         return knowledge
 
     def _has_whole_index(self, earlier: IndexDescription) -> bool:
-        return index_is_whole(self.output, earlier, lambda path: self._index_fits(path, earlier))
+        return index_is_whole(self.output, earlier, lambda: self._index_fits(earlier))
 
     def _described(self, description: IndexDescription, plan: IndexPlan, earlier: IndexDescription) -> IndexDescription:
         """The description with its digest, its parts and the index that is to be built."""
@@ -269,7 +269,7 @@ class KnowledgeFolder:
         index.init_index()
         return index
 
-    def _index_fits(self, path: Path, earlier: IndexDescription) -> bool:
+    def _index_fits(self, earlier: IndexDescription) -> bool:
         """Whether an index of which no checksum is known is one of all passages."""
         try:
             return len(self._opened(knowledge_in(self.output, earlier))) == earlier.passages

@@ -75,12 +75,12 @@ def passages_are_whole(output: Path, description: IndexDescription) -> bool:
     return False
 
 
-def index_is_whole(output: Path, earlier: IndexDescription, fits: Callable[[Path], bool]) -> bool:
+def index_is_whole(output: Path, earlier: IndexDescription, fits: Callable[[], bool]) -> bool:
     """Whether the index is what was written; `fits` says so of one of which no checksum is known."""
     path = output / earlier.index
     of_index = {name: sum_ for name, sum_ in earlier.checksums.items() if Path(name).parts[0] == earlier.index}
     if not of_index:  # of an earlier version, or being added to when the run was killed
-        return path.exists() and fits(path)
+        return path.exists() and fits()
     damaged = damaged_files(output, of_index)
     if damaged:
         print(f"{output}: {damaged[0]} is damaged; the index is built again")

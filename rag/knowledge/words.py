@@ -79,7 +79,7 @@ class WordsFolder(KnowledgeFolder):
     def _opened(self, knowledge: Knowledge) -> Bm25Index:
         return _open(self.output)
 
-    def _index_fits(self, path: Path, earlier: IndexDescription) -> bool:
+    def _index_fits(self, earlier: IndexDescription) -> bool:
         return False  # it is built in no time
 
     def _extended(self, index_path: Path, shards: list[Path], known: int, digest: str) -> None:
