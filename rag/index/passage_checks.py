@@ -21,6 +21,12 @@ FEW_ROWS, SOME_ROWS = 4096, 64  # read at an opening: all of so many, or so many
 KIND = {"title": "text", "text": "text", "embeddings": "lists of numbers"}
 
 
+def load_saved(path) -> datasets.Dataset:
+    """A dataset that `save_to_disk` has written, of files in its own folder alone."""
+    require_own_files(path)
+    return datasets.load_from_disk(os.path.abspath(path))  # of "~" and "file:" datasets makes something else
+
+
 def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
     """The dataset in a folder, mapped.
 
@@ -30,8 +36,7 @@ def open_passages(path, flag: str = "--passages_path") -> datasets.Dataset:
     if path is None or not os.path.isdir(path):  # False, too, of a name that can be none
         raise UserError(f"{flag} {path} is not a folder of passages; build it with use_own_knowledge_dataset.py")
     try:
-        require_own_files(path)
-        passages = datasets.load_from_disk(os.path.abspath(path))  # of "~" and "file:" datasets makes something else
+        passages = load_saved(path)
     except Exception as error:  # JSON, Arrow and the disk fail in ways of their own
         if inside := sorted(Path(path).glob("*/state.json")):
             raise UserError(

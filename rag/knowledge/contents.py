@@ -6,7 +6,6 @@ for title, text in read_known(output, 1000): ...
 verify(output)                                     # all files as they were written, or a UserError
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,10 +62,10 @@ def read_known(output: Path, count: int) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: something in the folder is damaged.
     """
-    from datasets import load_from_disk
+    from rag.index.passage_checks import load_saved
 
     require_whole(output, read_knowledge(output))
-    dataset = load_from_disk(os.path.abspath(output / PASSAGES_FOLDER)).select_columns(["title", "text"])
+    dataset = load_saved(output / PASSAGES_FOLDER).select_columns(["title", "text"])
     if not 0 <= count <= len(dataset):
         raise other_passages(output, count, len(dataset))
     for rows in dataset.select(range(count)).iter(1000):

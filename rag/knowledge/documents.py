@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rag.errors import UserError, one_line
-from rag.files import read_state, require_own_files
+from rag.files import read_state
 from rag.knowledge.arguments import OUTPUT_NAMES, PASSAGES_FOLDER
 from rag.knowledge.records import (
     MILLION,
@@ -160,12 +160,13 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Items:
                 yield Problem(place, f"is not JSON ({one_line(error, 120)}); write one object a line", not line.strip())
                 continue
             if isinstance(row, dict):
-                columns = find_columns(name for name, value in row.items() if value is not None) or Columns("", "text")
-                if find_columns(row) is None:
+                columns = find_columns(name for name, value in row.items() if value is not None)
+                if columns is None and find_columns(row) is None:
                     found = ", ".join(row)[:80]
                     reason = f"has no text (found: {found}); name it text, or give --skip_empty to pass over such rows"
                     yield Problem(place, reason, is_empty=True)
                     continue
+                columns = columns or Columns("", "text")
                 yield document(place, row.get(columns.title), row.get(columns.text), options, columns)
             else:
                 yield Problem(place, 'is no object; write {"title": ..., "text": ...}')
@@ -225,11 +226,10 @@ def _size_of(column: pa.Array) -> int:
 
 
 def _read_dataset(path: Path, options: ReadingOptions) -> Items:
-    import datasets
+    from rag.index.passage_checks import load_saved
 
     try:
-        require_own_files(path)
-        dataset = datasets.load_from_disk(os.path.abspath(path))
+        dataset = load_saved(path)
         columns = find_columns(dataset.column_names)
         if columns is None:
             yield _no_text_column(path, dataset.column_names)

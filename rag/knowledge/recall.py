@@ -5,17 +5,16 @@
 It answers what a user asks first of a new index: is its kind good enough, and at which effort?
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import load_from_disk
 
 from rag.errors import printable
 from rag.index.build import EmbeddingFiles
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
+from rag.index.passage_checks import load_saved
 from rag.index.recall import exact_scores, measure_efforts
 from rag.knowledge.passages import count_words, words_from
 
@@ -44,7 +43,7 @@ def report_recall(
         queries: at most so many.
         n_docs: passages a query over which recall is counted.
     """
-    passages = load_from_disk(os.path.abspath(passages_path)).select_columns(["title", "text"])
+    passages = load_saved(passages_path).select_columns(["title", "text"])
     count, n_docs = min(queries, len(passages)), min(n_docs, len(passages))
     rows = np.sort(np.random.default_rng(0).choice(len(passages), count, replace=False, shuffle=False))
     pieces = [("", _middle(text)) for text in passages[rows]["text"]]
