@@ -1,0 +1,34 @@
+"""Which precision is chosen is asked of the machine, and a word is taken as it stands."""
+
+import pytest
+import torch
+
+from rag.models import precision
+from rag.models.precision import dtype_of, has_matrix_units, name_of
+
+
+@pytest.mark.parametrize("units, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_a_cpu_is_bfloat16_where_there_are_matrix_units(monkeypatch, units, expected):
+    monkeypatch.setattr(precision, "has_matrix_units", lambda: units)
+    assert dtype_of("auto", "cpu") == expected
+
+
+@pytest.mark.parametrize("supported, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_a_gpu_is_bfloat16_where_it_multiplies_them(monkeypatch, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert dtype_of("auto", torch.device("cuda", 1)) == expected
+
+
+@pytest.mark.parametrize(
+    "capabilities, kernels, expected",
+    [({"amx_bf16": True}, "AVX512", True), ({"amx_bf16": True}, "DEFAULT", False), ({}, "AVX2", False)],
+)
+def test_matrix_units_count_where_torch_uses_them(monkeypatch, capabilities, kernels, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    assert has_matrix_units() is expected
+
+
+@pytest.mark.parametrize("word, name", [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_word_is_taken_as_it_stands(word, name):
+    assert name_of(dtype_of(word, "cpu")) == name
