@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from rag.errors import UserError
 from rag.index.columns import EmbeddingColumn
 from rag.knowledge import shards
-from rag.knowledge.embedding import PassageEmbedder, embed
+from rag.knowledge.embedding import Coming, PassageEmbedder, embed
 from rag.knowledge.shards import JOURNAL, ShardPlan, digest_of, partial_folder, publish, shard_checksums, write_dataset
 from rag.models.encoders import load_encoder
 from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig
@@ -42,8 +42,8 @@ def one_by_one(embedder, passages):
     """What the encoder gives for each passage alone, without padding."""
     vectors = []
     for title, text in passages:
-        words = (title, text) if embedder.as_pair else (f"{title} {text}",)
-        tokens = embedder.tokenizer(*words, truncation=True, max_length=embedder.max_length, return_tensors="pt")
+        words = (title, text) if embedder.reader.as_pair else (f"{title} {text}",)
+        tokens = embedder.reader.tokenizer(*words, truncation=True, max_length=embedder.max_length, return_tensors="pt")
         with torch.no_grad():
             vectors.append(embedder.encoder(**tokens)[0][0].numpy())
     return np.stack(vectors)
@@ -79,22 +79,23 @@ def test_rows_are_in_order_and_do_not_depend_on_their_batch(embedder, passages, 
 
 
 def test_batches_hold_texts_of_like_length(embedder, passages):
-    widths = []
-    embedder._encode = lambda batch: widths.append(batch["input_ids"].shape) or np.zeros((len(batch["input_ids"]), 1))
+    encode, batches = embedder._encode, []
+    embedder._encode = lambda batch: batches.append(batch) or encode(batch)
     rows = np.concatenate([rows for rows, _ in embedder(passages)])
     assert sorted(rows) == list(range(len(passages)))
-    tokens = sum(len(ids) for ids in embedder.tokenizer(*map(list, zip(*passages, strict=True)))["input_ids"])
-    assert tokens / sum(b * s for b, s in widths) > 0.9
-    assert max(b for b, _ in widths) == 4
+    tokens = sum(len(ids) for ids in embedder.reader.tokenizer(*map(list, zip(*passages, strict=True)))["input_ids"])
+    assert tokens == sum(batch.tokens for batch in batches)
+    assert tokens / sum(batch.inputs["input_ids"].numel() for batch in batches) > 0.9
+    assert max(len(batch.rows) for batch in batches) == 4
 
 
 def test_title_and_text_are_of_one_token_type(embedder, passages, bert_tokenizer, tmp_path):
     expected = np.concatenate([vectors for _, vectors in embedder(passages)])
     bert_tokenizer.save_pretrained(tmp_path)
-    embedder.tokenizer = BertTokenizerFast.from_pretrained(
+    embedder.reader.tokenizer = BertTokenizerFast.from_pretrained(
         tmp_path, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
     )
-    assert max(embedder.tokenizer(*passages[0])["token_type_ids"]) == 1
+    assert max(embedder.reader.tokenizer(*passages[0])["token_type_ids"]) == 1
     np.testing.assert_array_equal(np.concatenate([vectors for _, vectors in embedder(passages)]), expected)
 
 
@@ -102,7 +103,7 @@ def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
     encode, encoded = embedder._encode, []
 
     def killed(batch):
-        encoded.append(len(batch["input_ids"]))
+        encoded.append(len(batch.rows))
         if sum(encoded) > 20:
             raise KeyboardInterrupt
         return encode(batch)
@@ -121,7 +122,7 @@ def test_a_killed_run_goes_on(embedder, passages, small_shards, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in partial.iterdir()} == kept
 
     again = []
-    embedder._encode = lambda batch: again.append(len(batch["input_ids"])) or encode(batch)
+    embedder._encode = lambda batch: again.append(len(batch.rows)) or encode(batch)
     write_dataset(iter(passages), embedder, tmp_path / "out", "digest", ShardPlan(len(passages)))
     assert sum(again) == len(passages) - 14
     vectors = np.array(load_from_disk(str(tmp_path / "out"))["embeddings"], dtype=np.float32)
@@ -144,7 +145,7 @@ def test_sentence_encoders_read_title_and_text_as_one(bert_tokenizer, passages):
     encoder = PooledEncoder(PooledEncoderConfig(backbone=bert.config), bert).eval()
     embedder = PassageEmbedder(encoder, bert_tokenizer, batch_size=8)
     encoder.double()
-    assert not embedder.as_pair and embedder.max_length == 32
+    assert not embedder.reader.as_pair and embedder.max_length == 32
     vectors = np.empty((len(passages), DIMENSION), dtype=np.float32)
     for rows, batch in embedder(passages):
         vectors[rows] = batch
@@ -169,7 +170,7 @@ def test_a_number_of_shards_and_half_precision(embedder, passages, tmp_path):
     assert vectors.dtype == np.float32
     # Half precision rounds by 2**-11 of a value, and by 2**-25 at least.
     np.testing.assert_allclose(vectors, one_by_one(embedder, passages), rtol=2**-10.9, atol=2**-24)
-    embedder._encode = lambda batch: np.full((len(batch["input_ids"]), DIMENSION), 7e4)
+    embedder._encode = lambda batch: Coming(torch.full((len(batch.rows), DIMENSION), 7e4), None)
     with pytest.raises(UserError, match="--half_precision: a vector holds 70000"):
         write_dataset(iter(passages), embedder, tmp_path / "large", "digest", plan)
 
