@@ -22,9 +22,14 @@ from rag.knowledge.precision import machine_precision
 from rag.knowledge.reading import PassageReader
 from rag.knowledge.shards import PASSAGES_PER_SHARD, Passages
 from rag.knowledge.token_batches import ahead, cut_batches, tokens_that_fit
+from rag.models.packed_encoder import can_pack, encode_packed
+from rag.packing import Packing
 
 # Pieces that are tokenized, and batches whose vectors are on their way back, while a GPU encodes another one.
 PIECES_AHEAD, BATCHES_BEHIND = 2, 1
+# Passages of a piece: those that are to be padded are sorted by length together, for others a GPU need not wait long.
+PADDED_PIECE, PACKED_PIECE = PASSAGES_PER_SHARD, 512
+FLASH_ATTENTION = (8, 0)  # the first GPUs that have it, by their compute capability
 
 
 @dataclass
@@ -33,12 +38,12 @@ class Batch:
 
     Attributes:
         rows: (b) their numbers.
-        tokens: of all of them, without padding.
-        inputs: the encoder's, by name.
+        lengths: (b) the tokens of each.
+        inputs: the encoder's, by name: (b, longest) each; of packed passages input_ids (T) alone.
     """
 
     rows: np.ndarray
-    tokens: int
+    lengths: np.ndarray
     inputs: dict[str, torch.Tensor]
 
 
@@ -73,6 +78,7 @@ class PassageEmbedder:
         device: None for the GPU, where there is one.
         precision: of the encoder's weights; None for the one that is fast on the device.
         tokens_per_batch: at most; None for no limit where there is one of passages, else what the device has room for.
+        packed: whether passages lie in one row, without padding; None for where it pays and the encoder can do it.
 
     Attributes:
         dimension: d.
@@ -87,6 +93,7 @@ class PassageEmbedder:
         device: str | None = None,
         precision: torch.dtype | None = None,
         tokens_per_batch: int | None = None,
+        packed: bool | None = None,
     ):
         from rag.models.encoders import encoder_dimension
 
@@ -95,11 +102,13 @@ class PassageEmbedder:
         self.reader = PassageReader(encoder, tokenizer)
         self.encoder = encoder.to(self.device, self.precision)
         self.dimension = encoder_dimension(encoder)
+        self.on_gpu = self.device.type == "cuda"
+        flash = self.on_gpu and torch.cuda.get_device_capability(self.device) >= FLASH_ATTENTION
+        self.packed = (flash if packed is None else packed) and can_pack(encoder)
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         if batch_size is None and tokens_per_batch is None:
-            self.tokens_per_batch = tokens_that_fit(encoder, self.device, packed=False)
-        on_gpu = self.device.type == "cuda"
-        self.pieces_ahead, self.batches_behind = (PIECES_AHEAD, BATCHES_BEHIND) if on_gpu else (0, 0)
+            self.tokens_per_batch = tokens_that_fit(encoder, self.device, self.packed)
+        self.pieces_ahead, self.batches_behind = (PIECES_AHEAD, BATCHES_BEHIND) if self.on_gpu else (0, 0)
         self.cut = 0
 
     @property
@@ -114,7 +123,7 @@ class PassageEmbedder:
             for path, passages in shards:
                 vectors = np.empty((len(passages), self.dimension), dtype=np.float32)
                 shard = _Shard(path, passages, vectors, len(passages))
-                for start, piece in _pieces(passages):
+                for start, piece in self._pieces(passages):
                     yield shard, start, piece
 
         for shard, rows, found in self._encoded(pieces()):
@@ -126,15 +135,21 @@ class PassageEmbedder:
 
     def __call__(self, passages: Passages) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers and their vectors (b, d) float32, a batch at a time; batches hold texts of like length."""
-        pieces = ((None, start, piece) for start, piece in _pieces(passages))
+        pieces = ((None, start, piece) for start, piece in self._pieces(passages))
         return ((rows, found) for _, rows, found in self._encoded(pieces))
 
     def read(self, texts: list[str]) -> np.ndarray:
         """The vectors of a few texts, (N, d) float32: a trial."""
         tokens = self.reader.tokenize([("", text) for text in texts])
-        return self._vectors(self._inputs(tokens, np.arange(len(texts)))).cpu().numpy()
+        return self._vectors(self._batch(0, tokens, np.arange(len(texts)))).cpu().numpy()
 
     # --- The way of a piece ---
+
+    def _pieces(self, passages: Passages) -> Iterator[tuple[int, Passages]]:
+        """Passages that are tokenized, and sorted by length, together, each lot with the number of its first."""
+        size = PACKED_PIECE if self.packed else PADDED_PIECE
+        for start in range(0, len(passages), size):
+            yield start, passages[start : start + size]
 
     def _encoded(self, pieces: Iterable[tuple[Any, int, Passages]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
         """For each batch whose piece it is, its rows, and their vectors (b, d) float32, in order."""
@@ -154,44 +169,44 @@ class PassageEmbedder:
         shard, start, passages = piece
         tokens = self.reader.tokenize(passages)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
-        batches = [
-            Batch(start + rows, int(lengths[rows].sum()), self._inputs(tokens, rows))
-            for rows in cut_batches(lengths, self.batch_size, self.tokens_per_batch)
-        ]
-        return shard, batches, int((lengths == self.max_length).sum())
+        cuts = cut_batches(lengths, self.batch_size, self.tokens_per_batch, self.packed)
+        return shard, [self._batch(start, tokens, rows) for rows in cuts], int((lengths == self.max_length).sum())
 
-    def _inputs(self, tokens: dict[str, list[list[int]]], rows: np.ndarray) -> dict[str, torch.Tensor]:
-        batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-        padded = self.reader.tokenizer.pad(batch, padding="longest", return_tensors="pt")
-        return {name: tensor.pin_memory() if self.device.type == "cuda" else tensor for name, tensor in padded.items()}
+    def _batch(self, start: int, tokens: dict[str, list[list[int]]], rows: np.ndarray) -> Batch:
+        """Some rows of a piece that begins at row `start` of its shard."""
+        chosen = {name: [values[i] for i in rows] for name, values in tokens.items()}
+        lengths = np.array([len(ids) for ids in chosen["input_ids"]])
+        if self.packed:
+            inputs = {"input_ids": torch.tensor([token for ids in chosen["input_ids"] for token in ids])}
+        else:
+            inputs = dict(self.reader.tokenizer.pad(chosen, padding="longest", return_tensors="pt"))
+        if self.on_gpu:
+            inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+        return Batch(start + rows, lengths, inputs)
 
     @torch.inference_mode()
-    def _vectors(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _vectors(self, batch: Batch) -> torch.Tensor:
         """(b, d) float32 on the device."""
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        return self.encoder(**on_device)[0].float()
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        if self.packed:
+            return encode_packed(self.encoder, inputs["input_ids"], Packing(batch.lengths, self.device)).float()
+        return self.encoder(**inputs)[0].float()
 
     def _encode(self, batch: Batch) -> Coming:
         """Begin with a batch: a GPU is given its work, which nothing here waits for."""
         try:
-            vectors = self._vectors(batch.inputs)
+            vectors = self._vectors(batch)
         except torch.OutOfMemoryError as error:
             name = "batch_size" if self.tokens_per_batch is None else "tokens_per_batch"
             size = f"--{name} {getattr(self, name)}"
             raise UserError(f"{size}: the GPU has no room for such a batch; give less") from error
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             return Coming(vectors, None)
         host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(vectors, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         return Coming(host, copied)
-
-
-def _pieces(passages: Passages) -> Iterator[tuple[int, Passages]]:
-    """Passages that are sorted by length together, each lot with the number of its first."""
-    for start in range(0, len(passages), PASSAGES_PER_SHARD):
-        yield start, passages[start : start + PASSAGES_PER_SHARD]
 
 
 def embed(documents: dict[str, list[str]], ctx_encoder: PreTrainedModel, ctx_tokenizer) -> dict[str, np.ndarray]:

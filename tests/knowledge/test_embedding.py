@@ -84,7 +84,7 @@ def test_batches_hold_texts_of_like_length(embedder, passages):
     rows = np.concatenate([rows for rows, _ in embedder(passages)])
     assert sorted(rows) == list(range(len(passages)))
     tokens = sum(len(ids) for ids in embedder.reader.tokenizer(*map(list, zip(*passages, strict=True)))["input_ids"])
-    assert tokens == sum(batch.tokens for batch in batches)
+    assert tokens == sum(batch.lengths.sum() for batch in batches)
     assert tokens / sum(batch.inputs["input_ids"].numel() for batch in batches) > 0.9
     assert max(len(batch.rows) for batch in batches) == 4
 
