@@ -170,6 +170,16 @@ def test_ray_workers_that_die_too_often_are_told(ray_workers, embedder, plan, mo
         embedded(workers, MANY)
 
 
+def test_threads_that_tokenize(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert EncodingResources().tokenizer_threads(None) == 1
+    assert EncodingResources().tokenizer_threads(3) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert EncodingResources(processes=1).tokenizer_threads(None) == cores
+    assert EncodingResources(processes=10**6).tokenizer_threads(None) == 1
+    assert EncodingResources(processes=1).tokenizer_threads(1) == 1
+
+
 def test_who_embeds(embedder, plan):
     def workers(**resources):
         resources = EncodingResources(**resources)
