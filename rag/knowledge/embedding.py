@@ -27,9 +27,8 @@ from rag.packing import Packing
 
 # Pieces that are tokenized, and batches whose vectors are on their way back, while a GPU encodes another one.
 PIECES_AHEAD, BATCHES_BEHIND = 2, 1
-# Passages that are tokenized, and sorted by length, together; a GPU waits for the first piece, and sorting does little
-# for what is not padded.
-PIECE, GPU_PIECE = PASSAGES_PER_SHARD, 512
+# Passages that are tokenized, and sorted by length, together; a shard's first ones, which a GPU may have to wait for.
+PIECE, FIRST_PIECE = PASSAGES_PER_SHARD, 512
 FLASH_ATTENTION = (8, 0)  # the first GPUs that have it, by their compute capability
 
 
@@ -155,9 +154,10 @@ class PassageEmbedder:
 
     def _pieces(self, passages: Passages) -> Iterator[tuple[int, Passages]]:
         """The pieces of a shard, each with the number of its first passage."""
-        size = GPU_PIECE if self.packed and self.on_gpu else PIECE
-        for start in range(0, len(passages), size):
+        start, size = 0, FIRST_PIECE if self.packed and self.pieces_ahead else PIECE
+        while start < len(passages):
             yield start, passages[start : start + size]
+            start, size = start + size, PIECE
 
     def _encoded(self, pieces: Iterable[tuple[Any, int, Passages]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
         """For each batch whose piece it is, its rows, and their vectors (b, d) float32, in order."""

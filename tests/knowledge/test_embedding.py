@@ -107,6 +107,7 @@ SIZES = {
 def test_vectors_do_not_depend_on_how_they_are_made(embedder, passages, monkeypatch, size, packed, beside):
     """What a GPU does, in a CPU's plain form: the same rows in the same order, the same vectors."""
     monkeypatch.setattr(embedding, "PIECE", 9)
+    monkeypatch.setattr(embedding, "FIRST_PIECE", 3)
     expected = one_by_one(embedder, passages)
     other = PassageEmbedder(embedder.encoder, embedder.reader.tokenizer, packed=packed, **SIZES[size])
     other.encoder.double()
@@ -118,7 +119,9 @@ def test_vectors_do_not_depend_on_how_they_are_made(embedder, passages, monkeypa
         vectors[rows] = found
         order += rows.tolist()
     assert_float32_of(vectors, expected)
-    assert [row // 9 for row in order] == [row // 9 for row in range(len(passages))]
+    first = 3 if packed and beside else 0  # which leaves the rows of the other pieces where they would be
+    pieces = [(row - first) // 9 for row in order[first:]]
+    assert sorted(order[:first]) == list(range(first)) and pieces == sorted(pieces)
     written = {}
     shards_of = {"a": passages[:11], "b": passages[11:12], "c": passages[12:]}
     counts = list(other.embed_shards(shards_of.items(), lambda path, shard, found: written.update({path: found})))
