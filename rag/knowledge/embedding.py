@@ -3,8 +3,8 @@
 embedder = PassageEmbedder(encoder, tokenizer)
 for rows, vectors in embedder([("Oslo", "Oslo is in Norway."), ...]): ...
 
-On a GPU passages are tokenized, and batches copied, while the device encodes others: it waits for nothing but the first
-piece. A CPU does the same one after the other.
+On a GPU passages are read and tokenized, and batches copied, while the device encodes others: it waits for nothing but
+the first piece. A CPU does the same one after the other.
 """
 
 from collections import deque
@@ -25,8 +25,9 @@ from rag.knowledge.token_batches import ahead, cut_batches, tokens_that_fit
 from rag.models.packed_encoder import can_pack, encode_packed
 from rag.packing import Packing
 
-# Pieces that are tokenized, and batches whose vectors are on their way back, while a GPU encodes another one.
-PIECES_AHEAD, BATCHES_BEHIND = 2, 1
+# Pieces that are read and tokenized, and batches whose vectors are on their way back, while a GPU encodes another one.
+# So many pieces are some seconds of work: a whole shard is read before the first piece of it.
+PIECES_AHEAD, BATCHES_BEHIND = 16, 1
 # Passages that are tokenized, and sorted by length, together; a shard's first ones, which a GPU may have to wait for.
 PIECE, FIRST_PIECE = PASSAGES_PER_SHARD, 512
 FLASH_ATTENTION = (8, 0)  # the first GPUs that have it, by their compute capability
@@ -184,7 +185,7 @@ class PassageEmbedder:
         """Some rows of a piece that begins at row `start` of its shard."""
         chosen = {name: [values[i] for i in rows] for name, values in tokens.items()}
         lengths = np.array([len(ids) for ids in chosen["input_ids"]])
-        if self.packed:
+        if self.packed and lengths.all():  # a text without a token has no place in a row
             inputs = {"input_ids": torch.tensor([token for ids in chosen["input_ids"] for token in ids])}
         else:
             inputs = dict(self.reader.tokenizer.pad(chosen, padding="longest", return_tensors="pt"))
@@ -196,7 +197,7 @@ class PassageEmbedder:
     def _vectors(self, batch: Batch) -> torch.Tensor:
         """(b, d) float32 on the device."""
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        if self.packed:
+        if inputs["input_ids"].dim() == 1:
             return encode_packed(self.encoder, inputs["input_ids"], Packing(batch.lengths, self.device)).float()
         return self.encoder(**inputs)[0].float()
 

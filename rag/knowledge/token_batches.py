@@ -6,7 +6,8 @@ for batches in ahead(prepare, pieces, depth=2): ...
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -66,19 +67,21 @@ def cut_batches(
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
-    """`work` of each item, in order; that of the next `depth` items is done in a thread meanwhile."""
+    """`work` of each item, in order; the next `depth` items are taken, and worked on, in a thread meanwhile."""
     if not depth:
         yield from map(work, items)
         return
-    under_way: deque[Future[Result]] = deque()
+    source = iter(items)
+
+    def next_result() -> list[Result]:
+        return [work(item) for item in islice(source, 1)]  # none at the end
+
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        under_way = deque(pool.submit(next_result) for _ in range(depth))
         try:
-            for item in items:
-                under_way.append(pool.submit(work, item))
-                if len(under_way) > depth:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            while result := under_way.popleft().result():
+                under_way.append(pool.submit(next_result))
+                yield result[0]
         finally:  # nobody wants the rest
             for future in under_way:
                 future.cancel()

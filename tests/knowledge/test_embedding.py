@@ -1,6 +1,7 @@
 """Every passage gets its own vector, in its own row, whatever was killed in between."""
 
 import collections
+import copy
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
+from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -202,6 +204,19 @@ def test_a_gpu_is_not_waited_for(context_encoder_folder, bert_tokenizer, passage
     assert not any(calls[operator] for operator in READS)
     copies = sum(event.count for event in profile.key_averages() if event.key.startswith("Memcpy DtoH"))
     assert copies == len(batches) > 5
+
+
+def test_a_text_without_a_token_has_its_own_vector(embedder):
+    """Of a tokenizer that adds no tokens: nothing in a row stands for it."""
+    tokenizer = copy.deepcopy(embedder.reader.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    vectors = {}
+    for packed in (False, True):
+        other = PassageEmbedder(embedder.encoder, tokenizer, packed=packed)
+        other.encoder.double()
+        ((rows, found),) = other([("oslo", "the city"), ("", ""), ("rome", "")])
+        vectors[packed] = found[np.argsort(rows)]
+    np.testing.assert_array_equal(vectors[True], vectors[False])
 
 
 def test_a_batch_that_does_not_fit_is_told(embedder, monkeypatch, passages):
