@@ -214,6 +214,7 @@ def measure(args: BenchmarkArguments) -> dict:
     """Run `args.side` and return what it took."""
     import torch
     import transformers
+    from lightning_fabric.utilities import move_data_to_device
     from transformers import RagConfig
 
     transformers.logging.set_verbosity_error()
@@ -237,7 +238,9 @@ def measure(args: BenchmarkArguments) -> dict:
         batch = tokenizer(questions[start : start + args.batch_size], **padded)
         labels = tokenizer(text_target=answers[start : start + args.batch_size], **padded).input_ids
         batch = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
-        batches.append({name: tensor.to(args.device) for name, tensor in batch.items()})
+        if args.side == "ours":
+            batch = module.prepare_batch(batch)
+        batches.append(move_data_to_device(batch, torch.device(args.device)))
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
     with torch.no_grad(), autocast:
         equal = losses(batches[0]).tolist()
@@ -268,21 +271,20 @@ def measure(args: BenchmarkArguments) -> dict:
 
 def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
     """Note of each batch how many tokens the encoder reads, padding included, and how many are none."""
-    from rag.generation import forward
+    from rag.generation.stacks import Stack
 
-    postprocess, group = retriever.postprocess_docs, forward.groups_of_similar_length
+    postprocess, encode = retriever.postprocess_docs, Stack.encode
 
     def watched_postprocess(*args, **kwargs):
         ids, mask = postprocess(*args, **kwargs)
         lengths.append((mask.numel(), int(mask.sum())))
         return ids, mask
 
-    def watched_group(*args):
-        groups = group(*args)
-        lengths[-1] = (sum(len(rows) * longest for rows, longest in groups), lengths[-1][1])
-        return groups
+    def watched_encode(stack, ids, packing):
+        lengths[-1] = (len(ids), lengths[-1][1])
+        return encode(stack, ids, packing)
 
-    retriever.postprocess_docs, forward.groups_of_similar_length = watched_postprocess, watched_group
+    retriever.postprocess_docs, Stack.encode = watched_postprocess, watched_encode
 
 
 # --- Both sides -------------------------------------------------------------------------------------------------------
