@@ -28,7 +28,7 @@ from rag.checksums import found_once
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
 from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, finite_blocks
-from rag.index.device_search import DeviceSearch, DeviceUnavailableError
+from rag.index.device_search import BeyondPrecisionError, DeviceSearch, DeviceUnavailableError
 from rag.index.faiss_checks import foreign_row
 from rag.index.faiss_kinds import describe_search
 from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows, set_effort
@@ -58,8 +58,9 @@ class KnowledgeIndex:
             can read; "index": what the FAISS index gives back of them, which only a process that opened it can.
         ef_search: candidates that an HNSW search keeps; None for the index's own.
         nprobe: lists that an IVF search visits; None for the index's own.
-        device: "cuda", "cuda:1" or "cpu" compares the questions with all vectors, held there in half precision; where
-            that cannot be, and with None, FAISS searches.
+        device: "cuda", "cuda:1" or "cpu" compares the questions with all vectors, held there; where that cannot be, and
+            with None, FAISS searches.
+        precision: "fp16" (also None) or "int8", in which the device holds them.
         index_flag: the flag that gave the index, for the messages.
         origin: the flag that gave the passages, and its value, for the messages.
 
@@ -78,7 +79,8 @@ class KnowledgeIndex:
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,
         vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
-        device: str | None = None, index_flag: str = "--index_path", origin: str = "--passages_path",
+        device: str | None = None, precision: str | None = None, index_flag: str = "--index_path",
+        origin: str = "--passages_path",
     ):  # fmt: skip
         needed = PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2]
         raise_problems(passage_problems(passages, needed, origin))
@@ -89,6 +91,7 @@ class KnowledgeIndex:
         self.index_flag = index_flag
         self.effort = {"efSearch": ef_search, "nprobe": nprobe}
         self.device = device
+        self.precision = precision or "fp16"
         self.fallback: str | None = None
         self.shard: int | None = None  # the one that is open; None for all
         self._open_parts(faiss_index)
@@ -130,7 +133,7 @@ class KnowledgeIndex:
     def load_from_disk(cls, vector_size: int, passages_path, index_path, **search) -> "KnowledgeIndex":
         """Map the two parts that `use_own_knowledge_dataset.py` leaves; FAISS files only at `init_index`.
 
-        `search` is ef_search, nprobe and device.
+        `search` is ef_search, nprobe, device and precision.
         """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
@@ -266,12 +269,17 @@ class KnowledgeIndex:
         return found_once(path, f"equal lengths {self.passage_rows.stamp()}", lambda: equally_long(column.blocks()))
 
     def _search_on_device(self) -> None:
-        assert self.embeddings is not None and self.device is not None
+        vectors, start = self.embeddings, self.rows.start
+        assert vectors is not None and self.device is not None
         try:
             self.device_search = DeviceSearch(
-                finite_blocks(self.embeddings, self.rows, self.origin), len(self.rows), self.vector_size, self.device
-            )
+                vectors.views(self.rows), len(self.rows), self.vector_size, self.device, self.precision,
+                gather=lambda rows: vectors.gather(rows + start),
+            )  # fmt: skip
         except DeviceUnavailableError as error:
+            if isinstance(error, BeyondPrecisionError):
+                for _ in finite_blocks(vectors, self.rows, self.origin):
+                    pass  # tells the row that holds NaN or infinity, if one does
             self.fallback = f"--index_device {self.device}: {error}; FAISS searches instead"
             logger.warning(self.fallback)
 
