@@ -8,6 +8,7 @@ A row is read without decoding any other.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import faiss
 import numpy as np
@@ -194,11 +195,13 @@ class EmbeddingColumn(_Column):
                 yield np.ascontiguousarray(view[start : start + size], dtype=np.float32)
 
     def views(self, rows: range) -> Iterable[np.ndarray]:
-        """The vectors of consecutive rows in order, as they lie in the mapped file: of any type of numbers, unread."""
-        first, last = np.searchsorted(self.starts, [rows.start, rows.stop - 1], side="right") - 1
-        for number in range(first, last + 1) if rows else []:
-            start = self.starts[number]
-            yield self.chunks[number][max(rows.start - start, 0) : rows.stop - start]
+        """The vectors of consecutive rows in order, as they lie in the mapped file: of any type of numbers, unread.
+
+        Rows beyond the last are left out.
+        """
+        for number, (start, stop) in enumerate(pairwise(self.starts)):
+            if rows.start < stop and start < rows.stop:
+                yield self.chunks[number][max(rows.start - start, 0) : rows.stop - start]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
