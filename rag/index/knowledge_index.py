@@ -27,8 +27,9 @@ import numpy as np
 from rag.checksums import found_once
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
-from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, finite_blocks
-from rag.index.device_search import BeyondPrecisionError, DeviceSearch, DeviceUnavailableError
+from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long
+from rag.index.device_opening import hold_on_device, slice_of
+from rag.index.device_search import DeviceSearch
 from rag.index.faiss_checks import foreign_row
 from rag.index.faiss_kinds import describe_search
 from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows, set_effort
@@ -94,6 +95,7 @@ class KnowledgeIndex:
         self.precision = precision or "fp16"
         self.fallback: str | None = None
         self.shard: int | None = None  # the one that is open; None for all
+        self.slice: tuple[int, int] | None = None  # number and count, where a part of the vectors is held
         self._open_parts(faiss_index)
         vectors = self.embeddings if isinstance(self.embeddings, EmbeddingColumn) else None
         look_at_rows(list(self.passage_rows.texts.values()), vectors, origin)
@@ -106,7 +108,7 @@ class KnowledgeIndex:
         self.device_search: DeviceSearch | None = None
         self.faiss_index: Any = None
         self.by_distance = False  # whether FAISS's scores are no inner products, though the order is the same
-        self.rows = range(len(self))  # those that are searched: of one shard fewer than all
+        self.rows = range(len(self))  # those that are searched: of a shard or a slice fewer than all
         if faiss_index is not None:
             self._accept(self._fitting(faiss_index, len(self)))
 
@@ -126,7 +128,9 @@ class KnowledgeIndex:
         faiss_index, is_open = state.pop("faiss_index"), state.pop("is_open")
         self.__dict__.update(state)
         self._open_parts(faiss_index)
-        if is_open:
+        if is_open and self.slice is not None:
+            self.init_slice(*self.slice)
+        elif is_open:
             self.init_index(self.shard)
 
     @classmethod
@@ -268,19 +272,34 @@ class KnowledgeIndex:
             return equally_long(column.blocks())
         return found_once(path, f"equal lengths {self.passage_rows.stamp()}", lambda: equally_long(column.blocks()))
 
+    @property
+    def can_be_sliced(self) -> bool:
+        """Whether processes that each have a device of this name can each hold a part of the vectors."""
+        return self.device in ("cpu", "cuda") and self.vectors_from == "passages"
+
+    def init_slice(self, number: int, count: int) -> str | None:
+        """Hold the `number`-th of `count` parts of the vectors on the device: `search` finds passages of it alone.
+
+        Returns:
+            Why that cannot be, if so; then `leave_slice` follows.
+        """
+        self.device_search = None  # frees what it holds
+        self.rows = slice_of(len(self), number, count)
+        self._search_on_device()
+        self.slice = number, count
+        return self.fallback
+
+    def leave_slice(self, fallback: str) -> None:
+        """Hold no vectors on a device, because of `fallback`: `init_index` opens the FAISS index instead."""
+        self.device, self.slice, self.device_search, self.fallback = None, None, None, fallback
+        self.rows = range(len(self))
+
     def _search_on_device(self) -> None:
-        vectors, start = self.embeddings, self.rows.start
-        assert vectors is not None and self.device is not None
-        try:
-            self.device_search = DeviceSearch(
-                vectors.views(self.rows), len(self.rows), self.vector_size, self.device, self.precision,
-                gather=lambda rows: vectors.gather(rows + start),
-            )  # fmt: skip
-        except DeviceUnavailableError as error:
-            if isinstance(error, BeyondPrecisionError):
-                for _ in finite_blocks(vectors, self.rows, self.origin):
-                    pass  # tells the row that holds NaN or infinity, if one does
-            self.fallback = f"--index_device {self.device}: {error}; FAISS searches instead"
+        assert self.embeddings is not None and self.device is not None
+        self.device_search, self.fallback = hold_on_device(
+            self.embeddings, self.rows, self.vector_size, self.device, self.precision, self.origin
+        )
+        if self.fallback is not None:
             logger.warning(self.fallback)
 
     def _accept(self, faiss_index) -> None:
