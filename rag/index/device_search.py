@@ -20,11 +20,13 @@ from rag.index.device_loading import load
 from rag.index.device_topk import members, rows_of, scores_of, tile_size, to_keys, top_places
 from rag.index.device_vectors import STORES
 
-# Scores of a block: 32 MiB, which an H100's L2 (50 MB) still holds when their maxima are taken; so they cost no memory
-# traffic beside the embeddings. Each block is two launches, some 25 us of Python. 64 questions over 21 million rows
-# are 160 blocks with 80 us of product each (13.2 ms in all): Python is ahead of the device. 1,024 questions are 2,566
-# blocks with 16 us of product at the device's peak and some 10 of maxima each: at 35 us a block, Python's pace at
-# worst, 90 ms. A CUDA graph for each number of questions would hide no more than that, for buffers of its own.
+# Scores of a block: 32 MiB. Reckoned from an H100's figures, not measured: 64 questions over 21,015,300 x 768 are 161
+# blocks, each 80 us of product (13.2 ms in all, measured) and two launches, some 25 us of Python, which so is ahead of
+# the device. The embeddings of such a block (200 MB) drive its scores from the L2 (50 MB), so their maxima read 5.4 GB
+# from memory: 1.8 ms. 1,024 questions are 2,566 blocks of 16,384 rows and 512 questions, whose embeddings are 25 MB, so
+# most scores are still in the L2: 16 us of product at the chip's peak, some 10 us of maxima, about as much as Python
+# takes. Smaller blocks would wait for Python, larger ones read more from memory. A CUDA graph would need buffers for
+# each number of questions and hide only what is hidden.
 SCORES_AT_A_TIME = 2**23
 # Maxima of tiles, or scores where these are few enough to be kept: 512 MiB. Of 21 million rows that is 800 questions
 # a pass, where a pass is bound by arithmetic, so that a second one costs nothing.
@@ -33,8 +35,9 @@ MAXIMA_AT_A_TIME = 2**27
 CPU_CHUNK = 4096
 # What a search needs beside the embeddings, in bytes, of a large index; a small one needs less.
 WORKSPACE, SMALL_WORKSPACE = 2**30 + 2**29, 2**26
-# Candidates a question that int8 chooses, at least; a multiple of what is asked for where that is more.
-CANDIDATES, CANDIDATES_A_PASSAGE = 256, 4
+# Candidates a question that int8 chooses, at least; a multiple of what is asked for where that is more. 16 lose none of
+# the best 5 (benchmarks/index_precision.py); each costs a read of the mapped file, some microseconds.
+CANDIDATES, CANDIDATES_A_PASSAGE = 64, 4
 RANKED_AT_A_TIME = 2**26  # numbers of candidates' vectors
 
 
@@ -71,6 +74,9 @@ class DeviceSearch:
         precision: "fp16", or "int8" for candidates that are ranked by what `gather` gives.
         gather: rows (any shape, int64) to their vectors, float32 `rows.shape + (d,)`; for int8.
 
+    Attributes:
+        candidates, candidates_a_passage: of int8, for each question at least so many, and so many for each passage.
+
     Raises:
         DeviceUnavailableError: see there.
         BeyondPrecisionError: see there.
@@ -85,6 +91,7 @@ class DeviceSearch:
         store = STORES[precision]
         assert store.is_exact or gather is not None, f"{precision} needs the vectors to rank by"
         self.gather = None if store.is_exact else gather
+        self.candidates, self.candidates_a_passage = CANDIDATES, CANDIDATES_A_PASSAGE
         _require_memory(store, rows, dimension, self.device)
         try:
             self.vectors = store(rows, dimension, self.device)
@@ -113,7 +120,7 @@ class DeviceSearch:
                 keys = self._top_keys(queries, count)
                 scores[:, :count], rows[:, :count] = scores_of(keys), rows_of(keys)
             else:
-                wanted = min(self.rows, max(CANDIDATES, CANDIDATES_A_PASSAGE * n_docs))
+                wanted = min(self.rows, max(self.candidates, self.candidates_a_passage * n_docs))
                 candidates = rows_of(self._top_keys(queries, wanted))
                 scores[:, :count], rows[:, :count] = best_of(queries, candidates, count, self.gather)
         return scores, rows
@@ -171,7 +178,7 @@ class DeviceSearch:
         """What bears on a score."""
         if self.gather is None:
             return {"kind": f"all embeddings, float16 on {self.device}"}
-        return {"kind": f"all embeddings, int8 on {self.device}, the best {CANDIDATES} ranked in float32"}
+        return {"kind": f"all embeddings, int8 on {self.device}, the best {self.candidates} ranked in float32"}
 
 
 def best_of(

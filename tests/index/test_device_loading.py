@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rag.index import device_loading
 from rag.index.device_loading import load
@@ -70,3 +71,20 @@ def test_reading_goes_on_while_the_device_takes_what_was_read(monkeypatch):
 
     load(blocks(), Vectors(48, 6, torch.device("cpu")), 6)
     assert put == [(0, 2), (8, 3), (16, 4), (24, 5), (32, 6), (40, 6)]
+
+
+def test_the_device_is_asked_for_one_number(monkeypatch):
+    monkeypatch.setattr(device_loading, "BUFFER_BYTES", 8 * 4 * 6)
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.name() == "aten::_local_scalar_dense":
+                asked.append(args[0].shape)
+            return operator(*args, **(kwargs or {}))
+
+    for store in (HalfVectors, Int8Vectors):
+        vectors = store(100, 6, torch.device("cpu"))
+        with Asked():
+            load([embeddings(100)], vectors, 6)
+    assert asked == [(), ()]

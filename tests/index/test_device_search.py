@@ -157,7 +157,7 @@ def test_a_knowledge_index_in_int8(knowledge):
     with_faiss = KnowledgeIndex.load_from_disk(DIMENSION, **paths)
     for each in (index, with_faiss):
         each.init_index()
-    assert index.description()["kind"] == "all embeddings, int8 on cpu, the best 256 ranked in float32"
+    assert index.description()["kind"] == "all embeddings, int8 on cpu, the best 64 ranked in float32"
     queries = vectors(2, 6, DIMENSION)
     for found, expected in zip(index.get_top_docs(queries, 4), with_faiss.get_top_docs(queries, 4), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -235,7 +235,7 @@ class Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision, count, bytes_a_number", [("fp16", 5, 2), ("int8", 256, 1)])
+@pytest.mark.parametrize("precision, count, bytes_a_number", [("fp16", 5, 2), ("int8", 64, 1)])
 @pytest.mark.parametrize("questions", [1, 64, 1024])
 def test_a_search_reads_the_embeddings_once_and_waits_for_nothing(precision, count, bytes_a_number, questions):
     """On torch's device "meta", which computes shapes alone, a search takes the way that it takes on a GPU.
