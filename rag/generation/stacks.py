@@ -13,15 +13,13 @@ activation again at every use. What is outside the layers stays in float32.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from torch.func import functional_call
 from torch.nn.functional import dropout
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rag.casting import call_in, dtype_of_layers
 from rag.packing import Attention, Packing, accept_packed_rows, accepts_packed_rows
 
 
@@ -41,7 +39,7 @@ class Stack(ABC):
         return self._run(self.decoder, ids, packing, own, encoded.unsqueeze(0), cross)
 
     def _run(self, part, ids: torch.Tensor, packing: Packing, own: Attention, *cross: Any) -> torch.Tensor:
-        dtype = _dtype_of_layers(ids.device)
+        dtype = dtype_of_layers(ids.device)
         with torch.autocast(ids.device.type, enabled=False) if dtype is not None else nullcontext():
             hidden = self.embed(part, ids, packing).unsqueeze(0)
             extras = self.extras(part, own, *cross)
@@ -50,7 +48,7 @@ class Stack(ABC):
                 extras = [extra.to(dtype) if isinstance(extra, torch.Tensor) else extra for extra in extras]
             for layer in self.layers(part):
                 if not self.is_left_out(part):
-                    hidden = self.output(_call(layer, dtype, hidden, *extras))
+                    hidden = self.output(call_in(layer, dtype, hidden, *extras))
             return self.finish(part, hidden, dtype).squeeze(0)
 
     @abstractmethod
@@ -111,7 +109,7 @@ class T5Stack(Stack):
         return result[0]
 
     def finish(self, part, hidden, dtype):
-        return part.dropout(_call(part.final_layer_norm, dtype, hidden))
+        return part.dropout(call_in(part.final_layer_norm, dtype, hidden))
 
 
 STACKS: dict[str, type[Stack]] = {"bart": BartStack, "t5": T5Stack, "mt5": T5Stack}
@@ -127,55 +125,3 @@ def stack_of(generator: PreTrainedModel) -> Stack | None:
     """What runs a generator over packed rows; None where its family, or its attention, is another."""
     kind = STACKS.get(generator.config.model_type)
     return kind(generator) if kind is not None and accepts_packed_rows(generator) else None
-
-
-# --- Layers in bfloat16 -----------------------------------------------------------------------------------------------
-
-
-def _dtype_of_layers(device: torch.device) -> torch.dtype | None:
-    """What layers are to be computed in, where that is not their own; float16 ends too early for their sums."""
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    dtype = torch.get_autocast_dtype(device.type)
-    return dtype if dtype == torch.bfloat16 else None
-
-
-def _call(layer: torch.nn.Module, dtype: torch.dtype | None, *args: Any) -> Any:
-    """A layer's result, computed with its weights in another dtype; their gradients are the weights' own."""
-    if dtype is None or all(weight.dtype == dtype for weight in layer.parameters()):
-        return layer(*args)
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return checkpoint(partial(_call_with_copies, layer, dtype), *args, use_reentrant=False)
-    return _call_with_copies(layer, dtype, *args)
-
-
-def _call_with_copies(layer: Any, dtype: torch.dtype, *args: Any) -> Any:
-    names, weights = zip(*layer.named_parameters(), strict=True)
-    copies = dict(zip(names, _Copies.apply(dtype, *weights), strict=True))
-    recomputes = getattr(layer, "gradient_checkpointing", False)
-    layer.gradient_checkpointing = False  # what calls this does it: the copies are to be made again, too
-    try:
-        return functional_call(layer, copies, args)
-    finally:
-        layer.gradient_checkpointing = recomputes
-
-
-class _Copies(torch.autograd.Function):
-    """Weights in another dtype, all in one kernel; so are their gradients, back in their own."""
-
-    @staticmethod
-    def forward(ctx, dtype, *weights):
-        ctx.dtypes = [weight.dtype for weight in weights]
-        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(copies, list(weights))
-        return tuple(copies)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        wanted = [n for n, is_wanted in enumerate(ctx.needs_input_grad[1:]) if is_wanted]
-        own = [torch.empty_like(gradients[n], dtype=ctx.dtypes[n]) for n in wanted]
-        torch._foreach_copy_(own, [gradients[n] for n in wanted])
-        result: list[torch.Tensor | None] = [None] * len(gradients)
-        for n, gradient in zip(wanted, own, strict=True):
-            result[n] = gradient
-        return None, *result

@@ -33,7 +33,7 @@ from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.checkpoints import save_model
 from rag.models.questions import bare_questions
-from rag.packing import to_device
+from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
 from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
@@ -92,6 +92,7 @@ class GenerativeQAModule(BaseTransformer):
             args.model.freeze_question_encoder or reads_text(retriever)
         )
         self._freeze()
+        self.packs_questions = args.model.attn_implementation == "auto"
         if self.rag_loss:
             use_packed_rows(self.generator)
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
@@ -207,7 +208,7 @@ class GenerativeQAModule(BaseTransformer):
             "n_tokens": int(batch["attention_mask"].sum()),
         }
         if self.rag_loss and "contexts" not in batch:
-            prepared["questions"] = bare_questions(self.question_tokenizer, batch["input_ids"])
+            prepared |= self._on_the_host(batch)
         if self.device.type == "cuda":
             prepared |= {name: value.pin_memory() for name, value in prepared.items() if torch.is_tensor(value)}
         return batch | prepared
@@ -248,13 +249,20 @@ class GenerativeQAModule(BaseTransformer):
         return (self.negative_log_likelihood(batch, self.args.model.label_smoothing)[0].mean(),)
 
     def _retrieve(self, batch: dict) -> RetrievedContexts:
-        questions = batch.get("questions")
-        if questions is None:  # ahead of the batch's transfer
-            questions = bare_questions(self.question_tokenizer, batch["input_ids"])
+        if "questions" not in batch:  # ahead of the batch's transfer
+            batch = batch | self._on_the_host(batch)
         ids, mask = (to_device(batch[name], self.device) for name in ("input_ids", "attention_mask"))
         return retrieve_contexts(
-            self.model.rag, self.retriever, ids, mask, texts=batch.get("source"), questions=questions
-        )
+            self.model.rag, self.retriever, ids, mask,
+            texts=batch.get("source"), questions=batch["questions"], lengths=batch["question_lengths"],
+        )  # fmt: skip
+
+    def _on_the_host(self, batch: dict) -> dict[str, Any]:
+        """What retrieval needs to know of the questions' tokens."""
+        return {
+            "questions": bare_questions(self.question_tokenizer, batch["input_ids"]),
+            "question_lengths": right_padded_lengths(batch["attention_mask"]) if self.packs_questions else None,
+        }
 
     def can_prefetch(self, device: torch.device) -> bool:
         """Whether the next batch's passages are known before this step's update, and searching leaves the device free.
