@@ -234,6 +234,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message="You have overridden .on_before_batch", module="pytorch_lightning")
     if args.run.profile and profiler is None:
         profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
     use_rank_launcher(args.run.rank_timeout)

@@ -25,7 +25,7 @@ from rag.errors import UserError
 from rag.files import atomic_folder, remove, space_problems
 from rag.training.batches import ResumableDataLoader
 from rag.training.loading import read_checkpoint
-from rag.training.non_finite import NonFiniteError, weights_are_finite
+from rag.training.non_finite import LeftOutError, NonFiniteError, weights_are_finite
 from rag.training.reports import collects_gradients, is_real_run, raise_on_all_ranks
 from rag.training.seals import is_as_recorded, is_whole, records_of, stamp_of
 
@@ -190,10 +190,13 @@ class BestCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """`StopTogether` has stopped all ranks between two batches, or all have met a loss that is not finite."""
-        is_stopped = isinstance(exception, SIGTERMException)
-        if is_stopped and is_real_run(trainer) and self._may_save_between_batches(trainer):
-            self._save_last(trainer)
-        if isinstance(exception, NonFiniteError) and is_real_run(trainer):
+        if not is_real_run(trainer):
+            return
+        if isinstance(exception, SIGTERMException | LeftOutError):
+            is_saved = isinstance(exception, LeftOutError) and trainer.global_step == self._saved_step
+            if not is_saved and self._may_save_between_batches(trainer):
+                self._save_last(trainer)
+        elif isinstance(exception, NonFiniteError):
             self._save_before_step(trainer, pl_module)
 
     def _save_before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
