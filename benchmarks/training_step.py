@@ -248,6 +248,16 @@ def our_side(args: BenchmarkArguments, config, parts, tokenizer):
     return losses, module, retriever, lambda: build_optimizer(module, settings.training)
 
 
+def on_device(module, batch: dict, device: str) -> dict:
+    """A batch from a loader as a step of this module gets it from Lightning."""
+    import torch
+    from lightning_fabric.utilities import move_data_to_device
+
+    if hasattr(module, "on_before_batch_transfer"):  # the public way's is a bare model here
+        batch = module.on_before_batch_transfer(batch, 0)
+    return move_data_to_device(batch, torch.device(device))
+
+
 def measure(args: BenchmarkArguments) -> dict:
     """Run `args.side` and return what it took."""
     import torch
@@ -262,18 +272,17 @@ def measure(args: BenchmarkArguments) -> dict:
     side = {"public": public_side, "ours": our_side}[args.side]
     losses, module, retriever, make_optimizer = side(args, config, (encoder, generator), tokenizer)
     module.to(args.device).eval()
-    clock, lengths = Clock(args.device), []
+    clock = Clock(args.device)
     rag = module.rag if args.side == "public" else module.model.rag
     batches = make_batches(args, tokenizer, questions, answers)
-    batches = [{name: tensor.to(args.device) for name, tensor in batch.items()} for batch in batches]
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
     with torch.no_grad(), autocast:
-        equal = losses(batches[0]).tolist()
+        equal = losses(on_device(module, batches[0], args.device)).tolist()
 
     clock.watch(rag.question_encoder, "forward", "encode")
     clock.watch(retriever, "retrieve", "retrieve")
     clock.watch(retriever, "postprocess_docs", "tokenize")
-    watch_lengths(retriever, lengths)
+    tokens = ContextTokens(retriever, rag.generator)
     optimizer = make_optimizer()
     module.train()
     seconds = []
@@ -281,36 +290,46 @@ def measure(args: BenchmarkArguments) -> dict:
         clock.start()
         start = clock.now()
         with autocast:
-            loss = clock.part("forward", losses, batch).mean()
+            loss = clock.part("forward", lambda: losses(on_device(module, batch, args.device))).mean()  # noqa: B023
         clock.part("backward", loss.backward)
         clock.part("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
         seconds.append(clock.now() - start)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else status_mib("VmHWM")
-    encoded, read = map(sum, zip(*lengths, strict=True))
     return {
         "losses": equal, "seconds": seconds[1:], "parts": clock.steps[1:], "peak": peak,
-        "weights": weights / 2**20, "padding": 1 - read / encoded, "tokens": read / len(seconds),
+        "weights": weights / 2**20, "padding": tokens.padding, "tokens": tokens.read / len(seconds),
     }  # fmt: skip
 
 
-def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
-    """Note of each batch how many tokens the encoder reads, padding included, and how many are none."""
-    from rag.generation import forward
+class ContextTokens:
+    """How many context tokens were read, and how many the generator's encoder computed, padding included.
 
-    postprocess, group = retriever.postprocess_docs, forward.groups_of_similar_length
+    The device is not asked: the retriever's mask is on the host, and the first layer's input has a shape.
+    """
 
-    def watched_postprocess(*args, **kwargs):
-        ids, mask = postprocess(*args, **kwargs)
-        lengths.append((mask.numel(), int(mask.sum())))
-        return ids, mask
+    def __init__(self, retriever, generator):
+        self.read = self.computed = 0
+        postprocess = retriever.postprocess_docs
 
-    def watched_group(*args):
-        groups = group(*args)
-        lengths[-1] = (sum(len(rows) * longest for rows, longest in groups), lengths[-1][1])
-        return groups
+        def watched(*args, **kwargs):
+            ids, mask = postprocess(*args, **kwargs)
+            self.read += int(mask.sum())
+            return ids, mask
 
-    retriever.postprocess_docs, forward.groups_of_similar_length = watched_postprocess, watched_group
+        def count(module, inputs) -> None:
+            self.computed += inputs[0].shape[:-1].numel()
+
+        retriever.postprocess_docs = watched
+        generator.get_encoder().layers[0].fc1.register_forward_pre_hook(count)
+
+    @property
+    def padding(self) -> float:
+        """Share of what was computed."""
+        return 1 - self.read / max(self.computed, 1)
+
+    def restart(self) -> None:
+        self.read = self.computed = 0
 
 
 # --- Both sides -------------------------------------------------------------------------------------------------------

@@ -91,23 +91,15 @@ class Run:
         self.batches = [{k: v.pin_memory() if on_gpu else v for k, v in batch.items()} for batch in batches]
         self.autocast = torch.autocast(settings.device, torch.bfloat16, enabled=on_gpu)
         with torch.no_grad(), self.autocast:
-            self.loss = self.losses(self.on_device(self.batches[0])).float().mean().item()
+            first = training_step.on_device(self.module, self.batches[0], settings.device)
+            self.loss = self.losses(first).float().mean().item()
         rag = self.module.rag if side == "public" else self.module.model.rag
-        self.tokens = ContextTokens(retriever, rag.generator)
+        self.tokens = training_step.ContextTokens(retriever, rag.generator)
         self.optimizer = make_optimizer()
         self.module.train()
 
-    def on_device(self, batch: dict) -> dict:
-        """A batch as a step gets it from Lightning."""
-        import torch
-        from lightning_fabric.utilities import move_data_to_device
-
-        if hasattr(self.module, "on_before_batch_transfer"):  # the public way's is a bare model here
-            batch = self.module.on_before_batch_transfer(batch, 0)
-        return move_data_to_device(batch, torch.device(self.settings.device))
-
     def step(self, batch: dict) -> None:
-        batch = self.on_device(batch)
+        batch = training_step.on_device(self.module, batch, self.settings.device)
         with self.autocast:
             loss = self.losses(batch).mean()
         loss.backward()
@@ -141,39 +133,17 @@ def make_world(args: training_step.BenchmarkArguments):
     return tokenizer, config, (encoder, generator), examples
 
 
-class ContextTokens:
-    """How many context tokens were read, and how many the generator's encoder computed, padding included.
-
-    The device is not asked: the retriever's mask is on the host, and the first layer's input has a shape.
-    """
-
-    def __init__(self, retriever, generator):
-        self.read = self.computed = 0
-        postprocess = retriever.postprocess_docs
-
-        def watched(*args, **kwargs):
-            ids, mask = postprocess(*args, **kwargs)
-            self.read += int(mask.sum())
-            return ids, mask
-
-        def count(module, inputs) -> None:
-            self.computed += inputs[0].shape[:-1].numel()
-
-        retriever.postprocess_docs = watched
-        generator.get_encoder().layers[0].fc1.register_forward_pre_hook(count)
-
-
 def measure_step(settings: Settings, side: str, batch_size: int, attention_dropout: float) -> dict[str, float]:
     start_peak(settings.device)
     run = Run(settings, side, batch_size, attention_dropout)
     warm, measured = (1, 2) if settings.short else (4, 10 if batch_size == settings.batches[0] else 6)
     for batch in run.batches[:warm]:
         run.step(batch)
-    run.tokens.read = run.tokens.computed = 0
+    run.tokens.restart()
     batches = run.batches[warm : warm + measured]
     figures = {"ms": run.milliseconds(batches), "peak_mib": peak_mib(settings.device), "loss": run.loss}
     context = run.tokens.read / measured
-    figures |= {"context_tokens": context, "padding": 1 - run.tokens.read / max(run.tokens.computed, 1)}
+    figures |= {"context_tokens": context, "padding": run.tokens.padding}
     answers = sum(int((batch["labels"] != run.pad).sum()) for batch in batches) / measured
     questions = sum(int(batch["attention_mask"].sum()) for batch in batches) / measured
     figures["read_tokens"] = context + answers  # what finetune_rag.py counts
