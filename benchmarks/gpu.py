@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.gpu_parts.measuring import Measured, Settings
 from benchmarks.machine import header
@@ -235,4 +234,5 @@ def chip_line(found) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # for the parts, too
     run_script(parse_args, main)

@@ -4,6 +4,7 @@ The passages are those of a training step (of at most 100 words), again and agai
 use_own_knowledge_dataset.py embeds them, in half precision, the public way in float32.
 """
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import cycle, islice
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import embedding as embedding_benchmark
 from benchmarks.gpu_parts.measuring import Measured, Settings, attempt, profiled, timed
+from benchmarks.machine import CORES
 from benchmarks.training_step import examples
 
 EMBEDDING = "embedding"
@@ -20,6 +22,8 @@ PASSAGES, PUBLIC_PASSAGES = 16_384, 1_024
 def embedding(settings: Settings) -> Iterator[Measured]:
     import torch
 
+    if settings.device == "cuda":  # as use_own_knowledge_dataset.py has it beside a GPU
+        os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(CORES))
     with torch.device(settings.device):
         encoder, tokenizer = embedding_benchmark.make_encoder(**(embedding_benchmark.TINY if settings.short else {}))
     passages = list(islice(cycle(examples()[2]), 96 if settings.short else PASSAGES))
@@ -38,7 +42,7 @@ def measure_ours(settings: Settings, encoder, tokenizer, passages: list) -> dict
     from rag.knowledge.embedding import PassageEmbedder
     from rag.knowledge.shards import PASSAGES_PER_SHARD
 
-    embedder = PassageEmbedder(encoder, tokenizer, 16, device=settings.device)
+    embedder = PassageEmbedder(encoder, tokenizer, device=settings.device)
 
     def embed(some: list) -> None:
         shards = (

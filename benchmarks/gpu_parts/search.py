@@ -18,6 +18,7 @@ QUESTIONS = (64, 1024)
 PRECISIONS = ("fp16", "int8")
 BYTES = {"fp16": 2, "int8": 1}  # a number
 BLOCK = 500_000  # vectors that are handed over at a time
+SHIFT = 16  # numbers by which each block begins behind the one before it, in the same memory
 FEW_SECONDS = 30  # that loading may take: of a slower one fewer vectors are searched
 LOADING, EQUALITY = "loading", "of a million, beside float32"
 
@@ -31,32 +32,34 @@ def opening_case(precision: str) -> str:
 
 
 class Vectors:
-    """Random float32 vectors, any number of them out of one block's memory: each block begins 16 numbers behind."""
+    """Random float32 vectors, all different, out of the memory of one block."""
 
     def __init__(self, dimension: int, block: int):
         import numpy as np
 
         self.dimension, self.block = dimension, block
         random = np.random.default_rng(0)
-        self.stream = random.standard_normal(block * dimension + 16 * (WIKIPEDIA // block + 1), dtype=np.float32)
+        self.stream = random.standard_normal(block * dimension + dimension, dtype=np.float32)
         self.queries = random.standard_normal((max(QUESTIONS), dimension), dtype=np.float32)
 
     def blocks(self, rows: int):
         for number, first in enumerate(range(0, rows, self.block)):
-            values = self.stream[16 * number : 16 * number + self.block * self.dimension]
+            start = SHIFT * number
+            assert start < self.dimension, "from here on vectors would come again"
+            values = self.stream[start : start + self.block * self.dimension]
             yield values.reshape(self.block, self.dimension)[: rows - first]
 
     def gather(self, rows):
         """The vectors of these rows, (..., d)."""
         from numpy.lib.stride_tricks import sliding_window_view
 
-        starts = 16 * (rows // self.block) + rows % self.block * self.dimension
+        starts = SHIFT * (rows // self.block) + rows % self.block * self.dimension
         return sliding_window_view(self.stream, self.dimension)[starts]
 
 
 def search(settings: Settings) -> Iterator[Measured]:
     block, few, many = (300, 600, 900) if settings.short else (BLOCK, 2 * BLOCK, WIKIPEDIA)
-    vectors = Vectors(32 if settings.short else DIMENSION, block)
+    vectors = Vectors(64 if settings.short else DIMENSION, block)
     loaded = {"rows": float(few), "s": 0.0}
     yield from attempt(LOADING, "ours", partial(measure_loading, settings, vectors, loaded))
     yield from attempt(EQUALITY, "ours", partial(measure_equality, settings, vectors, few))
