@@ -63,8 +63,12 @@ def measure_ours(call: Call, first: dict[str, Any]) -> dict[str, float]:
     device, short = call.settings.device, call.settings.short
     seconds = seconds_of(call.answer, device, calls=1 if short else 2, first=0 if short else 1)
     figures = {"ms": 1e3 * seconds / call.batch_size, "kernels": profiled(call.answer, device)["kernels"]}
-    exact = first.setdefault(f"{call.kind} {call.batch_size}", call.ours)  # float32 comes first
-    figures["as_float32"] = sum(own == right for own, right in zip(call.ours, exact, strict=True)) / call.batch_size
+    exact = f"{call.kind} {call.batch_size}"
+    if call.model.dtype.itemsize == 4:
+        first[exact] = call.ours
+    if exact in first:
+        pairs = zip(call.ours, first[exact], strict=True)
+        figures["as_float32"] = sum(own == right for own, right in pairs) / call.batch_size
     if f"{call.kind} flop" not in first:
         first[f"{call.kind} flop"] = flop_of(call)
     return figures | {"flop": first[f"{call.kind} flop"]}

@@ -146,6 +146,7 @@ def start_peak(device: str) -> None:
     import torch
 
     if device == "cuda":
+        torch.cuda.init()  # which nothing may have done yet
         torch.cuda.reset_peak_memory_stats()
 
 
