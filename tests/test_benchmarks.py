@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import training_step
 from benchmarks.machine import CORES, anonymous_mib, header, proportional_mib, status_mib
+from rag.errors import UserError
 from tests.conftest import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "machine.py")
@@ -67,3 +69,18 @@ def test_allocated_memory_is_seen():
     held = np.ones(2**25)  # 256 MiB; meanwhile what earlier tests have left may go
     assert all(reader() - was > 200 for reader, was in zip(readers, before, strict=True)) and held.all()
     assert status_mib("VmHWM") >= status_mib("VmRSS")
+
+
+def test_without_minilm_a_tokenizer_is_made_of_the_texts(monkeypatch):
+    def missing():
+        raise UserError("the pretrained weights are missing")
+
+    monkeypatch.setattr("quickstart.__main__.minilm_folder", missing)
+    monkeypatch.setattr(
+        training_step, "examples", lambda: (["who is it"], ["the mayor"], [("Oslo", "The city of Oslo")])
+    )
+    tokenizer = training_step.make_tokenizer()
+    ids = tokenizer(["Who is the mayor", "oslo"], padding=True).input_ids
+    first = tokenizer.convert_ids_to_tokens(ids[0])
+    assert first == ["[CLS]", "who", "is", "the", "mayor", "[SEP]"]
+    assert ids[1][3:] == [tokenizer.pad_token_id] * 3
