@@ -274,6 +274,12 @@ def refusals(args: FinetuneArguments, *errors: type[Exception]) -> Iterator[None
         ) from error
 
 
+def training_device(args: FinetuneArguments) -> torch.device:
+    """The kind of device that the flags ask for; of other accelerators than a GPU no more than that it is none."""
+    on_gpu = trainer_kwargs(args)["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[str]:
     accelerator, strategy = kwargs["accelerator"], kwargs["strategy"]
     if strategy.endswith("_spawn"):

@@ -46,8 +46,12 @@ class TrainerArguments:
     num_nodes: int = flag(1, "Machines that train together.")
     precision: Literal[
         64, 32, 16, "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true",
-        "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16",
-    ] | None = flag(None, "Number format: 32-true, bf16-mixed, 16-mixed (GPU only); left out, 32-true.")  # fmt: skip
+        "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16", "auto",
+    ] | None = flag(
+        None,
+        "Number format: 32-true, bf16-mixed, 16-mixed (GPU only), or auto: bf16-mixed where the machine multiplies "
+        "bfloat16 faster (GPUs, CPUs with AMX); left out, 32-true.",
+    )  # fmt: skip
     fast_dev_run: int | bool = flag(
         False, "Try the code: run this many batches (1 without a number) of each split and write no checkpoint."
     )

@@ -37,13 +37,13 @@ class Stack(ABC):
 
     def decode(self, ids: torch.Tensor, packing: Packing, encoded: torch.Tensor, contexts: Packing) -> torch.Tensor:
         """The decoder's last hidden states (R, d) of N answers' token ids (R), each with a context of (T, d)."""
-        cross = Attention(packing, contexts)
-        return self._run(self.decoder, ids, packing, Attention(packing, packing, causal=True), encoded[None], cross)
+        own, cross = Attention(packing, packing, causal=True), Attention(packing, contexts)
+        return self._run(self.decoder, ids, packing, own, encoded.unsqueeze(0), cross)
 
     def _run(self, part, ids: torch.Tensor, packing: Packing, own: Attention, *cross: Any) -> torch.Tensor:
         dtype = _dtype_of_layers(ids.device)
         with torch.autocast(ids.device.type, enabled=False) if dtype is not None else nullcontext():
-            hidden = self.embed(part, ids, packing)[None]
+            hidden = self.embed(part, ids, packing).unsqueeze(0)
             extras = self.extras(part, own, *cross)
             if dtype is not None:
                 hidden = hidden.to(dtype)
@@ -51,7 +51,7 @@ class Stack(ABC):
             for layer in self.layers(part):
                 if not self.is_left_out(part):
                     hidden = self.output(_call(layer, dtype, hidden, *extras))
-            return self.finish(part, hidden, dtype)[0]
+            return self.finish(part, hidden, dtype).squeeze(0)
 
     @abstractmethod
     def layers(self, part) -> Iterable[torch.nn.Module]: ...
@@ -82,7 +82,7 @@ class BartStack(Stack):
         return part.layers
 
     def embed(self, part, ids, packing):
-        positions = part.embed_positions(ids, position_ids=packing.positions)[0]
+        positions = part.embed_positions(ids, position_ids=packing.positions).squeeze(0)
         hidden = part.layernorm_embedding(part.embed_tokens(ids) + positions)
         return dropout(hidden, part.dropout, part.training)
 

@@ -26,7 +26,7 @@ from rag.files import atomic_folder, remove, space_problems
 from rag.training.batches import ResumableDataLoader
 from rag.training.loading import read_checkpoint
 from rag.training.non_finite import LeftOutError, NonFiniteError, weights_are_finite
-from rag.training.reports import collects_gradients, is_real_run, raise_on_all_ranks
+from rag.training.reports import any_rank, collects_gradients, is_real_run, raise_on_all_ranks
 from rag.training.seals import is_as_recorded, is_whole, records_of, stamp_of
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,8 @@ class BestCheckpoints(Checkpoint):
         """Collective: ranks whose clocks differ must agree."""
         if self._is_due or trainer.should_stop or not self.save_interval:
             return self._is_due or trainer.should_stop
-        return trainer.strategy.broadcast(time.monotonic() - self._last_saved >= self.save_interval)
+        is_due = time.monotonic() - self._last_saved >= self.save_interval
+        return any_rank(trainer, trainer.is_global_zero and is_due)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
         self._require_finite_weights(trainer)
