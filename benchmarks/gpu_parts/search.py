@@ -74,6 +74,7 @@ def search(settings: Settings) -> Iterator[Measured]:
         for questions in QUESTIONS:
             measure = partial(measure_search, settings, vectors, many, precision, held, questions, found)
             yield from attempt(search_case(questions, precision), "ours", measure)
+        held.clear()  # room for the next
 
 
 def open_search(settings: Settings, vectors: Vectors, rows: int, **how):
