@@ -339,5 +339,5 @@ def retrieve_contexts(
         doc_ids=doc_ids,
         docs=docs,
         lengths=right_padded_lengths(context_mask),
-        n_tokens=int(context_mask.sum()),
+        n_tokens=int(context_mask.cpu().numpy().sum()),
     )
