@@ -250,7 +250,7 @@ def reads_text(retriever: RagRetriever) -> bool:
 def question_vectors(
     question_encoder, retriever: RagRetriever, tokens, questions: list[str], lengths: np.ndarray | None = None
 ) -> torch.Tensor:
-    """The query vectors of B questions, (B, d), on the device of the tokens.
+    """The query vectors of B questions, (B, d), on the device of the tokens, float32 of half-precision weights, too.
 
     Args:
         tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
@@ -262,8 +262,10 @@ def question_vectors(
         return torch.from_numpy(retriever.index.encode_questions(questions)).to(tokens["input_ids"].device)
     if lengths is not None and can_pack(question_encoder):
         packing = Packing(lengths, tokens["input_ids"].device)
-        return encode_packed(question_encoder, packing.pack(tokens["input_ids"]), packing)
-    return question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+        vectors = encode_packed(question_encoder, packing.pack(tokens["input_ids"]), packing)
+    else:
+        vectors = question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # float64 stays
 
 
 def require_n_docs(index: Index, n_docs: int) -> None:

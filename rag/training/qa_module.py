@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins import MixedPrecision
-from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rag.files import write_lines
+from rag.generation.answering import answering_model
 from rag.generation.decoding import generate_answers
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
 from rag.generation.stacks import use_packed_rows
@@ -104,6 +105,7 @@ class GenerativeQAModule(BaseTransformer):
         self.thread = ThreadPoolExecutor(1)
         self.prefetching: Future | None = None  # the retrieval of the next training batch
         self.tokens, self.counted_since = 0, None  # read since that time: what tokens_per_second is made of
+        self.answering: list[PreTrainedModel] = []  # one at most, and in a list no part of this module
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
@@ -341,6 +343,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_validation_epoch_start(self) -> None:
         self.rows, self.counted_since = [], None  # the next training batch begins to count anew
+        self.answering.clear()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -377,15 +380,23 @@ class GenerativeQAModule(BaseTransformer):
         each = [self.calc_generative_metrics([answer], [right]) for right in right_answers]
         return {name: max(measures[name] for measures in each) for name in each[0]}
 
+    def _answering_model(self) -> PreTrainedModel:
+        """The model; in mixed precision a copy with weights that need no casting, kept while they do not change."""
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self.model
+        if not self.answering:
+            self.answering.append(answering_model(self.model, torch.get_autocast_dtype(kind)))
+        return self.answering[0]
+
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
         lengths = {"min_length": 1, "max_length": max_length}
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, **lengths, **FLAGS_DECIDE}
+        model = self._answering_model()
         if contexts is None:
-            return self.generator.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings
-            )
+            return model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         return generate_answers(
-            self.model,
+            model,
             contexts.input_ids,
             contexts.attention_mask,
             contexts.doc_scores,
@@ -395,6 +406,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_validation_epoch_end(self) -> None:
         """`val_em` steers checkpoints and early stopping; a subclass may name another measure by `val_metric`."""
+        self.answering.clear()
         metrics = means(self.gather_rows(self.rows), "val")
         if self.trainer.is_global_zero and not math.isfinite(metrics["val_avg_loss"]):
             logger.warning(f"validation at step {self.trainer.global_step}: the loss is {metrics['val_avg_loss']}")
@@ -402,6 +414,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_test_epoch_end(self) -> None:
         """Write test_results.txt and test_generations.txt, the answers in the order of test.source."""
+        self.answering.clear()
         rows = self.gather_rows(self.rows)
         metrics = means(rows, "test")
         self.log_dict(metrics, sync_dist=True)
