@@ -11,6 +11,7 @@ which never holds them in whole. The groups, `context_lengths`, `scaled` and `ou
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 
 from rag.generation.families import FAST
@@ -62,7 +63,8 @@ def context_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
 def encode_contexts(generator, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The encoder's last hidden states (N, S, d) of contexts (N, S); what stands at padding is not to be read."""
     encoder, longest, device = generator.get_encoder(), input_ids.shape[1], input_ids.device
-    if generator.config.model_type not in FAST:  # which may scale embeddings, or read differently at another length
+    # Others may scale embeddings, or read differently at another length; of sharded layers no rank may call one more.
+    if generator.config.model_type not in FAST or any(isinstance(part, FSDPModule) for part in encoder.modules()):
         return encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
     lengths = context_lengths(attention_mask).cpu().numpy()
     groups = groups_of_similar_length(lengths, GROUP_COST.get(device.type, GROUP_COST["cuda"]))
