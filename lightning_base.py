@@ -46,6 +46,7 @@ from rag.training.namespaces import add_run_flags, finetune_arguments
 from rag.training.optimizer import SCHEDULES
 from rag.training.reports import raise_on_all_ranks
 from rag.training.seals import SealedFile
+from rag.training.sharding import SHARDED, register_sharding
 from utils_rag import Seq2SeqDataset
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,10 @@ def build_trainer(
     warnings.filterwarnings("ignore", message="You have overridden .on_before_batch", module="pytorch_lightning")
     if args.run.profile and profiler is None:
         profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
+    if kwargs["strategy"] == "fsdp":
+        register_sharding()
+        # Weights that are gathered in inference mode could not be trained on.
+        kwargs |= {"strategy": SHARDED, "inference_mode": False}
     use_rank_launcher(args.run.rank_timeout)
     with refusals(args, ValueError, TypeError, RuntimeError, ImportError):
         trainer = pl.Trainer(

@@ -41,7 +41,9 @@ class TrainerArguments:
     """Where training runs, how long, and how often it is measured."""
 
     accelerator: str = flag("auto", "What to train on: cpu, gpu, tpu, mps; auto takes the best this machine has.")
-    strategy: str = flag("auto", "How processes train together; auto is ddp for several.")
+    strategy: str = flag(
+        "auto", "How processes train together: ddp (auto, for several), or fsdp, each with a slice of the weights."
+    )
     devices: int | str = flag("auto", "Devices on each node: a number, their indices (0,1) or -1 for all.")
     num_nodes: int = flag(1, "Machines that train together.")
     precision: Literal[

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import dropout
 from transformers import PreTrainedModel
 
@@ -122,6 +123,9 @@ def use_packed_rows(generator: PreTrainedModel) -> None:
 
 
 def stack_of(generator: PreTrainedModel) -> Stack | None:
-    """What runs a generator over packed rows; None where its family, or its attention, is another."""
+    """What runs a generator over packed rows; None where its family, or its attention, is another, or it is sharded."""
     kind = STACKS.get(generator.config.model_type)
-    return kind(generator) if kind is not None and accepts_packed_rows(generator) else None
+    if kind is None or not accepts_packed_rows(generator):
+        return None
+    is_sharded = any(isinstance(part, FSDPModule) for part in generator.modules())  # which a whole part gathers
+    return None if is_sharded else kind(generator)

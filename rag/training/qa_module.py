@@ -49,6 +49,7 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
+from rag.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -261,9 +262,10 @@ class GenerativeQAModule(BaseTransformer):
 
     def _on_the_host(self, batch: dict) -> dict[str, Any]:
         """What retrieval needs to know of the questions' tokens."""
+        packs = self.packs_questions and not is_sharded(self.model)
         return {
             "questions": bare_questions(self.question_tokenizer, batch["input_ids"]),
-            "question_lengths": right_padded_lengths(batch["attention_mask"]) if self.packs_questions else None,
+            "question_lengths": right_padded_lengths(batch["attention_mask"]) if packs else None,
         }
 
     def can_prefetch(self, device: torch.device) -> bool:
