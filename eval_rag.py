@@ -126,11 +126,12 @@ def evaluate(args: EvalArguments, data: EvalData, ranks) -> dict[str, float]:
 def open_predictions(args: EvalArguments, data: EvalData, held: ExitStack) -> Predictions:
     """The predictions file, which no other run may use until `held` is closed."""
     enough = {"n_docs": max(args.k)} if args.eval_mode == "retrieval" else {}
-    identity = run_identity(args, model_type_of(args))
+    kept = ["precision"] if args.precision == "auto" else []
+    identity = run_identity(args, model_type_of(args), precision_of(args))
     with writing("--predictions_path", args.predictions_path):
         lock = lock_beside(args.predictions_path)
         held.enter_context(one_at_a_time(lock, "--predictions_path", args.predictions_path))
-    predictions = Predictions(args.predictions_path, data.questions, identity, args.recalculate, enough)
+    predictions = Predictions(args.predictions_path, data.questions, identity, args.recalculate, enough, kept)
     if args.eval_mode == "retrieval" and not predictions.origin_known:
         require_titles(args.predictions_path, predictions.lines, max(args.k))
     if predictions.lines:
@@ -154,8 +155,12 @@ def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict
 # --- What made the predictions ----------------------------------------------------------------------------------------
 
 
-def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
-    """All that the predictions depend on; read from files, without loading a model or an index."""
+def run_identity(args: EvalArguments, model_type: str, precision: str) -> dict[str, Any]:
+    """All that the predictions depend on; read from files, without loading a model or an index.
+
+    Args:
+        precision: float32, bfloat16 or float16.
+    """
     from rag.evaluation.predictors import rag_config
     from rag.models.checkpoints import RAG_TYPES
 
@@ -166,6 +171,7 @@ def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
         "evaluation_set": file_identity(args.evaluation_set),
         "max_source_length": args.max_source_length,
         "prefix": args.prefix,
+        "precision": precision,
     }
     if model_type in RAG_TYPES:
         config = rag_config(args)
@@ -184,6 +190,15 @@ def run_identity(args: EvalArguments, model_type: str) -> dict[str, Any]:
         if args.gold_data_mode == "regex":
             identity["gold_data_mode"] = "regex"
     return identity
+
+
+def precision_of(args: EvalArguments) -> str:
+    """What --precision stands for on this machine."""
+    from rag.evaluation.predictors import pick_device
+    from rag.models.precision import dtype_of, name_of
+
+    # Only auto asks which device it is: predictions made elsewhere are scored where there is none.
+    return name_of(dtype_of(args.precision, pick_device(args.device) if args.precision == "auto" else "cpu"))
 
 
 def model_type_of(args: EvalArguments) -> str:
@@ -226,16 +241,24 @@ def predict_missing(
     from rag.models.checkpoints import RAG_TYPES
 
     args = replace(args, n_docs=identity.get("n_docs", args.n_docs))
-    model_type = identity["model_type"]
+    model_type, precision = identity["model_type"], identity["precision"]
+    if ranks.rank == 0 and args.precision == "auto":
+        print(f"--precision auto: weights in {precision}")
 
     def load():
         if ranks.rank != 0:
-            require_same_files(identity, run_identity(args, model_type), ranks.rank)
+            require_same_files(identity, run_identity(args, model_type, precision), ranks.rank)
         config = rag_config(args) if model_type in RAG_TYPES else None
-        only_titles = args.eval_mode == "retrieval"
-        holds = pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k
-        plan = args.answer_plan
-        return load_predictor(args.model_name_or_path, model_type, plan, config, args.device, only_titles, holds)
+        return load_predictor(
+            args.model_name_or_path,
+            model_type,
+            args.answer_plan,
+            config,
+            args.device,
+            retrieve_only=args.eval_mode == "retrieval",
+            dtype=getattr(torch, precision),
+            holds_answer=pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k,
+        )
 
     predict, index = ranks.all_or_none("loading the model", load)
     ranks.on_rank_zero("starting the predictions file", lambda: predictions.start(index))

@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.index_kinds import passages_of, real_passages
 from benchmarks.machine import header, status_mib
+from benchmarks.training_step import make_tokenizer
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -57,12 +58,10 @@ def parse_args(argv=None) -> BenchmarkArguments:
 def make_encoder(**sizes):
     """A DPR context encoder of random weights, DPR-base's size unless told otherwise, and BERT's tokenizer."""
     import torch
-    from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder
-
-    from quickstart.__main__ import minilm_folder
+    from transformers import DPRConfig, DPRContextEncoder
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer = make_tokenizer()
     return DPRContextEncoder(DPRConfig(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer
 
 
@@ -79,7 +78,8 @@ def public_way(encoder, tokenizer, passages):
         for start in range(0, len(passages), PUBLIC_BATCH):
             titles, texts = map(list, zip(*passages[start : start + PUBLIC_BATCH], strict=True))
             tokens = tokenizer(titles, texts, truncation=True, padding="longest", return_tensors="pt")
-            vectors.append(encoder(tokens["input_ids"], return_dict=True).pooler_output.numpy())
+            ids = tokens["input_ids"].to(encoder.device)
+            vectors.append(encoder(ids, return_dict=True).pooler_output.cpu().numpy())
     return np.concatenate(vectors)
 
 

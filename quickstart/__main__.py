@@ -184,7 +184,7 @@ def make_checkpoint(models: Path, dest: Path) -> None:
 def measure(checkpoint: Path, data: Path, index: dict[str, Any], folder: Path) -> dict[str, float]:
     """Passages and answers of the test questions, left in `folder`; their scores as fractions."""
     folder.mkdir(parents=True, exist_ok=True)
-    common = {"model_name_or_path": checkpoint, "evaluation_set": data / "test.source", **index}
+    common = {"model_name_or_path": checkpoint, "evaluation_set": data / "test.source", "precision": "auto", **index}
     passages = run(
         "eval_rag",
         eval_mode="retrieval",

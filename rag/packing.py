@@ -296,8 +296,9 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, position_bias=position_bias, **kwargs
         )
     bias = position_bias if position_bias is not None and position_bias.dim() else None
-    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    return attention_mask(query, key, value, dropout, scaling, bias)[None], None
+    # Views, whose gradients are views: of `[0]` it would be a tensor of zeros to write into.
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    return attention_mask(query, key, value, dropout, scaling, bias).unsqueeze(0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -416,6 +416,15 @@ def _(folder):
     require("_step_supports_amp_scaling" in source, "GradScaler does not ask for it")
 
 
+@row("torch", "_int_mm, the product of int8 in int32", "torch._int_mm")
+def _(folder):
+    import torch
+
+    left, right = torch.full((32, 8), -127, dtype=torch.int8), torch.full((16, 8), 127, dtype=torch.int8)
+    products = torch._int_mm(left, right.T)
+    require(products.dtype == torch.int32 and (products == -8 * 127 * 127).all(), f"it gives {products[0, 0]}")
+
+
 @row("bm25s", "BM25.scores, vocab_dict, build_index_from_ids and get_scores_from_ids", "bm25.scores", "bm25.vocab_dict",
      "bm25.build_index_from_ids", "bm25.get_scores_from_ids")  # fmt: skip
 def _(folder):

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 REMEDY = "give another path, or --recalculate to overwrite it"
 DIGEST = "digest"  # the last key of a record, and of the settings
+# Settings that files of earlier versions do not name, and what they were.
+UNNAMED = {"precision": "float32"}
 SLICE_BYTES = 1 << 20
 SLICES = 64
 
@@ -120,6 +122,7 @@ class Predictions:
         recalculate: throw away what is there.
         enough: the least number that will do of a setting that is one (`n_docs`): a complete file that was made with as
             many, or more, is taken, and an unfinished one that was made with more than `identity` says is continued so.
+        kept: settings that stay what they were when the file was begun, whatever `identity` says.
 
     Attributes:
         identity: what the file was, or is to be, made with.
@@ -140,6 +143,7 @@ class Predictions:
         identity: dict[str, Any],
         recalculate: bool = False,
         enough: Mapping[str, int] | None = None,
+        kept: Iterable[str] = (),
     ):
         self.path = Path(path)
         self.settings_path, self.records_path = (Path(f"{path}.{end}") for end in ("settings.json", "jsonl"))
@@ -150,13 +154,13 @@ class Predictions:
         self.lines: list[str] = []
         self.records: list[dict] = []
         if not recalculate:  # what is there is written over in `start` only, when the model has been loaded
-            self._read(enough or {})
+            self._read(enough or {}, kept)
 
     @property
     def is_complete(self) -> bool:
         return len(self.lines) == len(self.questions)
 
-    def _read(self, enough: Mapping[str, int]) -> None:
+    def _read(self, enough: Mapping[str, int], kept_names: Iterable[str]) -> None:
         lines, rest = _whole_lines(self.path)
         is_ours = self.settings_path.exists() or self.records_path.exists()
         # An editor, or another program, may end its last line without a newline.
@@ -178,7 +182,7 @@ class Predictions:
             )
         texts = self._record_texts()
         if self.origin_known:
-            self._check_identity(kept["settings"], enough)
+            self._check_identity(kept["settings"], enough, kept_names)
         self.records = [self._checked_record(*pair, is_sealed=DIGEST in kept) for pair in enumerate(texts)]
         self.records += [self._record(number) for number in range(len(texts), len(self.lines))]
 
@@ -210,7 +214,9 @@ class Predictions:
             del self.lines[len(texts) :]
         return texts
 
-    def _check_identity(self, settings: dict[str, Any], enough: Mapping[str, int]) -> None:
+    def _check_identity(self, settings: dict[str, Any], enough: Mapping[str, int], kept: Iterable[str]) -> None:
+        settings = {name: value for name, value in UNNAMED.items() if name in self.identity} | settings
+        self.identity = self.identity | {name: settings[name] for name in kept}
         for name, least in enough.items():
             there = settings.get(name)
             if there is not None and there >= (least if self.is_complete else self.identity[name]):

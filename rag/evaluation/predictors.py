@@ -43,6 +43,7 @@ def load_predictor(
     config: RagConfig | None = None,
     device: str | None = None,
     retrieve_only: bool = False,
+    dtype: torch.dtype = torch.float32,
     holds_answer: Callable[..., bool] = answer_recall_at_k,
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
@@ -51,13 +52,14 @@ def load_predictor(
         config: of a RAG model, with the index that it is to search; None for a closed-book generator.
         device: as `pick_device`'s.
         retrieve_only: lines are titles, not answers; the generator stays where it is.
+        dtype: of the weights; query vectors and documents' scores are float32 in any case.
         holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
     """
     where = pick_device(device)
     tokenizer = load_tokenizer(model_name_or_path, model_type)
     source = f"{MODEL_FLAG} {model_name_or_path}"
     if config is None:
-        model = load_model(model_name_or_path, model_type).to(where)
+        model = load_model(model_name_or_path, model_type).to(where, dtype)
         require_fit(model, tokenizer, source)
         complete_start(model, tokenizer, source)
         require_runs(model, tokenizer, source, **generation_kwargs(plan, model))
@@ -71,10 +73,10 @@ def load_predictor(
     require_fit(model, tokenizer, source)
     complete_start(model, tokenizer, source)
     if retrieve_only:
-        question_encoder = model.rag.question_encoder.to(where)
+        question_encoder = model.rag.question_encoder.to(where, dtype)
         require_runs(model, tokenizer, source, answers=False)
         return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
-    model = model.to(where)
+    model = model.to(where, dtype)
     require_runs(model, tokenizer, source, **generation_kwargs(plan, model.generator))
     return partial(answer_from_passages, plan, model, retriever), index
 

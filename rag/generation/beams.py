@@ -86,15 +86,16 @@ class BeamSearch:
                 all of them alike, as they are at the first step.
             stops: transformers' stopping criteria: token ids (rows, length + 1) to (rows) bool, whether they end.
         """
-        candidates, scores, parents = self._candidates(beams, log_probs, length)
+        rows = torch.arange(len(log_probs), device=log_probs.device)[:, None]
+        candidates, scores, parents = self._candidates(beams, rows, log_probs, length)
         ended = stops(candidates[..., : length + 1].flatten(0, 1), None).view_as(scores)  # (I, C)
         running_scores, chosen = (scores + EXCLUDED * ended).topk(self.num_beams)
-        sequences, finished_scores, lengths, finished = self._finish(beams, candidates, scores, ended, length)
+        sequences, finished_scores, lengths, finished = self._finish(beams, rows, candidates, scores, ended, length)
         return Beams(
             item=beams.item,
-            running=_take(candidates, chosen),
+            running=candidates[rows, chosen],
             running_scores=running_scores,
-            parents=_take(parents, chosen),
+            parents=parents[rows, chosen],
             sequences=sequences,
             scores=finished_scores,
             lengths=lengths,
@@ -104,13 +105,14 @@ class BeamSearch:
 
     def is_over(self, beams: Beams) -> torch.Tensor:
         """Whether each item has its answer, (I) bool."""
-        return ~beams.improvable.squeeze(1) | (beams.finished.all(1) & (self.early_stopping is True))
+        over = ~beams.improvable.squeeze(1)
+        return over | beams.finished.all(1) if self.early_stopping is True else over
 
     def log_probs(self, beams: Beams) -> torch.Tensor:
         """The finished sequences' log-probabilities without the length penalty, (I, num_beams)."""
         return beams.scores * beams.lengths.float() ** self.length_penalty
 
-    def _candidates(self, beams: Beams, log_probs: torch.Tensor, length: int):
+    def _candidates(self, beams: Beams, rows: torch.Tensor, log_probs: torch.Tensor, length: int):
         """The C best continuations of each item, best first: tokens (I, C, max_length), scores and parents (I, C).
 
         C is large enough that num_beams of them run on even if each beam's every end token is among them.
@@ -120,11 +122,13 @@ class BeamSearch:
         best, tokens = log_probs.topk(min(count, log_probs.shape[-1]))  # (I, N, k)
         scores, places = (best + beams.running_scores[..., None]).flatten(1).topk(count)
         parents = places // best.shape[-1]
-        candidates = _take(beams.running, parents)
-        candidates[..., length] = tokens.expand(-1, self.num_beams, -1).flatten(1).gather(1, places)
+        candidates = beams.running[rows, parents]
+        if tokens.shape[1] < self.num_beams:
+            tokens = tokens.expand(-1, self.num_beams, -1)
+        candidates[..., length] = tokens.flatten(1).gather(1, places)
         return candidates, scores, parents
 
-    def _finish(self, beams: Beams, candidates: torch.Tensor, scores: torch.Tensor, ended: torch.Tensor, length: int):
+    def _finish(self, beams: Beams, rows: torch.Tensor, candidates, scores, ended, length: int):
         """The best num_beams of the finished sequences and of those that end now: tokens, scores, lengths, finished.
 
         Only the best num_beams candidates may end; the others are there to run on.
@@ -136,10 +140,10 @@ class BeamSearch:
         new_scores = scores[:, new] / length**self.length_penalty + EXCLUDED * ~(ended[:, new] & is_open)
         best_scores, best = torch.cat([beams.scores, new_scores], 1).topk(self.num_beams)
         return (
-            _take(torch.cat([beams.sequences, candidates[:, new]], 1), best),
+            torch.cat([beams.sequences, candidates[:, new]], 1)[rows, best],
             best_scores,
-            _take(torch.cat([beams.lengths, torch.full_like(beams.lengths, length)], 1), best),
-            _take(torch.cat([beams.finished, ended[:, new]], 1), best),
+            torch.cat([beams.lengths, torch.full_like(beams.lengths, length)], 1)[rows, best],
+            torch.cat([beams.finished, ended[:, new]], 1)[rows, best],
         )
 
     def _may_improve(self, running_scores, scores, finished, length: int) -> torch.Tensor:
@@ -153,8 +157,3 @@ class BeamSearch:
         best_possible = running_scores[:, :1] / length**self.length_penalty
         worst = scores.amin(1, keepdim=True).where(finished, EXCLUDED)  # (I, num_beams), any score beats an empty place
         return (best_possible > worst).any(1, keepdim=True)
-
-
-def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """x (I, n, ...) at places (I, m) of its second dimension, (I, m, ...)."""
-    return x.take_along_dim(places.reshape(*places.shape, *[1] * (x.dim() - 2)), 1)

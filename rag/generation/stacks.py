@@ -13,15 +13,14 @@ activation again at every use. What is outside the layers stays in float32.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from torch.func import functional_call
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import dropout
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rag.casting import call_in, dtype_of_layers
 from rag.packing import Attention, Packing, accept_packed_rows, accepts_packed_rows
 
 
@@ -37,21 +36,21 @@ class Stack(ABC):
 
     def decode(self, ids: torch.Tensor, packing: Packing, encoded: torch.Tensor, contexts: Packing) -> torch.Tensor:
         """The decoder's last hidden states (R, d) of N answers' token ids (R), each with a context of (T, d)."""
-        cross = Attention(packing, contexts)
-        return self._run(self.decoder, ids, packing, Attention(packing, packing, causal=True), encoded[None], cross)
+        own, cross = Attention(packing, packing, causal=True), Attention(packing, contexts)
+        return self._run(self.decoder, ids, packing, own, encoded.unsqueeze(0), cross)
 
     def _run(self, part, ids: torch.Tensor, packing: Packing, own: Attention, *cross: Any) -> torch.Tensor:
-        dtype = _dtype_of_layers(ids.device)
+        dtype = dtype_of_layers(ids.device)
         with torch.autocast(ids.device.type, enabled=False) if dtype is not None else nullcontext():
-            hidden = self.embed(part, ids, packing)[None]
+            hidden = self.embed(part, ids, packing).unsqueeze(0)
             extras = self.extras(part, own, *cross)
             if dtype is not None:
                 hidden = hidden.to(dtype)
                 extras = [extra.to(dtype) if isinstance(extra, torch.Tensor) else extra for extra in extras]
             for layer in self.layers(part):
                 if not self.is_left_out(part):
-                    hidden = self.output(_call(layer, dtype, hidden, *extras))
-            return self.finish(part, hidden, dtype)[0]
+                    hidden = self.output(call_in(layer, dtype, hidden, *extras))
+            return self.finish(part, hidden, dtype).squeeze(0)
 
     @abstractmethod
     def layers(self, part) -> Iterable[torch.nn.Module]: ...
@@ -82,7 +81,7 @@ class BartStack(Stack):
         return part.layers
 
     def embed(self, part, ids, packing):
-        positions = part.embed_positions(ids, position_ids=packing.positions)[0]
+        positions = part.embed_positions(ids, position_ids=packing.positions).squeeze(0)
         hidden = part.layernorm_embedding(part.embed_tokens(ids) + positions)
         return dropout(hidden, part.dropout, part.training)
 
@@ -111,7 +110,7 @@ class T5Stack(Stack):
         return result[0]
 
     def finish(self, part, hidden, dtype):
-        return part.dropout(_call(part.final_layer_norm, dtype, hidden))
+        return part.dropout(call_in(part.final_layer_norm, dtype, hidden))
 
 
 STACKS: dict[str, type[Stack]] = {"bart": BartStack, "t5": T5Stack, "mt5": T5Stack}
@@ -124,58 +123,9 @@ def use_packed_rows(generator: PreTrainedModel) -> None:
 
 
 def stack_of(generator: PreTrainedModel) -> Stack | None:
-    """What runs a generator over packed rows; None where its family, or its attention, is another."""
+    """What runs a generator over packed rows; None where its family, or its attention, is another, or it is sharded."""
     kind = STACKS.get(generator.config.model_type)
-    return kind(generator) if kind is not None and accepts_packed_rows(generator) else None
-
-
-# --- Layers in bfloat16 -----------------------------------------------------------------------------------------------
-
-
-def _dtype_of_layers(device: torch.device) -> torch.dtype | None:
-    """What layers are to be computed in, where that is not their own; float16 ends too early for their sums."""
-    if not torch.is_autocast_enabled(device.type):
+    if kind is None or not accepts_packed_rows(generator):
         return None
-    dtype = torch.get_autocast_dtype(device.type)
-    return dtype if dtype == torch.bfloat16 else None
-
-
-def _call(layer: torch.nn.Module, dtype: torch.dtype | None, *args: Any) -> Any:
-    """A layer's result, computed with its weights in another dtype; their gradients are the weights' own."""
-    if dtype is None or all(weight.dtype == dtype for weight in layer.parameters()):
-        return layer(*args)
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return checkpoint(partial(_call_with_copies, layer, dtype), *args, use_reentrant=False)
-    return _call_with_copies(layer, dtype, *args)
-
-
-def _call_with_copies(layer: Any, dtype: torch.dtype, *args: Any) -> Any:
-    names, weights = zip(*layer.named_parameters(), strict=True)
-    copies = dict(zip(names, _Copies.apply(dtype, *weights), strict=True))
-    recomputes = getattr(layer, "gradient_checkpointing", False)
-    layer.gradient_checkpointing = False  # what calls this does it: the copies are to be made again, too
-    try:
-        return functional_call(layer, copies, args)
-    finally:
-        layer.gradient_checkpointing = recomputes
-
-
-class _Copies(torch.autograd.Function):
-    """Weights in another dtype, all in one kernel; so are their gradients, back in their own."""
-
-    @staticmethod
-    def forward(ctx, dtype, *weights):
-        ctx.dtypes = [weight.dtype for weight in weights]
-        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(copies, list(weights))
-        return tuple(copies)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        wanted = [n for n, is_wanted in enumerate(ctx.needs_input_grad[1:]) if is_wanted]
-        own = [torch.empty_like(gradients[n], dtype=ctx.dtypes[n]) for n in wanted]
-        torch._foreach_copy_(own, [gradients[n] for n in wanted])
-        result: list[torch.Tensor | None] = [None] * len(gradients)
-        for n, gradient in zip(wanted, own, strict=True):
-            result[n] = gradient
-        return None, *result
+    is_sharded = any(isinstance(part, FSDPModule) for part in generator.modules())  # which a whole part gathers
+    return None if is_sharded else kind(generator)

@@ -9,19 +9,18 @@ A token attends to its ancestors in the tree and to its document. A beam search 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
 
 from rag.generation.forward import CHUNK_VOCABULARY, full_precision, output_layer, scaled
+from rag.generation.pace import pace_of
 from rag.generation.stacks import stack_of
-from rag.packing import GROUP_COST, Packing, groups_of_similar_length, right_padded_lengths
-
-# Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
-CHUNK_TOKENS = 2048
+from rag.packing import Packing, groups_of_similar_length, right_padded_lengths, to_device
 
 
 def _logsumexp(x: torch.Tensor) -> torch.Tensor:
@@ -36,57 +35,113 @@ class Memory:
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     mask: torch.Tensor  # (D, 1, 1, S) bool
 
-    def select(self, documents) -> "Memory":
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        """The mask as attention adds it, (D, 1, 1, S)."""
+        return attention_bias(self.mask, self.layers[0][0].dtype)
+
+    def select(self, documents: torch.Tensor | slice) -> "Memory":
         return Memory([(keys[documents], values[documents]) for keys, values in self.layers], self.mask[documents])
 
 
-class Past:
-    """Keys and values of the tokens decoded so far; they are appended and never moved."""
+def attention_bias(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token attends and -inf elsewhere, (..., keys): made once, not in each layer from a mask of bools.
 
-    def __init__(self, capacity: int):
-        self.capacity, self.steps, self.length = capacity, 0, 0
-        self.depths: torch.Tensor | None = None  # (length) of each token in its tree
-        self.layers: list[torch.Tensor] = []  # (2, D, heads, capacity, head size)
+    Its rows begin at multiples of 16, or CUDA's kernels would copy it in each layer.
+    """
+    keys = attends.shape[-1]
+    bias = torch.zeros(*attends.shape[:-1], -(-keys // 16) * 16, dtype=dtype, device=attends.device)[..., :keys]
+    return bias.masked_fill_(~attends, float("-inf"))
+
+
+class Past:
+    """Keys and values of the tokens decoded so far: those of all layers in one tensor, which grows as it must."""
+
+    def __init__(self, layers: int, capacity: int):
+        self.number_of_layers, self.capacity, self.steps, self.length = layers, capacity, 0, 0
+        self.depths: torch.Tensor | None = None  # (1, length) of each token in its tree
+        self.kept: torch.Tensor | None = None  # (layers, 2, D, heads, at most capacity, head size)
+        self.slots: tuple[torch.Tensor, ...] = ()  # of each layer, where this step's keys and values go
+        self.present: tuple[torch.Tensor, ...] = ()  # keys of all tokens and their values, of each layer
 
     def grow(self, depths: torch.Tensor) -> None:
+        """Begin a step of new tokens, whose depths are (1, N)."""
         self.steps += 1
-        self.length += len(depths)
-        self.depths = depths if self.depths is None else torch.cat([self.depths, depths])
+        self.length += depths.shape[1]
+        self.depths = depths if self.depths is None else torch.cat([self.depths, depths], 1)
+        self.slots = ()
 
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        documents, heads, new, size = keys.shape
-        if layer == len(self.layers):
-            self.layers.append(keys.new_empty(2, documents, heads, self.capacity, size))
-        self.layers[layer][0, :, :, self.length - new : self.length] = keys
-        self.layers[layer][1, :, :, self.length - new : self.length] = values
-        keys, values = self.layers[layer][:, :, :, : self.length].unbind(0)
-        return keys, values
+    def append(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a layer's keys and values (2, D, heads, N, head size); those of all tokens so far."""
+        if not self.slots:
+            self._make_room(new)
+        self.slots[layer].copy_(new)
+        return self.present[2 * layer], self.present[2 * layer + 1]
+
+    def _make_room(self, new: torch.Tensor) -> None:
+        _, documents, heads, tokens, size = new.shape
+        before = self.length - tokens
+        if self.kept is None or self.length > self.kept.shape[4]:
+            room = min(self.capacity, max(16, 2 * self.length))
+            grown = new.new_empty(self.number_of_layers, 2, documents, heads, room, size)
+            if self.kept is not None:
+                grown[..., :before, :] = self.kept[..., :before, :]
+            self.kept = grown
+        self.slots = self.kept[..., before : self.length, :].unbind(0)
+        self.present = self.kept[..., : self.length, :].flatten(0, 1).unbind(0)
 
     def select(self, documents: torch.Tensor) -> None:
-        for i, layer in enumerate(self.layers):
-            kept = layer.new_empty(2, len(documents), *layer.shape[2:])
-            kept[:, :, :, : self.length] = layer[:, documents, :, : self.length]
-            self.layers[i] = kept
+        """Go on with some documents; between two steps."""
+        assert self.kept is not None, "a step comes first"
+        kept = self.kept.new_empty(*self.kept.shape[:2], len(documents), *self.kept.shape[3:])
+        kept[..., : self.length, :] = self.kept[:, :, documents, :, : self.length]
+        self.kept = kept
 
 
 class TokenScores:
-    """A generator's output layer: from what the decoder says to the probabilities of words."""
+    """A generator's output layer: from what the decoder says to the probabilities of words.
+
+    Under autocast the weights are cast once, here, and not at every use.
+    """
 
     def __init__(self, generator):
         self.pad = generator.config.pad_token_id
-        self.weight, self.bias = output_layer(generator)  # (vocabulary, d), (vocabulary)
+        weight, bias = output_layer(generator)  # (vocabulary, d), (vocabulary)
+        self.product_dtype = autocast_dtype(weight)
+        self.weight, self.bias = weight.to(self.product_dtype), bias.to(self.product_dtype)
         self.dtype = full_precision(self.weight[:0]).dtype  # of log-probabilities
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return full_precision(linear(hidden, self.weight, self.bias))
 
     def token_log_probs(self, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p(targets | hidden[:, places]): (n, N, d), (E), (E) to (n, E), without all logits at a time."""
+        """log p(targets | hidden[places]): (M, d), (E), (E) to (E), without all logits at a time."""
         chunks = zip(self.weight.split(CHUNK_VOCABULARY), self.bias.split(CHUNK_VOCABULARY), strict=True)
         normalizers = [_logsumexp(full_precision(linear(hidden, weight, bias))) for weight, bias in chunks]
-        normalizer = torch.stack(normalizers).logsumexp(0)  # (n, N)
-        logits = full_precision(hidden[:, places] * self.weight[targets]).sum(-1) + self.bias[targets]
-        return logits - normalizer[:, places]
+        normalizer = torch.stack(normalizers).logsumexp(0)  # (M)
+        logits = full_precision(hidden[places] * self.weight[targets]).sum(-1) + self.bias[targets]
+        return logits - normalizer[places]
+
+
+def autocast_dtype(weight: torch.Tensor) -> torch.dtype:
+    """In which dtype a weight is multiplied: under autocast in half precision, else in its own."""
+    kind = weight.device.type
+    halves = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if halves else weight.dtype
+
+
+class Product:
+    """One matrix product in the place of those of several linear layers that read the same."""
+
+    def __init__(self, *layers: torch.nn.Linear):
+        weights: list[torch.Tensor] = [layer.weight.to(autocast_dtype(layer.weight)) for layer in layers]
+        self.weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).t()  # (d, outputs)
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases).to(self.weight.dtype) if biases else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(M, d) to (M, outputs)."""
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
 class TreeDecoder(TokenScores, ABC):
@@ -99,9 +154,11 @@ class TreeDecoder(TokenScores, ABC):
 
     n_heads: int
     scale: float | None  # of attention's products; None is 1 / sqrt(head size)
+    layers: list[Any]
 
-    @abstractmethod
-    def layers(self) -> Iterable[Any]: ...
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
 
     @abstractmethod
     def cross_projections(self) -> list[tuple[Any, Any]]:
@@ -109,19 +166,19 @@ class TreeDecoder(TokenScores, ABC):
 
     @abstractmethod
     def embed(self, tokens: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
-        """(D, N) and (N) to the first layer's input (D, N, d)."""
+        """(D, N) and (D or 1, N) to the first layer's input (D, N, d)."""
 
     @abstractmethod
     def self_attention_bias(self, ancestors, depths: torch.Tensor, key_depths: torch.Tensor) -> torch.Tensor:
-        """What scaled_dot_product_attention takes as its mask, bool or added: (D or 1, 1 or heads, N, keys)."""
+        """What self-attention adds, (D or 1, 1 or heads, N, keys), of (D or 1, 1, N, keys) and (D or 1, N or keys)."""
 
     @abstractmethod
     def apply(self, layer, hidden: torch.Tensor, attend_self: Callable, attend_memory: Callable) -> torch.Tensor:
-        """One layer: (D, N, d) to (D, N, d)."""
+        """One layer: (D * N, d) to (D * N, d)."""
 
     @abstractmethod
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What lies behind the last layer, up to the output layer: (D, N, d) to (D, N, d)."""
+        """What lies behind the last layer, up to the output layer: (D * N, d) to (D * N, d)."""
 
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
         """Encode contexts (D, S) and project what cross-attention reads of them."""
@@ -131,9 +188,10 @@ class TreeDecoder(TokenScores, ABC):
             layers = [(self.heads(k(encoded)), self.heads(v(encoded))) for k, v in self.cross_projections()]
             return Memory(layers, attention_mask[:, None, None].bool())
         longest, device = int(lengths.max()), input_ids.device
+        pace = pace_of(device)
         memory: list[torch.Tensor] = []
-        for group, _ in groups_of_similar_length(lengths, GROUP_COST, CHUNK_TOKENS):
-            rows, packing = torch.from_numpy(group).to(device), Packing(lengths[group], device)
+        for group, _ in groups_of_similar_length(lengths, pace.pass_cost, pace.chunk_tokens):
+            rows, packing = to_device(group, device), Packing(lengths[group], device)
             encoded = stack.encode(packing.pack(input_ids[rows]), packing)  # (T, d)
             for i, pair in enumerate(self.cross_projections()):
                 for j, projection in enumerate(pair):
@@ -147,75 +205,94 @@ class TreeDecoder(TokenScores, ABC):
         """Last hidden states of tokens (D, N) that hang on D documents, (D, N, d).
 
         Args:
-            depths: (N), 0 for the decoder's first token.
+            depths: (D or 1, N), 0 for the decoder's first token.
             ancestors: (D or 1, N, tokens in `past` and these), True where a token attends.
         """
-        if past is None:
-            key_depths = depths
-        else:
+        key_depths = depths
+        if past is not None:
             past.grow(depths)
+            assert past.depths is not None
             key_depths = past.depths
         bias = self.self_attention_bias(ancestors[:, None], depths, key_depths)
-        hidden = self.embed(tokens, depths)
-        for i, (layer, (memory_keys, memory_values)) in enumerate(zip(self.layers(), memory.layers, strict=True)):
+        hidden = self.embed(tokens, depths).flatten(0, 1)
+        for i, (layer, (memory_keys, memory_values)) in enumerate(zip(self.layers, memory.layers, strict=True)):
 
-            def attend_self(query, keys, values, i=i):
-                keys, values = self.heads(keys), self.heads(values)
-                if past is not None:
-                    keys, values = past.append(i, keys, values)
-                return self.attend(query, keys, values, bias)
+            def attend_self(projected, i=i):
+                """Of queries, keys and values in a row, (D * N, 3 * d)."""
+                heads = projected.view(*tokens.shape, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+                keys, values = heads[1:].unbind(0) if past is None else past.append(i, heads[1:])
+                return self.attend(heads[0], keys, values, bias)
 
             def attend_memory(query, keys=memory_keys, values=memory_values):
-                return self.attend(query, keys, values, memory.mask)
+                query = query.view(*tokens.shape, self.n_heads, -1).transpose(1, 2)
+                return self.attend(query, keys, values, memory.bias)
 
             hidden = self.apply(layer, hidden, attend_self, attend_memory)
-        return self.finish(hidden)
+        return self.finish(hidden).view(*tokens.shape, -1)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """(D, N, d) to (D, heads, N, head size)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def attend(self, query, keys, values, mask) -> torch.Tensor:
-        attended = scaled_dot_product_attention(self.heads(query), keys, values, attn_mask=mask, scale=self.scale)
-        return attended.transpose(1, 2).flatten(2)
+    def attend(self, query, keys, values, bias) -> torch.Tensor:
+        """(D, heads, N, head size) to (D * N, d)."""
+        attended = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=self.scale)
+        return attended.transpose(1, 2).reshape(-1, self.n_heads * query.shape[-1])
+
+
+class BartLayer:
+    """A decoder layer's products, and its modules between them."""
+
+    def __init__(self, layer):
+        own, cross = layer.self_attn, layer.encoder_attn
+        self.own, self.own_out = Product(own.q_proj, own.k_proj, own.v_proj), Product(own.out_proj)
+        self.cross, self.cross_out = Product(cross.q_proj), Product(cross.out_proj)
+        self.wide, self.narrow, self.activate = Product(layer.fc1), Product(layer.fc2), layer.activation_fn
+        self.norms = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm
 
 
 class BartDecoder(TreeDecoder):
     def __init__(self, generator):
         super().__init__(generator)
         self.n_heads, self.scale = self.config.decoder_attention_heads, None
-
-    def layers(self):
-        return self.decoder.layers
+        self.layers = [BartLayer(layer) for layer in self.decoder.layers]
 
     def cross_projections(self):
         return [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in self.decoder.layers]
 
     def embed(self, tokens, depths):
-        positions = self.decoder.embed_positions(tokens, position_ids=depths)
+        positions = self.decoder.embed_positions(tokens, position_ids=depths).squeeze(0)  # it puts a 1 before
         return self.decoder.layernorm_embedding(self.decoder.embed_tokens(tokens) + positions)
 
     def self_attention_bias(self, ancestors, depths, key_depths):
-        return ancestors
+        return attention_bias(ancestors, self.product_dtype)
 
     def apply(self, layer, hidden, attend_self, attend_memory):
-        own, cross = layer.self_attn, layer.encoder_attn
-        attended = own.out_proj(attend_self(own.q_proj(hidden), own.k_proj(hidden), own.v_proj(hidden)))
-        hidden = layer.self_attn_layer_norm(hidden + attended)
-        hidden = layer.encoder_attn_layer_norm(hidden + cross.out_proj(attend_memory(cross.q_proj(hidden))))
-        return layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+        norm, cross_norm, last_norm = layer.norms
+        hidden = norm(hidden + layer.own_out(attend_self(layer.own(hidden))))
+        hidden = cross_norm(hidden + layer.cross_out(attend_memory(layer.cross(hidden))))
+        return last_norm(hidden + layer.narrow(layer.activate(layer.wide(hidden))))
 
     def finish(self, hidden):
         return hidden
+
+
+class T5Layer:
+    """A decoder block's products of attention, and its modules around them."""
+
+    def __init__(self, block):
+        own, cross, self.feed_forward = block.layer
+        attention, cross_attention = own.SelfAttention, cross.EncDecAttention
+        self.own, self.own_out = Product(attention.q, attention.k, attention.v), Product(attention.o)
+        self.cross, self.cross_out = Product(cross_attention.q), Product(cross_attention.o)
+        self.norms = own.layer_norm, cross.layer_norm
 
 
 class T5Decoder(TreeDecoder):
     def __init__(self, generator):
         super().__init__(generator)
         self.n_heads, self.scale = self.config.num_heads, 1.0
-
-    def layers(self):
-        return self.decoder.block
+        self.layers = [T5Layer(block) for block in self.decoder.block]
 
     def cross_projections(self):
         return [(block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v) for block in self.decoder.block]
@@ -227,21 +304,19 @@ class T5Decoder(TreeDecoder):
         """T5's bias by distance, (D or 1, heads, N, keys): a distance in the tree is one in the sequence."""
         first = self.decoder.block[0].layer[0].SelfAttention
         buckets = first._relative_position_bucket(
-            key_depths - depths[:, None],
+            key_depths[:, None] - depths[..., None],
             bidirectional=False,
             num_buckets=first.relative_attention_num_buckets,
             max_distance=first.relative_attention_max_distance,
         )
-        bias = first.relative_attention_bias(buckets).permute(2, 0, 1)
-        return bias.masked_fill(~ancestors, float("-inf"))
+        by_distance = first.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+        return by_distance.to(self.product_dtype) + attention_bias(ancestors, self.product_dtype)
 
-    def apply(self, block, hidden, attend_self, attend_memory):
-        own, cross, feed_forward = block.layer
-        normed, attention = own.layer_norm(hidden), own.SelfAttention
-        hidden = hidden + attention.o(attend_self(attention.q(normed), attention.k(normed), attention.v(normed)))
-        attention = cross.EncDecAttention
-        hidden = hidden + attention.o(attend_memory(attention.q(cross.layer_norm(hidden))))
-        return feed_forward(hidden)
+    def apply(self, layer, hidden, attend_self, attend_memory):
+        norm, cross_norm = layer.norms
+        hidden = hidden + layer.own_out(attend_self(layer.own(norm(hidden))))
+        hidden = hidden + layer.cross_out(attend_memory(layer.cross(cross_norm(hidden))))
+        return layer.feed_forward(hidden)
 
     def finish(self, hidden):
         return scaled(self.decoder.final_layer_norm(hidden), self.config)

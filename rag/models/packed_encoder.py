@@ -10,6 +10,7 @@ The vectors are those of the padded way, `encoder(input_ids, attention_mask)[0]`
 import torch
 from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaModel
 
+from rag.casting import call_in, dtype_of_layers
 from rag.models.pooled_encoder import pool
 from rag.packing import Attention, Packing, accept_packed_rows, accepts_packed_rows
 
@@ -29,17 +30,22 @@ def can_pack(encoder: PreTrainedModel) -> bool:
     return plain and head_size <= MOST_HEAD_SIZE and head_size % 8 == 0
 
 
-@torch.inference_mode()
 def encode_packed(encoder: PreTrainedModel, input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """The vectors (N, d) of N texts whose token ids (T) lie in one row; the encoder's layers accept such rows then."""
+    """The vectors (N, d) of N texts whose token ids (T) lie in one row; the encoder's layers accept such rows then.
+
+    Under autocast norms and vectors stay in float32, as autocast has it.
+    """
     backbone = _backbone_of(encoder)
     if not accepts_packed_rows(backbone):
         accept_packed_rows(backbone)
     positions = packing.positions
     if not isinstance(backbone, BertModel):  # theirs begin behind the padding's id
         positions = positions + 1 + backbone.config.pad_token_id
-    hidden = backbone.embeddings(input_ids=input_ids[None], position_ids=positions[None])
-    hidden = backbone.encoder(hidden, attention_mask=Attention(packing, packing)).last_hidden_state[0]  # (T, hidden)
+    hidden = backbone.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0))
+    attention, dtype = Attention(packing, packing), dtype_of_layers(input_ids.device)
+    for layer in backbone.encoder.layer:
+        hidden = call_in(layer, dtype, hidden, attention, linear_only=True)
+    hidden = hidden.squeeze(0)  # (T, hidden)
     if encoder.config.model_type != "dpr":
         return encoder.project(_pool_packed(hidden, packing, encoder.config.pooling))
     vectors = _pool_packed(hidden, packing, "cls")

@@ -25,8 +25,9 @@ from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens, settle_vector_size
 from rag.models.loading import MODEL_FLAG
+from rag.models.packed_encoder import can_pack, encode_packed
 from rag.models.questions import bare_questions, reading, with_prompt
-from rag.packing import right_padded_lengths, to_device
+from rag.packing import Packing, right_padded_lengths, to_device
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -246,16 +247,25 @@ def reads_text(retriever: RagRetriever) -> bool:
     return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
 
 
-def question_vectors(question_encoder, retriever: RagRetriever, tokens, questions: list[str]) -> torch.Tensor:
-    """The query vectors of B questions, (B, d), on the device of the tokens.
+def question_vectors(
+    question_encoder, retriever: RagRetriever, tokens, questions: list[str], lengths: np.ndarray | None = None
+) -> torch.Tensor:
+    """The query vectors of B questions, (B, d), on the device of the tokens, float32 of half-precision weights, too.
 
     Args:
         tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
         questions: the same questions, for an index that reads text.
+        lengths: (B) tokens of each, on the host, so that they are read without padding and the device is not asked
+            where it is; None where that is not known.
     """
     if reads_text(retriever):
         return torch.from_numpy(retriever.index.encode_questions(questions)).to(tokens["input_ids"].device)
-    return question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+    if lengths is not None and can_pack(question_encoder):
+        packing = Packing(lengths, tokens["input_ids"].device)
+        vectors = encode_packed(question_encoder, packing.pack(tokens["input_ids"]), packing)
+    else:
+        vectors = question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # float64 stays
 
 
 def require_n_docs(index: Index, n_docs: int) -> None:
@@ -296,6 +306,7 @@ def retrieve_contexts(
     n_docs=None,
     texts: list[str] | None = None,
     questions: list[str] | None = None,
+    lengths: np.ndarray | None = None,
 ) -> RetrievedContexts:
     """Encode the questions, fetch their passages, tokenize the contexts (the first half of `RagModel.forward`).
 
@@ -307,12 +318,13 @@ def retrieve_contexts(
         n_docs: passages a question; None for the config's.
         texts: the questions as they were written, for an index that reads text; None for what their tokens say.
         questions: what their tokens say (`bare_questions`), where the device need not be asked for it.
+        lengths: as of `question_vectors`.
     """
     n_docs, device = n_docs or rag.config.n_docs, input_ids.device
     if questions is None:
         questions = bare_questions(retriever.question_encoder_tokenizer, input_ids)
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
-    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions)  # (B, d)
+    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions, lengths)  # (B, d)
     doc_embeds, doc_ids, docs = retriever.retrieve(
         queries.detach().to("cpu", torch.float32).numpy(), n_docs
     )  # (B, n_docs, d), (B, n_docs)
@@ -329,5 +341,5 @@ def retrieve_contexts(
         doc_ids=doc_ids,
         docs=docs,
         lengths=right_padded_lengths(context_mask),
-        n_tokens=int(context_mask.sum()),
+        n_tokens=int(context_mask.cpu().numpy().sum()),
     )

@@ -33,6 +33,7 @@ from rag.training.non_finite import (
     parameters_of,
 )
 from rag.training.optimizer import SCHEDULES, build_optimizer
+from rag.training.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class BaseTransformer(pl.LightningModule):
             for suffix in {"", group["suffix"]}:
                 gradients.setdefault(suffix, []).extend(p.grad for p in group["params"] if p.grad is not None)
         for suffix, those in gradients.items():
-            self.log(f"grad_norm{suffix}", get_total_norm(those))
+            self.log(f"grad_norm{suffix}", whole(get_total_norm(those)))
 
     def note_losses(self, loss: torch.Tensor, nll: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """The mean of all ranks' losses, noted for the optimizer step that this batch belongs to. Collective.
@@ -163,8 +164,8 @@ class BaseTransformer(pl.LightningModule):
     ) -> None:
         """Clip the gradients. Where they or the losses are not finite, stop, or leave this step out (--nan_policy).
 
-        Of sharded ones only the losses are asked, and of float16's, too: their scaler leaves out steps by itself. Every
-        rank has the same losses and, once they are reduced, the same gradients, and so decides alike.
+        Of float16's only the losses are asked: their scaler leaves out steps by itself. Every rank has the same losses
+        and, once they are reduced, the same norm of all gradients, and so decides alike.
         """
         step, self.optimizer_step_so_far = self.optimizer_step_so_far, OptimizerStep()
         norm = None
@@ -174,7 +175,8 @@ class BaseTransformer(pl.LightningModule):
             clip_grads_with_norm_(parameters_of(optimizer), gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        judged = None if getattr(self.trainer.precision_plugin, "scaler", None) else norm
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        judged = None if has_scaler or norm is None else whole(norm)
         number = self.trainer.global_step + 1
         if judged is not None and self.judges_later(optimizer):
             optimizer.found_inf = self.pending_steps.add(number, step, judged)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from rag.errors import ReportedError, UserError
+from rag.training.sharding import local_part
 
 QUESTIONS_TOLD = 3
 CHARACTERS_TOLD = 80  # of a question
@@ -122,6 +123,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def weights_are_finite(module: torch.nn.Module) -> bool:
-    """Whether every weight of a module is; one pass over them."""
-    weights = [weight.detach() for weight in module.parameters() if weight.is_floating_point()]
-    return bool(get_total_norm(weights, math.inf).isfinite())
+    """Whether every weight of a module is, of a sharded one this rank's part; one pass over them."""
+    weights = [local_part(weight.detach()) for weight in module.parameters() if weight.is_floating_point()]
+    return bool(get_total_norm([weight for weight in weights if weight.numel()], math.inf).isfinite())

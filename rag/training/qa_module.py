@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins import MixedPrecision
-from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rag.files import write_lines
+from rag.generation.answering import answering_model
 from rag.generation.decoding import generate_answers
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
 from rag.generation.stacks import use_packed_rows
@@ -33,7 +34,7 @@ from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.checkpoints import save_model
 from rag.models.questions import bare_questions
-from rag.packing import to_device
+from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
 from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
@@ -48,6 +49,7 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
+from rag.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class GenerativeQAModule(BaseTransformer):
             args.model.freeze_question_encoder or reads_text(retriever)
         )
         self._freeze()
+        self.packs_questions = args.model.attn_implementation == "auto"
         if self.rag_loss:
             use_packed_rows(self.generator)
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
@@ -103,6 +106,7 @@ class GenerativeQAModule(BaseTransformer):
         self.thread = ThreadPoolExecutor(1)
         self.prefetching: Future | None = None  # the retrieval of the next training batch
         self.tokens, self.counted_since = 0, None  # read since that time: what tokens_per_second is made of
+        self.answering: list[PreTrainedModel] = []  # one at most, and in a list no part of this module
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
@@ -207,7 +211,7 @@ class GenerativeQAModule(BaseTransformer):
             "n_tokens": int(batch["attention_mask"].sum()),
         }
         if self.rag_loss and "contexts" not in batch:
-            prepared["questions"] = bare_questions(self.question_tokenizer, batch["input_ids"])
+            prepared |= self._on_the_host(batch)
         if self.device.type == "cuda":
             prepared |= {name: value.pin_memory() for name, value in prepared.items() if torch.is_tensor(value)}
         return batch | prepared
@@ -248,13 +252,21 @@ class GenerativeQAModule(BaseTransformer):
         return (self.negative_log_likelihood(batch, self.args.model.label_smoothing)[0].mean(),)
 
     def _retrieve(self, batch: dict) -> RetrievedContexts:
-        questions = batch.get("questions")
-        if questions is None:  # ahead of the batch's transfer
-            questions = bare_questions(self.question_tokenizer, batch["input_ids"])
+        if "questions" not in batch:  # ahead of the batch's transfer
+            batch = batch | self._on_the_host(batch)
         ids, mask = (to_device(batch[name], self.device) for name in ("input_ids", "attention_mask"))
         return retrieve_contexts(
-            self.model.rag, self.retriever, ids, mask, texts=batch.get("source"), questions=questions
-        )
+            self.model.rag, self.retriever, ids, mask,
+            texts=batch.get("source"), questions=batch["questions"], lengths=batch["question_lengths"],
+        )  # fmt: skip
+
+    def _on_the_host(self, batch: dict) -> dict[str, Any]:
+        """What retrieval needs to know of the questions' tokens."""
+        packs = self.packs_questions and not is_sharded(self.model)
+        return {
+            "questions": bare_questions(self.question_tokenizer, batch["input_ids"]),
+            "question_lengths": right_padded_lengths(batch["attention_mask"]) if packs else None,
+        }
 
     def can_prefetch(self, device: torch.device) -> bool:
         """Whether the next batch's passages are known before this step's update, and searching leaves the device free.
@@ -333,6 +345,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_validation_epoch_start(self) -> None:
         self.rows, self.counted_since = [], None  # the next training batch begins to count anew
+        self.answering.clear()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -369,15 +382,23 @@ class GenerativeQAModule(BaseTransformer):
         each = [self.calc_generative_metrics([answer], [right]) for right in right_answers]
         return {name: max(measures[name] for measures in each) for name in each[0]}
 
+    def _answering_model(self) -> PreTrainedModel:
+        """The model; in mixed precision a copy with weights that need no casting, kept while they do not change."""
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self.model
+        if not self.answering:
+            self.answering.append(answering_model(self.model, torch.get_autocast_dtype(kind)))
+        return self.answering[0]
+
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
         lengths = {"min_length": 1, "max_length": max_length}
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, **lengths, **FLAGS_DECIDE}
+        model = self._answering_model()
         if contexts is None:
-            return self.generator.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings
-            )
+            return model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         return generate_answers(
-            self.model,
+            model,
             contexts.input_ids,
             contexts.attention_mask,
             contexts.doc_scores,
@@ -387,6 +408,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_validation_epoch_end(self) -> None:
         """`val_em` steers checkpoints and early stopping; a subclass may name another measure by `val_metric`."""
+        self.answering.clear()
         metrics = means(self.gather_rows(self.rows), "val")
         if self.trainer.is_global_zero and not math.isfinite(metrics["val_avg_loss"]):
             logger.warning(f"validation at step {self.trainer.global_step}: the loss is {metrics['val_avg_loss']}")
@@ -394,6 +416,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_test_epoch_end(self) -> None:
         """Write test_results.txt and test_generations.txt, the answers in the order of test.source."""
+        self.answering.clear()
         rows = self.gather_rows(self.rows)
         metrics = means(rows, "test")
         self.log_dict(metrics, sync_dist=True)

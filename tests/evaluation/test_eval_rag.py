@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import RagSequenceForGeneration
@@ -15,8 +16,9 @@ from transformers import RagSequenceForGeneration
 import eval_rag
 from rag.errors import UserError
 from rag.evaluation import predictors
-from rag.files import load_json, read_lines, write_lines
+from rag.files import json_digest, load_json, read_lines, save_json, write_lines
 from rag.locks import lock_beside, one_at_a_time
+from rag.models import precision
 from rag.models.checkpoints import save_model
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
@@ -69,7 +71,7 @@ def run(files):
 def no_model(monkeypatch):
     """Fail where a model is loaded."""
 
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(predictors, "load_predictor", refuse)
@@ -355,6 +357,100 @@ def test_another_checkpoint_or_other_settings_are_refused(run, rag_folder, rag_t
     write_lines([*ASKED[1:], "what is near"], files / "q")
     with pytest.raises(UserError, match=refused.format("evaluation_set .* \\(its content has changed\\)")):
         run(files / "other")
+
+
+# --- Precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """The dtypes of the models that answered, and of the query vectors that were searched for."""
+    used, original, retrieve = set(), predictors.answer_from_passages, RagKnowledgeRetriever.retrieve
+
+    def answer(plan, model, *args):
+        used.add(model.dtype)
+        assert not torch.is_autocast_enabled("cpu")
+        return original(plan, model, *args)
+
+    def searched(retriever, vectors, n_docs):
+        assert vectors.dtype == np.float32
+        return retrieve(retriever, vectors, n_docs)
+
+    monkeypatch.setattr(predictors, "answer_from_passages", answer)
+    monkeypatch.setattr(RagKnowledgeRetriever, "retrieve", searched)
+    return used
+
+
+def cut(files, lines: int, name: str = "predictions.txt"):
+    """As a killed run leaves it."""
+    for end in ("", ".jsonl"):
+        write_lines(read_lines(files / f"{name}{end}")[:lines], files / f"{name}{end}")
+
+
+@pytest.mark.parametrize("model_type", ["rag_sequence", "rag_token"])
+@pytest.mark.parametrize(("word", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_in_half_precision(run, checkpoint, files, dtypes, model_type, word, dtype):
+    folder = checkpoint(model_type, "bart")
+    full = run(folder, predictions="full")
+    scores = run(folder, predictions="half", precision=word)
+    assert dtypes == {torch.float32, dtype} and scores.keys() == full.keys()
+    assert load_json(files / "half.scores.json")["settings"]["precision"] == str(dtype).removeprefix("torch.")
+    for one, other in zip(read_lines(files / "full.jsonl"), read_lines(files / "half.jsonl"), strict=True):
+        one, other = json.loads(one), json.loads(other)
+        ids = set(one["doc_ids"]) & set(other["doc_ids"])  # the third may be another
+        assert len(ids) >= 2
+        for doc_id in ids:
+            pair = [record["scores"][record["doc_ids"].index(doc_id)] for record in (one, other)]
+            assert pair[0] != pair[1] and pair[0] == pytest.approx(pair[1], rel=0.05)
+
+
+def test_passages_and_closed_book_answers_in_half_precision(run, rag_folder, bart, bart_folder, bart_tokenizer, files):
+    full = run(rag_folder, "pages", "full", k=[1, 8], n_docs=8)
+    assert run(rag_folder, "pages", "half", k=[1, 8], n_docs=8, precision="bf16").keys() == full.keys()
+    pairs = zip(read_lines(files / "full.jsonl"), read_lines(files / "half.jsonl"), strict=True)
+    scores = [[json.loads(record)["scores"] for record in pair] for pair in pairs]
+    assert all(one != other and np.allclose(one, other, rtol=0.05, atol=0.05) for one, other in scores)
+    run(bart_folder, precision="bf16")
+    tokens = bart_tokenizer(list(ASKED), padding=True, return_tensors="pt")
+    half = copy.deepcopy(bart).bfloat16()
+    token_ids = [
+        half.generate(**{name: ids[rows] for name, ids in tokens.items()}, num_beams=2, min_length=1, max_length=8)
+        for rows in (slice(3), slice(3, 6), slice(6, 8))
+    ]
+    expected = [text for ids in token_ids for text in bart_tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert read_lines(files / "predictions.txt") == expected
+
+
+def test_a_file_is_finished_in_the_precision_that_it_was_begun_in(run, rag_folder, files, dtypes, monkeypatch, capsys):
+    run(rag_folder, precision="bf16")
+    whole = read_lines(files / "predictions.txt")
+    cut(files, 3)
+    with pytest.raises(UserError, match=r"was made with precision bfloat16 \(now float32\); .*--recalculate"):
+        run(rag_folder)
+    dtypes.clear()
+    run(rag_folder, precision="auto")  # whatever this machine would take
+    assert dtypes == {torch.bfloat16} and read_lines(files / "predictions.txt") == whole
+    assert "--precision auto: weights in bfloat16\n" in capsys.readouterr().out
+    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "has_matrix_units", lambda has_units=has_units: has_units)
+        dtypes.clear()
+        run(rag_folder, precision="auto", recalculate=True, device="cpu")
+        assert dtypes == {dtype}
+
+
+def test_files_of_a_version_without_precisions_are_float32(run, rag_folder, files, dtypes):
+    run(rag_folder)
+    cut(files, 3)
+    path = files / "predictions.txt.settings.json"
+    kept = load_json(path)
+    del kept["settings"]["precision"], kept["digest"]
+    save_json(kept | {"digest": json_digest(kept)}, path)
+    with pytest.raises(UserError, match=r"was made with precision float32 \(now bfloat16\); .*--recalculate"):
+        run(rag_folder, precision="bf16")
+    dtypes.clear()
+    run(rag_folder, precision="auto")
+    assert dtypes == {torch.float32} and len(read_lines(files / "predictions.txt")) == 8
+    assert load_json(path)["settings"]["precision"] == "float32"
 
 
 def test_decoding_is_handed_on_noted_and_for_rag_sequence_only(run, rag_folder, checkpoint, files, monkeypatch):

@@ -261,9 +261,10 @@ def test_sums_are_in_full_precision():
     ids, mask, _ = make_contexts(1)
     decoder = decoder_of(bart)
     memory = decoder.read(ids, mask)
-    hidden = decoder.decode(ids[:, :1], torch.tensor([0]), torch.ones(1, 1, 1).bool(), memory)
-    vocabulary = torch.arange(VOCABULARY)
-    log_probs = decoder.token_log_probs(hidden, torch.zeros_like(vocabulary), vocabulary)
+    hidden = decoder.decode(ids[:, :1], torch.tensor([[0]]), torch.ones(1, 1, 1).bool(), memory)
+    vocabulary = torch.arange(VOCABULARY).repeat(len(ids))
+    places = torch.arange(len(ids)).repeat_interleave(VOCABULARY)
+    log_probs = decoder.token_log_probs(hidden[:, 0], places, vocabulary).view(-1, VOCABULARY)
     assert log_probs.dtype == decoder.logits(hidden).dtype == torch.float32
     torch.testing.assert_close(log_probs, decoder.logits(hidden)[:, 0].log_softmax(-1), atol=0.05, rtol=0.02)
     for model_class in (RagSequenceForGeneration, RagTokenForGeneration):

@@ -1,0 +1,214 @@
+"""Greedy and beam search over trees of tokens, exactly as transformers' `generate` runs them.
+
+found = Search(model.generator, settings, decoder, memory, context_input_ids).run()
+found.sequences, found.log_probs        # of each document, best first
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import log_softmax
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMode,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+
+from rag.generation.beams import BeamSearch
+from rag.generation.pace import Watch, pace_of
+from rag.generation.token_trees import Past
+
+
+@dataclass
+class Found:
+    """The sequences of the search: (items, num_beams, max_length), best first, and their log-probabilities."""
+
+    sequences: torch.Tensor
+    log_probs: torch.Tensor
+
+
+class Search:
+    """Greedy or beam search exactly as `owner.generate` runs it, over items whose finished ones are dropped.
+
+    An item is a document (RAG-Sequence) or, where `doc_log_probs` (B, n_docs) are given, a question (RAG-Token), whose
+    next token's probability is the mean over its documents.
+    """
+
+    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None):
+        self.owner, self.decoder, self.memory, self.context_input_ids = owner, decoder, memory, context_input_ids
+        self.doc_log_probs = doc_log_probs
+        self.documents = 1 if doc_log_probs is None else doc_log_probs.shape[1]  # of an item
+        self.items = len(context_input_ids) // self.documents
+        self.device = context_input_ids.device
+        self.watch = Watch(self.device)
+        settings = dict(settings)
+        self.custom_processors = settings.pop("logits_processor", LogitsProcessorList())
+        self.config = _generation_config(owner, settings, self.device)
+        start = self.config.decoder_start_token_id
+        self.start_token_id = self.config.bos_token_id if start is None else start
+        self.stops = _stopping_criteria(self.config, getattr(owner.config, "max_position_embeddings", None))
+        self.past = Past(decoder.depth, capacity=1 + self.config.num_beams * (self.config.max_length - 1))
+        self.ancestors: torch.Tensor | None = None  # (I, N, tokens in self.past)
+        self.own = {n: torch.eye(n, dtype=torch.bool, device=self.device) for n in {1, self.config.num_beams}}
+        self.processors = self._processors()
+
+    def run(self) -> Found:
+        return self._beam_search() if self.config.num_beams > 1 else self._greedy_search()
+
+    def _processors(self) -> LogitsProcessorList:
+        return self.owner._get_logits_processor(
+            self.config,
+            input_ids_seq_length=1,
+            # Rules on repetition hold for all contexts of an item.
+            encoder_input_ids=self.context_input_ids.reshape(-1, self.documents * self.context_input_ids.shape[1]),
+            logits_processor=self.custom_processors,
+            device=self.device,
+        )
+
+    def _step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Hang tokens (I, N) on the tokens of the step before: scores of what may follow each, (I, N, vocabulary)."""
+        own = self.own[tokens.shape[1]].expand(len(tokens), -1, -1)
+        if self.ancestors is not None:
+            before = self.ancestors.expand(-1, parents.shape[1], -1)
+            rows = torch.arange(len(tokens), device=self.device)[:, None]
+            own = torch.cat([before[rows, parents], own], -1)
+        self.ancestors = own
+        depths = torch.full((1, tokens.shape[1]), self.past.steps, device=self.device)
+        if self.documents > 1:
+            item_of = torch.arange(len(self.memory.mask), device=self.device) // self.documents
+            tokens, own = tokens[item_of], own[item_of]
+        hidden = self.decoder.decode(tokens, depths, own, self.memory, self.past)
+        logits = self.decoder.logits(hidden)  # (I * documents, N, vocabulary)
+        return logits if self.doc_log_probs is None else self._over_documents(logits)
+
+    def _over_documents(self, logits: torch.Tensor) -> torch.Tensor:
+        """log sum_z p(z) p(token | z): logits (I * documents, N, vocabulary) to (I, N, vocabulary)."""
+        logits = logits.unflatten(0, (-1, self.documents))
+        # On a CPU an item at a time: it fits into the processor's cache.
+        items = max(1, pace_of(self.device).chunk_logits // logits[0].numel())
+        chunks = zip(logits.split(items), self.doc_log_probs.split(items), strict=True)
+        sums = [(log_softmax(own, -1) + weights[..., None, None]).logsumexp(1) for own, weights in chunks]
+        return torch.cat(sums) if len(sums) > 1 else sums[0]
+
+    def _rows_left(self, over: torch.Tensor) -> torch.Tensor | None:
+        """The rows of the items to go on with, none if all are over; None: go on with all of them.
+
+        That is while too few are over to be worth the copy of what is kept of the others.
+        """
+        over, count = self.watch.look(over)
+        if 4 * count < len(over):
+            return None
+        return over.int().argsort(stable=True)[: len(over) - count]
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        """Drop what is kept of the items that are not in `rows`."""
+        assert self.ancestors is not None, "a step comes first"
+        documents = rows
+        if self.documents > 1:
+            places = torch.arange(self.documents, device=self.device)
+            documents = (rows[:, None] * self.documents + places).flatten()
+        self.memory, self.ancestors = self.memory.select(documents), self.ancestors[rows]
+        self.past.select(documents)
+        self.context_input_ids = self.context_input_ids[documents]
+        self.watch.keep(rows)
+        if self.doc_log_probs is not None:
+            self.doc_log_probs = self.doc_log_probs[rows]
+        if self.config.encoder_repetition_penalty not in (None, 1.0) or self.config.encoder_no_repeat_ngram_size:
+            self.processors = self._processors()  # the only ones that hang on the contexts
+
+    def _greedy_search(self) -> Found:
+        sequences = torch.full((self.items, self.config.max_length), self.decoder.pad, device=self.device)
+        sequences[:, 0] = self.start_token_id
+        log_probs = torch.zeros(self.items, dtype=self.decoder.dtype, device=self.device)
+        alive = torch.arange(self.items, device=self.device)
+        over = torch.zeros_like(alive, dtype=torch.bool)
+        for length in range(1, self.config.max_length):
+            prefixes = sequences[alive, :length]
+            scores = self._step(prefixes[:, -1:], torch.zeros_like(alive)[:, None]).squeeze(1)  # (I, vocabulary)
+            scores = self.processors(prefixes, scores)
+            tokens = scores.argmax(-1)
+            sequences[alive, length] = tokens.masked_fill(over, self.decoder.pad)
+            gained = log_softmax(scores, -1).gather(1, tokens[:, None]).squeeze(1)
+            log_probs[alive] += gained.masked_fill(over, 0.0)
+            over = over | self.stops(sequences[alive, : length + 1], None)
+            if (rows := self._rows_left(over)) is None:
+                continue
+            if not len(rows):
+                break
+            alive, over = alive[rows], over[rows]
+            self._keep(rows)
+        return Found(sequences[:, None], log_probs[:, None])
+
+    def _beam_search(self) -> Found:
+        config = self.config
+        search = BeamSearch(
+            num_beams=config.num_beams,
+            max_length=config.max_length,
+            end_tokens=0 if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).numel(),
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+        )
+        beams = search.start(self.items, self.start_token_id, self.decoder.pad, self.decoder.dtype, self.device)
+        found = Found(beams.sequences.clone(), beams.scores.clone())
+        for length in range(1, config.max_length):
+            nodes = 1 if length == 1 else config.num_beams  # all beams start alike
+            prefixes = beams.running[:, :nodes, :length]
+            scores = self._step(prefixes[..., -1], beams.parents[:, :nodes])
+            if self.doc_log_probs is None:
+                scores = log_softmax(scores, -1)
+            scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
+            beams = search.advance(beams, scores, length, self.stops)
+            if (rows := self._rows_left(search.is_over(beams))) is None:
+                continue
+            if not len(rows):
+                break
+            _note(found, search, beams)
+            beams = beams.select(rows)
+            self._keep(rows)
+        _note(found, search, beams)
+        return found
+
+
+def _note(found: Found, search: BeamSearch, beams) -> None:
+    found.sequences[beams.item], found.log_probs[beams.item] = beams.sequences, search.log_probs(beams)
+
+
+def _generation_config(owner, settings: dict, device) -> GenerationConfig:
+    """What `owner.generate(**settings)` would follow: the settings, else the owner's own, else transformers' defaults.
+
+    Raises:
+        ValueError: some settings are unknown, or ask for more than greedy or beam search.
+    """
+    config, unknown = owner._prepare_generation_config(settings.pop("generation_config", None), **settings)
+    if unknown:
+        raise ValueError(f"generate_answers does not know {', '.join(unknown)}")
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+        raise ValueError("generate_answers runs greedy or beam search only; set do_sample=False")
+    if config.guidance_scale not in (None, 1):
+        raise ValueError("generate_answers runs the generator on the contexts alone; leave guidance_scale out")
+    owner._prepare_special_tokens(config, True, device=device)  # what `_get_logits_processor` reads
+    if config.max_new_tokens is not None:  # not counting the decoder's first token
+        config.max_length = 1 + config.max_new_tokens
+    if config.min_new_tokens is not None:
+        config.min_length = 1 + config.min_new_tokens
+    return config
+
+
+def _stopping_criteria(config: GenerationConfig, max_position_embeddings: int | None) -> StoppingCriteriaList:
+    """What ends a sequence.
+
+    Raises:
+        ValueError: `stop_strings` are set: there is no tokenizer here.
+    """
+    if config.stop_strings is not None:
+        raise ValueError("generate_answers does not know stop_strings: it has no tokenizer")
+    criteria = StoppingCriteriaList([MaxLengthCriteria(config.max_length, max_position_embeddings)])
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(config.max_time))
+    if config.eos_token_id is not None:
+        criteria.append(EosTokenCriteria(config.eos_token_id))
+    return criteria
