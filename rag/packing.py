@@ -14,7 +14,7 @@ function; without an `Attention` as mask, a model works as it does with "sdpa".
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ class Attention:
         Args:
             bias: (1, heads, Q, K), added to each sequence's products, at least as large as the longest; or None.
         """
-        if bias is None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if bias is None and has_ragged_kernel(query.device) and _is_for_it(query):
             return self._ragged(query, key, value, dropout, scale)
         return self._grouped(query, key, value, dropout, scale, bias)
 
@@ -279,6 +279,16 @@ class _Take(torch.autograd.Function):
 def _rung(length: int) -> int:
     """The next length on the ladder."""
     return -(-length // LADDER) * LADDER
+
+
+@cache
+def has_ragged_kernel(device: torch.device) -> bool:
+    """Whether FlashAttention's kernel runs there: from compute capability 8.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_for_it(query: torch.Tensor) -> bool:
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
 @torch.compiler.disable  # the lengths differ with every batch: what lies around it is compiled
