@@ -441,10 +441,10 @@ def test_benchmark_compares_and_ends_where_answers_differ(monkeypatch):
     ]
     assert all(figure > 0 for result in results for name in ("wall", "cpu") for figure in result[name])
     half = decoding.main(
-        decoding.parse_args(["--size", "small", "--equal", "8", "--seeds", "1", "--precision", "bf16"])
+        decoding.parse_args(["--size", "small", "--equal", "4", "--seeds", "1", "--precision", "bf16"])
     )
     for result in half:
-        assert result.pop("asked") == 8 and all(2 <= result[name] <= 8 for name in result if name != "model")
+        assert result["asked"] == 4 and 1 <= result["ours as transformers'"] <= 4
     ours = decoding.our_way
     monkeypatch.setattr(decoding, "our_way", lambda *args: ours(*args).flip(1))
     with pytest.raises(SystemExit, match="generate_answers is wrong"):
