@@ -3,15 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SETUP = $(VENV)/requirements.installed
-# machine.py is what they share.
-BENCHMARKS = $(filter-out %/machine.py,$(wildcard benchmarks/*.py))
+# machine.py is what they share; gpu.py is for `make bench-gpu`.
+BENCHMARKS = $(filter-out %/machine.py %/gpu.py,$(wildcard benchmarks/*.py))
+# On a GPU machine without network there is no $(VENV): its own Python has torch and the rest.
+GPU_PYTHON ?= $(if $(wildcard $(SETUP)),$(BIN)/python,$(PYTHON))
+# The files alone that hold such tests: others import what a bare GPU machine may lack.
+CUDA_TESTS = $(shell grep -rl --include='test_*.py' 'pytest\.mark\.cuda' tests | sort)
+# Whether torch sees a GPU.
+SEES_GPU = -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 # Processes of `make test`: by cores and memory (tests/conftest.py); 0 is pytest alone.
 PYTEST_WORKERS ?= auto
 # Threads that wait in a busy loop take the cores from those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test faults test-cuda lint bench clean
+.PHONY: help quickstart test faults test-cuda lint bench bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,14 +25,17 @@ help: ## list the targets
 quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (about ten minutes on two cores)
 	$(BIN)/python -m quickstart
 
-test: $(SETUP) lint ## run the linters and the whole test suite
+# Two calls: in the first no test sees a GPU, so that each does the same on every machine.
+test: $(SETUP) lint ## run the linters and the whole test suite, with the tests of a GPU where there is one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+	@if $(BIN)/python $(SEES_GPU); then $(BIN)/python -m pytest -m cuda $(CUDA_TESTS); \
+	else echo 'The tests that need a GPU were skipped: torch sees none here.'; fi
 
 faults: $(SETUP) ## try faulty inputs, kills, full disks and lost ranks (twenty minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(PYTEST_WORKERS) tests/faults
 
 test-cuda: $(SETUP) ## run the tests that need a GPU, which the others do not see
-	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m pytest -m cuda $(CUDA_TESTS)
 
 lint: $(SETUP) ## check style, spelling, types and who imports whom
 	$(BIN)/ruff check .
@@ -37,6 +46,10 @@ lint: $(SETUP) ## check style, spelling, types and who imports whom
 
 bench: $(SETUP) ## run the short form of every benchmark
 	for script in $(BENCHMARKS); do $(BIN)/python $$script --short || exit 1; done
+
+bench-gpu: ## measure on a GPU, in five minutes and without network, and run the tests that need one
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m pytest -m cuda $(CUDA_TESTS)
 
 clean: ## remove the environment and everything the quickstart wrote
 	rm -rf $(VENV) output/quickstart output/smoke

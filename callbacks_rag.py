@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rag.files import atomic_write
@@ -31,6 +32,7 @@ from rag.training.reports import (
     MetricsWriter,
     ProgressLines,
     Seq2SeqLoggingCallback,
+    any_rank,
     collects_gradients,
     count_trainable_parameters,
     raise_on_all_ranks,
@@ -68,8 +70,11 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
         callbacks.append(LogKeeper(Path(args.run.output_dir) / "training_log.jsonl"))
     if args.training.early_stopping_patience >= 0:
         callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
-    if not trainer_kwargs(args)["enable_progress_bar"]:
+    kwargs = trainer_kwargs(args)
+    if not kwargs["enable_progress_bar"]:
         callbacks.append(ProgressLines())
+    elif torch.cuda.is_available():  # each refreshing reads the loss, for which the device is waited for
+        callbacks.append(TQDMProgressBar(refresh_rate=kwargs["log_every_n_steps"] or 50))
     return [*callbacks, StopTogether()]
 
 
@@ -147,8 +152,7 @@ class StopTogether(Callback):
 
     def _agree(self, trainer: pl.Trainer, *_: Any) -> None:
         """Collective."""
-        asked = trainer.strategy.reduce_boolean_decision(self.is_asked, all=False)
-        trainer._signal_connector.received_sigterm = asked
+        trainer._signal_connector.received_sigterm = any_rank(trainer, self.is_asked)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *batch: Any) -> None:
         if not collects_gradients(trainer):  # gradients half collected could not be saved

@@ -1,4 +1,4 @@
-"""Rank 0 searches for every rank: one open index a job, over torch.distributed.
+"""Rank 0 searches for every rank: one open index a job, over torch.distributed. Or each rank searches a part of it.
 
     retriever = RagPyTorchDistributedRetriever.from_pretrained(checkpoint, passages_path="...", index_path="...")
     retriever.init_retrieval()              # collective, once the process group is up
@@ -6,6 +6,9 @@
 
 Query vectors travel to rank 0 and ids come back; passages and their vectors are read on each rank, from files that are
 memory-mapped. Only vectors that nothing but the open index can give (`index.vectors_from` "index") travel too.
+
+With `--index_device cuda` each rank holds its part of the vectors on its own device. Rank 0 hands it everybody's
+questions, and takes the best of what the parts find. The answers are those of one device that holds all.
 """
 
 from collections import defaultdict
@@ -13,13 +16,16 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from rag.distributed.ranks import RankError, Ranks, Transfer, world_size
-from rag.retrieval.remote import search_to_send
+from rag.distributed.ranks import PendingOutcome, RankError, Ranks, Transfer, world_size
+from rag.errors import UserError
+from rag.retrieval.remote import best_of_shards, pack_found, search_to_send, unpack_found
 from rag.retrieval.retriever import RagKnowledgeRetriever
 
 
 class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
-    """`RagKnowledgeRetriever` whose searches all run on rank 0. In one process it does what its parent does.
+    """`RagKnowledgeRetriever` whose searches all run on rank 0, or each on all ranks, where these have devices.
+
+    In one process it does what its parent does.
 
     Args:
         config: `RagConfig`.
@@ -35,12 +41,13 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         super().__init__(config, question_encoder_tokenizer, generator_tokenizer, index, init_retrieval=False)
         self.timeout = timeout
         self.ranks: Ranks | None = None
+        self.is_sliced = False  # whether each rank holds a part of the vectors
         self.retrievals = 0  # so far, for the messages
         self.room: defaultdict[int, int] = defaultdict(int)  # questions that a rank's first message has room for
         self.expected: list[Transfer] = []  # rank 0: the others' first messages of the next retrieval
 
     def init_retrieval(self, distributed_port: int | None = None) -> None:
-        """Rank 0 opens the index; where it cannot, every rank fails. A second call does nothing.
+        """Rank 0 opens the index, or every rank its part; where one cannot, all fail. A second call does nothing.
 
         Collective: every rank calls this, after the process group is up.
 
@@ -49,9 +56,28 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         """
         if self.ranks is None or self.ranks.size != world_size():
             self.ranks = Ranks(self.timeout)
-            self.ranks.from_rank_zero("start of the retrieval", super().init_retrieval)
+            self.is_sliced = self._hold_slices()
+            if not self.is_sliced:
+                self.ranks.from_rank_zero("start of the retrieval", super().init_retrieval)
             if self.ranks.rank == 0:
                 self._expect("retrieval 1", 0)
+
+    def _hold_slices(self) -> bool:
+        """Every rank its part of the vectors on its device; False where rank 0 is to search, also for lack of room."""
+        ranks, index = self.ranks, self.index
+        if ranks.size == 1 or not getattr(index, "can_be_sliced", False):
+            return False
+        fallbacks: list[str | None] = []
+        ranks.in_rounds(
+            "loading of vectors",
+            [0],
+            lambda _: index.init_slice(ranks.rank, ranks.size),
+            lambda _, parts: fallbacks.extend(parts),
+        )
+        fallback = ranks.from_rank_zero("start of the retrieval", lambda: next(filter(None, fallbacks), None))
+        if fallback is not None:
+            index.leave_slice(fallback)
+        return fallback is None
 
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """As the parent's. Collective: every rank calls this equally often, with any number of queries, also none."""
@@ -68,15 +94,26 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
 
     def __getstate__(self) -> dict:
         """For another process, which calls `init_retrieval` itself."""
-        return self.__dict__ | {"ranks": None, "retrievals": 0, "room": defaultdict(int), "expected": []}
+        return self.__dict__ | {
+            "ranks": None,
+            "is_sliced": False,
+            "retrievals": 0,
+            "room": defaultdict(int),
+            "expected": [],
+        }
 
     def _search_on_rank_zero(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """This rank's queries to rank 0, its ids back, and vectors where they are not at hand here."""
-        ranks = self.ranks
-        outcome = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
+        ranks, failure = self.ranks, None
+        outcome = ranks.receive_outcome(0, step, size=0 if self.is_sliced else len(queries) * n_docs)
         sent = [ranks.send(message, 0, step) for message in pack(queries, n_docs, self.room[ranks.rank])]
         self.room[ranks.rank] = len(queries)
-        follows, doc_ids = outcome.wait()
+        if self.is_sliced:
+            outcome, failure = self._search_own_slice(outcome, queries, n_docs, step)
+        try:
+            follows, doc_ids = outcome.wait()
+        except (RankError, UserError) as error:
+            raise error from failure
         for transfer in sent:
             transfer.wait()
         doc_ids = doc_ids.reshape(len(queries), n_docs)
@@ -84,14 +121,57 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
             return doc_ids, None
         return doc_ids, ranks.receive((*doc_ids.shape, queries.shape[1]), torch.float32, 0, step).wait()
 
+    def _search_own_slice(self, announced: PendingOutcome, queries: np.ndarray, n_docs: int, step: str):
+        """Everybody's queries from rank 0, once it has `announced` them, and what this rank's part holds for them back.
+
+        Returns the outcome of the retrieval, on its way here, and what went wrong on this rank, if anything did.
+        """
+        ranks, failure = self.ranks, None
+        total = int(announced.wait()[0])
+        everybody = ranks.receive((total, queries.shape[1]), torch.float32, 0, step)
+        outcome = ranks.receive_outcome(0, step, size=len(queries) * n_docs)
+        asked, found = everybody.wait(), np.zeros(2 * total * n_docs, dtype=np.int64)
+        try:
+            found = pack_found(*self.index.search(asked, n_docs))
+        except Exception as error:
+            failure = error
+        for transfer in ranks.send_outcome(0, step, failure, values=found):
+            transfer.wait()
+        return outcome, failure
+
+    def _search_slices(self, queries: np.ndarray, n_docs: int, step: str) -> np.ndarray:
+        """Rank 0: the ids (B, n_docs) that are best of what all parts hold; each rank searches its own."""
+        ranks, shape = self.ranks, (len(queries), n_docs)
+        answers = [ranks.receive_outcome(rank, step, size=2 * len(queries) * n_docs) for rank in ranks.others]
+        sent = [ranks.send(queries, rank, step) for rank in ranks.others]
+        found, failure = [], None
+        try:
+            found.append(self.index.search(queries, n_docs))
+        except Exception as error:
+            failure = error
+        deadline = ranks.deadline()
+        for pending in [*sent, *answers]:  # also after a failure: every message is to find its receiver
+            try:
+                result = pending.wait(deadline)
+            except (RankError, UserError) as error:
+                failure = failure or error
+            else:
+                if isinstance(pending, PendingOutcome):
+                    found.append(unpack_found(result[1], shape))
+        if failure is not None:
+            raise failure
+        return best_of_shards(found, n_docs)
+
     def _search_for_all(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Rank 0: everybody's queries, one search, to everybody their answers; an error goes to everybody."""
         ranks = self.ranks
         everybody, shapes, failure = self._gather(queries, n_docs, step)
         ids_of, vectors_of = [np.zeros(shape, dtype=np.int64) for shape in shapes], None
+        if self.is_sliced:
+            ranks.announce(step, failure, str(sum(map(len, everybody))))
         if failure is None:
             try:
-                _, doc_ids, vectors = search_to_send(self.index, np.concatenate(everybody), n_docs)
+                doc_ids, vectors = self._find(np.concatenate(everybody), n_docs, step)
                 bounds = np.cumsum([len(one) for one in everybody])[:-1]
                 ids_of, vectors_of = (
                     np.split(doc_ids, bounds),
@@ -106,6 +186,12 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
         for rank in ranks.others:
             ranks.send(vectors_of[rank], rank, step).wait()
         return ids_of[0], vectors_of[0]
+
+    def _find(self, queries: np.ndarray, n_docs: int, step: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rank 0: the ids, and the vectors where the other ranks cannot read them."""
+        if self.is_sliced:
+            return self._search_slices(queries, n_docs, step), None
+        return search_to_send(self.index, queries, n_docs)[1:]
 
     def _expect(self, step: str, d: int) -> None:
         """Post the receives of the next retrieval, `step`, whose queries will be as long, `d`.

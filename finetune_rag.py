@@ -85,12 +85,13 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     import pytorch_lightning as pl
 
     from callbacks_rag import RunDescription, build_callbacks
-    from lightning_base import Seq2SeqDataModule, build_logger, build_trainer, refusals
+    from lightning_base import Seq2SeqDataModule, build_logger, build_trainer, refusals, training_device
     from rag.distributed.launch import ended_together
-    from rag.training.loading import going_back_to, load_model_and_tokenizer
+    from rag.training.loading import going_back_to, load_model_and_tokenizer, settle_precision
     from rag.training.qa_module import GenerativeQAModule
 
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
+    settle_precision(args, training_device(args))
     only_tests = not args.run.do_train and (Path(args.run.output_dir) / "hparams.json").is_file()
     callbacks = build_callbacks(args)
     if not only_tests:  # a test leaves the description of the run that trained

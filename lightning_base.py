@@ -46,6 +46,7 @@ from rag.training.namespaces import add_run_flags, finetune_arguments
 from rag.training.optimizer import SCHEDULES
 from rag.training.reports import raise_on_all_ranks
 from rag.training.seals import SealedFile
+from rag.training.sharding import SHARDED, register_sharding
 from utils_rag import Seq2SeqDataset
 
 logger = logging.getLogger(__name__)
@@ -234,8 +235,13 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message="You have overridden .on_before_batch", module="pytorch_lightning")
     if args.run.profile and profiler is None:
         profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
+    if kwargs["strategy"] == "fsdp":
+        register_sharding()
+        # Weights that are gathered in inference mode could not be trained on.
+        kwargs |= {"strategy": SHARDED, "inference_mode": False}
     use_rank_launcher(args.run.rank_timeout)
     with refusals(args, ValueError, TypeError, RuntimeError, ImportError):
         trainer = pl.Trainer(
@@ -271,6 +277,12 @@ def refusals(args: FinetuneArguments, *errors: type[Exception]) -> Iterator[None
         raise UserError(
             f"the Lightning Trainer refuses its settings ({' '.join(given) or 'all defaults'}): {one_line(error)}"
         ) from error
+
+
+def training_device(args: FinetuneArguments) -> torch.device:
+    """The kind of device that the flags ask for; of other accelerators than a GPU no more than that it is none."""
+    on_gpu = trainer_kwargs(args)["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[str]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -166,17 +167,20 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
 
     from rag.index.build import IndexPlan
     from rag.knowledge.folder import KnowledgeFolder
+    from rag.knowledge.precision import OF_NAME, precision_problems
     from rag.knowledge.workers import EncoderPlan, EncodingResources, encoding_workers
 
+    resources = EncodingResources(args.distributed, args.num_encoding_processes, args.ray_address, args.gpus_per_task)
+    raise_problems(precision_problems(args.precision, resources.device, Path(args.output_dir)))
     # Threads of the tokenizer, which reads these when it is first used.
-    os.environ.update(TOKENIZERS_PARALLELISM=str(args.num_proc > 1).lower(), RAYON_NUM_THREADS=str(args.num_proc))
+    threads = resources.tokenizer_threads(args.num_proc)
+    os.environ.update(TOKENIZERS_PARALLELISM=str(threads > 1).lower(), RAYON_NUM_THREADS=str(threads))
     factory = args.index_factory or f"HNSW{args.m},Flat"
     if dimension := dimension_of_config(args):  # all that can be told before the weights are loaded
         raise_problems(dimension_problems(args, dimension, rag_config))
         if not args.append:
             early_plan = IndexPlan(factory, dimension, args.num_index_shards, args.train_sample)
             raise_problems(early_plan.problems(source.count))
-    resources = EncodingResources(args.distributed, args.num_encoding_processes, args.ray_address, args.gpus_per_task)
     embedder, description = open_encoder(args, source, rag_config, resources.device)
     plan = EncoderPlan(
         args.dpr_ctx_encoder_model_name,
@@ -184,6 +188,8 @@ def build(args: KnowledgeArguments, source: PassageSource, rag_config) -> Knowle
         description.encoder_digest,
         args.batch_size,
         resources.device,
+        OF_NAME[description.precision],
+        args.tokens_per_batch,
         args.ctx_encoder_prompt,
         args.trust_remote_code,
     )
@@ -287,31 +293,42 @@ def open_encoder(
     args: KnowledgeArguments, source: PassageSource, rag_config, device: str
 ) -> tuple[PassageEmbedder, IndexDescription]:
     """The embedder, and all that decides what comes out of it; `device` is where passages are embedded."""
+    import torch
+
     from rag.index.index_files import IndexDescription, pooling_of
     from rag.knowledge.embedding import PassageEmbedder
+    from rag.knowledge.precision import settle_precision
+    from rag.knowledge.reading import PassageReader
     from rag.models.checkpoints import load_tokenizer, weights_digest
-    from rag.models.encoders import describe_encoder, load_encoder
+    from rag.models.encoders import describe_encoder, encoder_dimension, load_encoder
     from rag.models.fit import require_reading, vocabulary_problems
+    from rag.models.precision import name_of
 
     name = args.dpr_ctx_encoder_model_name
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
     tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
     raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
     print(f"{ENCODER_FLAG} {name}: {describe_encoder(encoder)}")
-    encoder_digest = weights_digest(encoder)
-    embedder = PassageEmbedder(encoder, tokenizer, args.batch_size)
-    require_reading(encoder, embedder.read, f"{ENCODER_FLAG} {name}")
-    d = embedder.dimension
+    d = encoder_dimension(encoder)
     raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(
         encoder=name,
-        encoder_digest=encoder_digest,
+        encoder_digest=weights_digest(encoder),
         **pooling_of(encoder.config),
-        **embedder.description(device),
+        **PassageReader(encoder, tokenizer).description(),
         embeddings="float16" if args.half_precision else "float32",
         dimension=d,
         **documents_fields(args, source),
     )
+    precision = settle_precision(args.precision, device, Path(args.output_dir), description)
+    description = replace(description, precision=name_of(precision))
+    print(f"Passages are encoded in {description.precision}")
+    if device == "cuda" and not torch.cuda.is_available():  # GPUs of other nodes; this one encodes a few queries
+        precision = None
+    embedder = PassageEmbedder(
+        encoder, tokenizer, args.batch_size, precision=precision, tokens_per_batch=args.tokens_per_batch
+    )
+    require_reading(encoder, embedder.read, f"{ENCODER_FLAG} {name}")
     if rag_config is not None:
         published = args.rag_model_name.startswith("facebook/rag-")  # whose config does not name its question encoder
         theirs = "facebook/dpr-question_encoder-single-nq-base" if published else None

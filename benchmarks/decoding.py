@@ -34,6 +34,7 @@ from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 
 SIZES = {
+    "large": {"d_model": 1024, "layers": 12, "heads": 16, "ffn": 4096, "vocabulary": 50265},
     "base": {"d_model": 768, "layers": 6, "heads": 12, "ffn": 3072, "vocabulary": 50265},
     "medium": {"d_model": 256, "layers": 3, "heads": 4, "ffn": 1024, "vocabulary": 50265},
     "small": {"d_model": 64, "layers": 2, "heads": 4, "ffn": 128, "vocabulary": 2000},
@@ -49,7 +50,7 @@ class BenchmarkArguments:
     questions: int = flag(4, "Of a batch, those that transformers' RAG-Sequence answers.")
     batch_size: int = flag(8, "Questions decoded at a time.")
     n_docs: int = flag(5, "Documents a question.")
-    size: str = flag("base", "base (as BART-base), medium or small.")
+    size: str = flag("base", "large, base (as BART's), medium or small.")
     equal: int = flag(0, "Only compare the token ids of so many random questions.")
     seeds: int = flag(5, "Random models that share the questions of --equal.")
     encode_once: bool = flag(False, "For --equal: spare transformers equal rows' encoding.")

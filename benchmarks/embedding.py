@@ -4,12 +4,14 @@
     python benchmarks/embedding.py              # DPR-base size: five minutes for the speed, three for the memory
 
 The public way: `DPRContextEncoder` over batches of 16 in the order of the file, each padded to its longest. Ours sorts
-2,048 passages (a shard) by length. Passages are those of ../shared/data/nq_gold (of test_data where it is missing), the
-tokenizer is BERT's, weights are random. Padding is counted over all passages, without encoding them; speed over the
-first --passages, in turns of a quarter each. Memory is the peak of a process that runs use_own_knowledge_dataset.py on
+2,048 passages (a shard) by length, cuts them into batches by their tokens and reads these without padding. Passages are
+those of ../shared/data/nq_gold (of test_data where it is missing), the tokenizer is BERT's, weights are random. Padding
+is counted over all passages, without encoding them; speed over the first --passages, in turns of a quarter each, the
+public way in float32, ours in --precision. Memory is the peak of a process that runs use_own_knowledge_dataset.py on
 texts of 30 words with an encoder of 64 dimensions (VmHWM, so mapped files count, too).
 """
 
+import copy
 import os
 import shutil
 import subprocess
@@ -17,11 +19,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.index_kinds import passages_of, real_passages
 from benchmarks.machine import header, status_mib
+from benchmarks.training_step import make_tokenizer
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -37,6 +41,8 @@ class BenchmarkArguments:
     short: bool = flag(False, "Two layers, 128 passages; 2,000 and 8,000 for memory.")
     folder: Path = flag(Path("output/embedding"), "Where it is built; removed at the end.")
     passages: int = flag(1024, "Passages that are encoded to measure the speed; 0: none.")
+    precision: Literal["auto", "fp32", "bf16"] = flag("fp32", "As use_own_knowledge_dataset.py's, on this CPU.")
+    tokens_per_batch: int | None = flag(None, "As use_own_knowledge_dataset.py's.")
     counts: list[int] = flag([50_000, 200_000], "Passages of which memory is measured; 0: none.")
 
     def __post_init__(self):
@@ -52,12 +58,10 @@ def parse_args(argv=None) -> BenchmarkArguments:
 def make_encoder(**sizes):
     """A DPR context encoder of random weights, DPR-base's size unless told otherwise, and BERT's tokenizer."""
     import torch
-    from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder
-
-    from quickstart.__main__ import minilm_folder
+    from transformers import DPRConfig, DPRContextEncoder
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer = make_tokenizer()
     return DPRContextEncoder(DPRConfig(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer
 
 
@@ -74,7 +78,8 @@ def public_way(encoder, tokenizer, passages):
         for start in range(0, len(passages), PUBLIC_BATCH):
             titles, texts = map(list, zip(*passages[start : start + PUBLIC_BATCH], strict=True))
             tokens = tokenizer(titles, texts, truncation=True, padding="longest", return_tensors="pt")
-            vectors.append(encoder(tokens["input_ids"], return_dict=True).pooler_output.numpy())
+            ids = tokens["input_ids"].to(encoder.device)
+            vectors.append(encoder(ids, return_dict=True).pooler_output.cpu().numpy())
     return np.concatenate(vectors)
 
 
@@ -88,36 +93,39 @@ def our_way(embedder, passages):
     return vectors
 
 
-def padding(tokenizer, passages, shard: int, by_length: bool) -> float:
-    """The share of the encoded tokens that is padding, with batches of 16 within shards."""
+def public_padding(tokenizer, passages) -> float:
+    """The share of the encoded tokens that is padding, with batches of 16 in the order of the file."""
     import numpy as np
 
     lengths = np.array(
         [len(ids) for ids in tokenizer(*map(list, zip(*passages, strict=True)), truncation=True).input_ids]
     )
-    tokens = 0
-    for start in range(0, len(lengths), shard):
-        part = lengths[start : start + shard]
-        part = np.sort(part) if by_length else part
-        tokens += sum(
-            len(batch) * batch.max() for batch in np.split(part, range(PUBLIC_BATCH, len(part), PUBLIC_BATCH))
-        )
-    return 1 - lengths.sum() / tokens
+    batches = np.split(lengths, range(PUBLIC_BATCH, len(lengths), PUBLIC_BATCH))
+    return 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)
+
+
+def our_padding(embedder, passages) -> float:
+    """The same of our batches: the tokens that an encoder is given, without encoding them."""
+    batches = embedder.batches(passages)
+    sizes = [(batch.lengths.sum(), batch.inputs["input_ids"].numel()) for batch in batches]
+    real, encoded = map(sum, zip(*sizes, strict=True))
+    return 1 - real / encoded
 
 
 def compare_speed(args) -> dict:
     import numpy as np
 
     from rag.knowledge.embedding import PassageEmbedder
-    from rag.knowledge.shards import PASSAGES_PER_SHARD
+    from rag.models.precision import dtype_of, name_of
 
     encoder, tokenizer = make_encoder(**({"num_hidden_layers": 2} if args.short else {}))
     passages = real_passages()
-    wasted = {
-        "public": padding(tokenizer, passages, len(passages), by_length=False),
-        "ours": padding(tokenizer, passages, PASSAGES_PER_SHARD, by_length=True),
-    }
-    embedder = PassageEmbedder(encoder, tokenizer, PUBLIC_BATCH, device="cpu")
+    precision = dtype_of(args.precision, "cpu")
+    embedder = PassageEmbedder(
+        copy.deepcopy(encoder), tokenizer, device="cpu", precision=precision, tokens_per_batch=args.tokens_per_batch
+    )
+    wasted = {"public": public_padding(tokenizer, passages), "ours": our_padding(embedder, passages)}
+    print(f"ours: {name_of(precision)}, {embedder.tokens_per_batch:,} tokens a batch\n")
     ways = {
         "public": lambda part: public_way(encoder, tokenizer, part),
         "ours": lambda part: our_way(embedder, part),
@@ -157,7 +165,7 @@ def peak_of_building(args, count: int) -> dict:
             file.write(f"{title}\t{' '.join(text.split()[:29])} {number}\n")
     command = [
         sys.executable, str(ROOT / "use_own_knowledge_dataset.py"), "--csv_path", str(documents), "--output_dir",
-        str(output), "--dpr_ctx_encoder_model_name", str(args.folder / "encoder"), "--batch_size", "64",
+        str(output), "--dpr_ctx_encoder_model_name", str(args.folder / "encoder"), "--precision", args.precision,
     ]  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

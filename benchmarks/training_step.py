@@ -11,6 +11,7 @@ are those of ../shared/data/nq_gold, in the WordPiece tokens of all-MiniLM-L6-v2
 Each side runs in processes of its own, in turn, and takes the same batches; medians are over all steps but the first.
 """
 
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from benchmarks.machine import header, in_its_own_process, status_mib
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
+from rag.errors import UserError
 from rag.files import atomic_folder, read_lines
 
 NQ_GOLD = Path(__file__).resolve().parents[2] / "shared" / "data" / "nq_gold"
@@ -41,6 +43,7 @@ class BenchmarkArguments:
     n_docs: int = flag(5, "Passages a question.")
     size: str = flag("base", "BART's size: base, large or small (for a trial).")
     dropout: float = flag(0.1, "All of the generator's dropouts; BART-base has 0.1.")
+    attention_dropout: float | None = flag(None, "Its attention's, where it is another.")
     device: str = flag("cpu", "cpu or cuda.")
     bf16: bool = flag(False, "Both sides in mixed precision with bfloat16.")
     flags: list[str] = flag([], "Flags of finetune_rag.py for our side, without dashes.")
@@ -92,9 +95,9 @@ def build_knowledge(args: BenchmarkArguments, encoder, tokenizer, questions, pas
     if folder.is_dir():
         return folder
     with torch.no_grad():
-        some = tokenizer(questions[:64], padding=True, return_tensors="pt")
+        some = tokenizer(questions[:64], padding=True, return_tensors="pt").to(encoder.device)
         common = encoder(some.input_ids, some.attention_mask)[0].mean(0)
-    common = (common / common.norm()).numpy()
+    common = (common / common.norm()).cpu().numpy()
     vectors = np.random.default_rng(0).standard_normal((len(passages), len(common)), dtype=np.float32)
     vectors -= np.outer(vectors @ common, common)
     index = faiss.IndexFlatIP(len(common))
@@ -110,11 +113,23 @@ def build_knowledge(args: BenchmarkArguments, encoder, tokenizer, questions, pas
 
 
 def make_tokenizer():
-    from transformers import AutoTokenizer
+    """all-MiniLM-L6-v2's; where its package is missing one like it, learned from `examples`: fewer tokens a word."""
+    from transformers import AutoTokenizer, BertTokenizerFast
 
     from quickstart.__main__ import minilm_folder
 
-    return AutoTokenizer.from_pretrained(minilm_folder())
+    try:
+        return AutoTokenizer.from_pretrained(minilm_folder())
+    except UserError:
+        questions, answers, passages = examples()
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    texts = itertools.chain(questions, answers, *passages)
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=30522, special_tokens=specials))
+    return BertTokenizerFast(vocab=tokenizer.get_vocab(), model_max_length=512)
 
 
 def make_parts(args: BenchmarkArguments, tokenizer):
@@ -127,12 +142,35 @@ def make_parts(args: BenchmarkArguments, tokenizer):
     bart = BartConfig(
         d_model=width, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=heads,
         decoder_attention_heads=heads, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, dropout=args.dropout,
-        attention_dropout=args.dropout, activation_dropout=args.dropout, vocab_size=50265,
+        attention_dropout=args.dropout if args.attention_dropout is None else args.attention_dropout,
+        activation_dropout=args.dropout, vocab_size=50265,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
         decoder_start_token_id=tokenizer.cls_token_id,
     )  # fmt: skip
     dpr = DPRConfig() if args.size != "small" else DPRConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     return DPRQuestionEncoder(dpr), BartForConditionalGeneration(bart)
+
+
+def make_config(args: BenchmarkArguments, encoder, generator, folder: Path):
+    """The RagConfig of these parts over the knowledge of `build_knowledge`."""
+    from transformers import RagConfig
+
+    return RagConfig.from_question_encoder_generator_configs(
+        encoder.config, generator.config, n_docs=args.n_docs, index_name="custom",
+        retrieval_vector_size=encoder.config.hidden_size, max_combined_length=300,
+        passages_path=str(folder / "passages"), index_path=str(folder / "index.faiss"),
+    )  # fmt: skip
+
+
+def make_batches(args: BenchmarkArguments, tokenizer, questions: list[str], answers: list[str]) -> list[dict]:
+    """The batches of `args.steps` steps."""
+    padded = {"padding": True, "return_tensors": "pt"}
+    batches = []
+    for start in range(0, args.steps * args.batch_size, args.batch_size):
+        batch = tokenizer(questions[start : start + args.batch_size], **padded)
+        labels = tokenizer(text_target=answers[start : start + args.batch_size], **padded).input_ids
+        batches.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels})
+    return batches
 
 
 # --- One side ---------------------------------------------------------------------------------------------------------
@@ -210,42 +248,41 @@ def our_side(args: BenchmarkArguments, config, parts, tokenizer):
     return losses, module, retriever, lambda: build_optimizer(module, settings.training)
 
 
+def on_device(module, batch: dict, device: str) -> dict:
+    """A batch from a loader as a step of this module gets it from Lightning."""
+    import torch
+    from lightning_fabric.utilities import move_data_to_device
+
+    if hasattr(module, "on_before_batch_transfer"):  # the public way's is a bare model here
+        batch = module.on_before_batch_transfer(batch, 0)
+    return move_data_to_device(batch, torch.device(device))
+
+
 def measure(args: BenchmarkArguments) -> dict:
     """Run `args.side` and return what it took."""
     import torch
     import transformers
-    from transformers import RagConfig
 
     transformers.logging.set_verbosity_error()
     tokenizer = make_tokenizer()
     encoder, generator = make_parts(args, tokenizer)
     questions, answers, passages = examples()
     folder = build_knowledge(args, encoder.eval(), tokenizer, questions, passages)
-    config = RagConfig.from_question_encoder_generator_configs(
-        encoder.config, generator.config, n_docs=args.n_docs, index_name="custom",
-        retrieval_vector_size=encoder.config.hidden_size, max_combined_length=300,
-        passages_path=str(folder / "passages"), index_path=str(folder / "index.faiss"),
-    )  # fmt: skip
+    config = make_config(args, encoder, generator, folder)
     side = {"public": public_side, "ours": our_side}[args.side]
     losses, module, retriever, make_optimizer = side(args, config, (encoder, generator), tokenizer)
     module.to(args.device).eval()
-    clock, lengths = Clock(args.device), []
+    clock = Clock(args.device)
     rag = module.rag if args.side == "public" else module.model.rag
-    padded = {"padding": True, "return_tensors": "pt"}
-    batches = []
-    for start in range(0, args.steps * args.batch_size, args.batch_size):
-        batch = tokenizer(questions[start : start + args.batch_size], **padded)
-        labels = tokenizer(text_target=answers[start : start + args.batch_size], **padded).input_ids
-        batch = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
-        batches.append({name: tensor.to(args.device) for name, tensor in batch.items()})
+    batches = make_batches(args, tokenizer, questions, answers)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
     with torch.no_grad(), autocast:
-        equal = losses(batches[0]).tolist()
+        equal = losses(on_device(module, batches[0], args.device)).tolist()
 
     clock.watch(rag.question_encoder, "forward", "encode")
     clock.watch(retriever, "retrieve", "retrieve")
     clock.watch(retriever, "postprocess_docs", "tokenize")
-    watch_lengths(retriever, lengths)
+    tokens = ContextTokens(retriever, rag.generator)
     optimizer = make_optimizer()
     module.train()
     seconds = []
@@ -253,36 +290,46 @@ def measure(args: BenchmarkArguments) -> dict:
         clock.start()
         start = clock.now()
         with autocast:
-            loss = clock.part("forward", losses, batch).mean()
+            loss = clock.part("forward", lambda: losses(on_device(module, batch, args.device))).mean()  # noqa: B023
         clock.part("backward", loss.backward)
         clock.part("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
         seconds.append(clock.now() - start)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else status_mib("VmHWM")
-    encoded, read = map(sum, zip(*lengths, strict=True))
     return {
         "losses": equal, "seconds": seconds[1:], "parts": clock.steps[1:], "peak": peak,
-        "weights": weights / 2**20, "padding": 1 - read / encoded, "tokens": read / len(seconds),
+        "weights": weights / 2**20, "padding": tokens.padding, "tokens": tokens.read / len(seconds),
     }  # fmt: skip
 
 
-def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
-    """Note of each batch how many tokens the encoder reads, padding included, and how many are none."""
-    from rag.generation import forward
+class ContextTokens:
+    """How many context tokens were read, and how many the generator's encoder computed, padding included.
 
-    postprocess, group = retriever.postprocess_docs, forward.groups_of_similar_length
+    The device is not asked: the retriever's mask is on the host, and the first layer's input has a shape.
+    """
 
-    def watched_postprocess(*args, **kwargs):
-        ids, mask = postprocess(*args, **kwargs)
-        lengths.append((mask.numel(), int(mask.sum())))
-        return ids, mask
+    def __init__(self, retriever, generator):
+        self.read = self.computed = 0
+        postprocess = retriever.postprocess_docs
 
-    def watched_group(*args):
-        groups = group(*args)
-        lengths[-1] = (sum(len(rows) * longest for rows, longest in groups), lengths[-1][1])
-        return groups
+        def watched(*args, **kwargs):
+            ids, mask = postprocess(*args, **kwargs)
+            self.read += int(mask.sum())
+            return ids, mask
 
-    retriever.postprocess_docs, forward.groups_of_similar_length = watched_postprocess, watched_group
+        def count(module, inputs) -> None:
+            self.computed += inputs[0].shape[:-1].numel()
+
+        retriever.postprocess_docs = watched
+        generator.get_encoder().layers[0].fc1.register_forward_pre_hook(count)
+
+    @property
+    def padding(self) -> float:
+        """Share of what was computed."""
+        return 1 - self.read / max(self.computed, 1)
+
+    def restart(self) -> None:
+        self.read = self.computed = 0
 
 
 # --- Both sides -------------------------------------------------------------------------------------------------------
@@ -290,6 +337,8 @@ def watch_lengths(retriever, lengths: list[tuple[int, int]]) -> None:
 
 def run_side(args: BenchmarkArguments, side: str) -> dict:
     names = ("steps", "batch_size", "n_docs", "size", "dropout", "device", "folder")
+    if args.attention_dropout is not None:
+        names += ("attention_dropout",)
     words = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     words += ["--bf16"] * args.bf16 + (["--flags", *args.flags] if args.flags else [])
     return in_its_own_process(__file__, "--side", side, *words)

@@ -49,7 +49,7 @@ def pytest_runtest_setup(item):
         import torch
 
         if not torch.cuda.is_available():
-            pytest.skip("needs a GPU that it can see: `make test-cuda`")
+            pytest.skip("needs a GPU that it can see: `make test-cuda`, and `make test` where there is one")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import training_step
 from benchmarks.machine import CORES, anonymous_mib, header, proportional_mib, status_mib
+from rag.errors import UserError
 from tests.conftest import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "machine.py")
+OF_A_GPU = sorted(f"gpu_parts/{path.name}" for path in (ROOT / "benchmarks" / "gpu_parts").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -27,7 +30,7 @@ def test_it_starts_from_anywhere(script, tmp_path):
     assert "--short" in shown
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *OF_A_GPU])
 def test_all_it_imports_of_the_package_is_there(script):
     """Where it is used, behind the flags: what moved to another room would end the benchmark in the middle."""
     tree = ast.parse((ROOT / "benchmarks" / script).read_text())
@@ -37,9 +40,14 @@ def test_all_it_imports_of_the_package_is_there(script):
             assert not [name.name for name in node.names if not hasattr(module, name.name)], node.module
 
 
-def test_make_bench_runs_them_all():
-    shown = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert sorted(re.findall(r"benchmarks/(\w+\.py)", shown)) == SCRIPTS
+def make(target: str) -> str:
+    """What `make` would run."""
+    return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_bench_runs_all_but_that_of_a_gpu():
+    named = re.findall(r"benchmarks/(\w+\.py)", make("bench"))
+    assert sorted([*named, "gpu.py"]) == SCRIPTS
 
 
 def test_the_header_names_day_command_machine_and_versions(monkeypatch):
@@ -61,3 +69,18 @@ def test_allocated_memory_is_seen():
     held = np.ones(2**25)  # 256 MiB; meanwhile what earlier tests have left may go
     assert all(reader() - was > 200 for reader, was in zip(readers, before, strict=True)) and held.all()
     assert status_mib("VmHWM") >= status_mib("VmRSS")
+
+
+def test_without_minilm_a_tokenizer_is_made_of_the_texts(monkeypatch):
+    def missing():
+        raise UserError("the pretrained weights are missing")
+
+    monkeypatch.setattr("quickstart.__main__.minilm_folder", missing)
+    monkeypatch.setattr(
+        training_step, "examples", lambda: (["who is it"], ["the mayor"], [("Oslo", "The city of Oslo")])
+    )
+    tokenizer = training_step.make_tokenizer()
+    ids = tokenizer(["Who is the mayor", "oslo"], padding=True).input_ids
+    first = tokenizer.convert_ids_to_tokens(ids[0])
+    assert first == ["[CLS]", "who", "is", "the", "mayor", "[SEP]"]
+    assert ids[1][3:] == [tokenizer.pad_token_id] * 3

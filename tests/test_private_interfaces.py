@@ -60,6 +60,16 @@ def require_parameters(function: Callable, *names: str) -> None:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
+@row("transformers", "PreTrainedConfig._attn_implementation", "config._attn_implementation")
+def _(folder):
+    from transformers import BartConfig
+
+    config = BartConfig(attn_implementation="sdpa")
+    require(config._attn_implementation == "sdpa", "it does not name the attention that was chosen")
+    config._attn_implementation = "eager"
+    require("eager" not in config.to_json_string(), "it is written into config.json")
+
+
 @row("transformers", "GenerationMixin._prepare_generation_config", "_prepare_generation_config")
 def _(folder):
     from transformers import BartConfig, BartForConditionalGeneration
@@ -406,6 +416,15 @@ def _(folder):
     require("_step_supports_amp_scaling" in source, "GradScaler does not ask for it")
 
 
+@row("torch", "_int_mm, the product of int8 in int32", "torch._int_mm")
+def _(folder):
+    import torch
+
+    left, right = torch.full((32, 8), -127, dtype=torch.int8), torch.full((16, 8), 127, dtype=torch.int8)
+    products = torch._int_mm(left, right.T)
+    require(products.dtype == torch.int32 and (products == -8 * 127 * 127).all(), f"it gives {products[0, 0]}")
+
+
 @row("bm25s", "BM25.scores, vocab_dict, build_index_from_ids and get_scores_from_ids", "bm25.scores", "bm25.vocab_dict",
      "bm25.build_index_from_ids", "bm25.get_scores_from_ids")  # fmt: skip
 def _(folder):
@@ -465,3 +484,37 @@ def test_every_private_use_has_a_row():
         if any(re.match("_[^_]", part) and part not in own for part in parts):
             covered = any(f".{token}." in f".{text}." for token in known)
             assert covered, f"{text} ({', '.join(places)}) is private and has no row in {Path(__file__).name}"
+
+
+@row("torch", "aten._flash_attention_forward", "aten._flash_attention_forward")
+def _(folder):
+    import torch
+
+    names = [one.name for one in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    first = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    require(names[:10] == [*first, "return_debug_mask"], "its arguments come in another order")
+    require("scale" in names, "it has no scale")
+
+
+@row("torch", "_foreach_copy_", "torch._foreach_copy_")
+def _(folder):
+    import torch
+
+    copies = [torch.zeros(2, dtype=torch.bfloat16)]
+    torch._foreach_copy_(copies, [torch.ones(2)])
+    require(copies[0].tolist() == [1, 1], "it does not copy into another dtype")
+
+
+@row("torch", "Optimizer.found_inf of fused AdamW", "optimizer.found_inf")
+def _(folder):
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
+    optimizer._step_supports_amp_scaling = False
+    for found, changes in ((1.0, False), (0.0, True)):
+        weight.grad, optimizer.found_inf = torch.ones(2), torch.tensor(found)
+        before = weight.tolist()
+        optimizer.step()
+        require((weight.tolist() != before) is changes, f"with {found} its step does something else")
+    require(float(optimizer.state[weight]["step"]) == 1, "it counts a step that is left out")

@@ -41,13 +41,19 @@ class TrainerArguments:
     """Where training runs, how long, and how often it is measured."""
 
     accelerator: str = flag("auto", "What to train on: cpu, gpu, tpu, mps; auto takes the best this machine has.")
-    strategy: str = flag("auto", "How processes train together; auto is ddp for several.")
+    strategy: str = flag(
+        "auto", "How processes train together: ddp (auto, for several), or fsdp, each with a slice of the weights."
+    )
     devices: int | str = flag("auto", "Devices on each node: a number, their indices (0,1) or -1 for all.")
     num_nodes: int = flag(1, "Machines that train together.")
     precision: Literal[
         64, 32, 16, "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true",
-        "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16",
-    ] | None = flag(None, "Number format: 32-true, bf16-mixed, 16-mixed (GPU only); left out, 32-true.")  # fmt: skip
+        "bf16-mixed", "32-true", "64-true", "64", "32", "16", "bf16", "auto",
+    ] | None = flag(
+        None,
+        "Number format: 32-true, bf16-mixed, 16-mixed (GPU only), or auto: bf16-mixed where the machine multiplies "
+        "bfloat16 faster (GPUs, CPUs with AMX); left out, 32-true.",
+    )  # fmt: skip
     fast_dev_run: int | bool = flag(
         False, "Try the code: run this many batches (1 without a number) of each split and write no checkpoint."
     )

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rag.generation.forward import groups_of_similar_length
 from rag.generation.pace import pace_of
 from rag.generation.token_trees import Memory
+from rag.packing import groups_of_similar_length
 
 
 def _places_in_groups(groups: np.ndarray) -> np.ndarray:

@@ -1,52 +1,24 @@
-"""A RAG model's generator in training: contexts to the decoder's last hidden states, with next to no padding encoded.
+"""A RAG model's generator in training: contexts to the decoder's last hidden states, without padding where it can be.
 
-    encoded = encode_contexts(model.generator, contexts.input_ids, contexts.attention_mask)           # (N, S, d)
-    hidden = decode_answers(model.generator, encoded, contexts.attention_mask, decoder_input_ids)     # (N, T, d)
-    nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id)  # (B,)
+    encoded = encode_contexts(model.generator, contexts.input_ids, contexts.attention_mask)
+    hidden, answers = decode_answers(model.generator, encoded, decoder_input_ids, lengths)            # (R, d)
+    nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id, answers=answers)
 
-Contexts are encoded in groups of similar length, which changes no result; logits are left to `rag.training.loss`,
-which never holds them in whole. The groups, `context_lengths`, `scaled` and `output_layer` serve decoding, too, and
-`full_precision` serves the loss.
+Contexts of BART and T5 lie in one packed row, and so do the answers: one pass over each, whatever their lengths. Other
+families run as transformers wrote them, padded. Logits are left to `rag.training.loss`, which never holds all of them.
+`scaled` and `output_layer` serve decoding, too, and `full_precision` serves the loss.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
-from rag.generation.families import FAST
+from rag.generation.stacks import stack_of
+from rag.packing import Packing, right_padded_lengths
 
-# What one group more costs, as tokens that could be encoded in its time: on a CPU another turn at the weights'
-# gradients, on a GPU the launch of some thousand kernels.
-GROUP_COST = {"cpu": 64, "cuda": 4096}
 # Rows of the output matrix in one pass over the vocabulary: their logits stay in a processor's cache.
 CHUNK_VOCABULARY = 8192
-
-
-def groups_of_similar_length(
-    lengths: np.ndarray, group_cost: int, group_tokens: int | None = None
-) -> list[tuple[np.ndarray, int]]:
-    """The cheapest way to encode sequences in groups: tokens, padding included, and `group_cost` for each group.
-
-    Args:
-        lengths: (N) int64, at least 1 each.
-        group_tokens: the most tokens, padding included, of a group of more than one sequence; None for no limit.
-
-    Returns:
-        The rows of each group and the length of its longest; each row is in one group.
-    """
-    order = np.argsort(lengths, kind="stable")
-    sizes = lengths[order]
-    costs, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)  # of the best first i groups
-    for stop in range(1, len(order) + 1):
-        longest = sizes[stop - 1]
-        first = 0 if group_tokens is None else max(0, stop - max(1, group_tokens // longest))
-        ways = costs[first:stop] + (stop - np.arange(first, stop)) * longest + group_cost
-        starts[stop], costs[stop] = first + ways.argmin(), ways.min()
-    groups, stop = [], len(order)
-    while stop:
-        groups.append((order[starts[stop] : stop], int(sizes[stop - 1])))
-        stop = starts[stop]
-    return groups
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -54,37 +26,67 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def context_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
-    """The length (N) of each context (N, S) up to its last token that is no padding."""
-    return (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)).amax(1)
+@dataclass
+class EncodedContexts:
+    """What the decoder reads.
+
+    Attributes:
+        hidden: the encoder's last hidden states, (T, d) packed or (N, S, d) padded.
+        attention_mask: (N, S).
+        packing: of the packed ones; None for padded ones.
+    """
+
+    hidden: torch.Tensor
+    attention_mask: torch.Tensor
+    packing: Packing | None
 
 
-def encode_contexts(generator, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The encoder's last hidden states (N, S, d) of contexts (N, S); what stands at padding is not to be read."""
-    encoder, longest, device = generator.get_encoder(), input_ids.shape[1], input_ids.device
-    if generator.config.model_type not in FAST:  # which may scale embeddings, or read differently at another length
-        return encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-    lengths = context_lengths(attention_mask).cpu().numpy()
-    groups = groups_of_similar_length(lengths, GROUP_COST.get(device.type, GROUP_COST["cuda"]))
-    embedded = encoder.get_input_embeddings()(input_ids)  # at once: each lookup has a gradient as large as the table
-    encoded, places = [], []
-    for rows, length in groups:
-        places.append(torch.from_numpy(rows).to(device))
-        mask = attention_mask[places[-1], :length]
-        hidden = encoder(inputs_embeds=embedded[places[-1], :length], attention_mask=mask)[0]
-        encoded.append(pad(hidden, (0, 0, 0, longest - length)))
-    return torch.cat(encoded)[torch.cat(places).argsort()]
+def encode_contexts(
+    generator, input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: np.ndarray | None = None
+) -> EncodedContexts:
+    """The encoder's last hidden states of contexts (N, S).
+
+    Args:
+        lengths: (N) on the host, where it is known that padding is on the right; else the device is asked for them.
+    """
+    stack = stack_of(generator)
+    if stack is not None and lengths is None:
+        lengths = right_padded_lengths(attention_mask)
+    if stack is None or lengths is None:
+        hidden = generator.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return EncodedContexts(hidden, attention_mask, None)
+    packing = Packing(lengths, input_ids.device)
+    return EncodedContexts(stack.encode(packing.pack(input_ids), packing), attention_mask, packing)
 
 
-def decode_answers(generator, encoded, attention_mask, decoder_input_ids) -> torch.Tensor:
-    """What the output layer reads (N, T, d), of encoded contexts (N, S, d), their mask and decoder inputs (N, T)."""
-    hidden = generator.get_decoder()(
-        input_ids=decoder_input_ids,
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=attention_mask,
-        use_cache=False,
-    )[0]
-    return scaled(hidden, generator.config)
+def decode_answers(
+    generator, encoded: EncodedContexts, decoder_input_ids: torch.Tensor, lengths: np.ndarray | None = None
+) -> tuple[torch.Tensor, Packing | None]:
+    """What the output layer reads, of the decoder's inputs (B, T), each for N / B contexts in a row.
+
+    Args:
+        lengths: (B) of the inputs, on the host; None for T each.
+
+    Returns:
+        (R, d) and where the N answers' tokens lie in it; of padded contexts (N, T, d) and None.
+    """
+    width = decoder_input_ids.shape[1]
+    n_docs = len(encoded.attention_mask) // len(decoder_input_ids)
+    if encoded.packing is None:
+        hidden = generator.get_decoder()(
+            input_ids=decoder_input_ids.repeat_interleave(n_docs, dim=0),
+            encoder_hidden_states=encoded.hidden,
+            encoder_attention_mask=encoded.attention_mask,
+            use_cache=False,
+        )[0]
+        return scaled(hidden, generator.config), None
+    if lengths is None:
+        lengths = np.full(len(decoder_input_ids), width)
+    answers = Packing(lengths.repeat(n_docs), decoder_input_ids.device)
+    ids = answers.pack(decoder_input_ids.repeat_interleave(n_docs, dim=0))
+    stack = stack_of(generator)
+    assert stack is not None, "what was encoded in a packed row is read so"
+    return scaled(stack.decode(ids, answers, encoded.hidden, encoded.packing), generator.config), answers
 
 
 def scaled(hidden: torch.Tensor, config) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from rag.generation.families import require_family
 from rag.generation.forward import scaled
 from rag.generation.pace import pace_of
+from rag.generation.stacks import use_packed_rows
 from rag.generation.token_trees import DECODERS, Memory, Past, TokenScores, TreeDecoder
 
 
@@ -81,4 +82,5 @@ def decoder_of(generator) -> TreeDecoder | PlainDecoder:
         UserError: its family cannot be a RAG model's.
     """
     require_family(generator.config, "the generator")
+    use_packed_rows(generator)
     return DECODERS.get(generator.config.model_type, PlainDecoder)(generator)

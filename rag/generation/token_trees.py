@@ -17,18 +17,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
 
-from rag.generation.forward import (
-    CHUNK_VOCABULARY,
-    GROUP_COST,
-    context_lengths,
-    full_precision,
-    groups_of_similar_length,
-    output_layer,
-    scaled,
-)
-
-# Tokens encoded or decoded in one pass: enough to keep the cores busy, few enough that padding and memory stay small.
-CHUNK_TOKENS = 2048
+from rag.generation.forward import CHUNK_VOCABULARY, full_precision, output_layer, scaled
+from rag.generation.pace import pace_of
+from rag.generation.stacks import stack_of
+from rag.packing import Packing, groups_of_similar_length, right_padded_lengths, to_device
 
 
 def _logsumexp(x: torch.Tensor) -> torch.Tensor:
@@ -157,7 +149,8 @@ class TreeDecoder(TokenScores, ABC):
 
     def __init__(self, generator):
         super().__init__(generator)
-        self.encoder, self.decoder, self.config = generator.get_encoder(), generator.get_decoder(), generator.config
+        self.generator, self.config = generator, generator.config
+        self.encoder, self.decoder = generator.get_encoder(), generator.get_decoder()
 
     n_heads: int
     scale: float | None  # of attention's products; None is 1 / sqrt(head size)
@@ -189,22 +182,24 @@ class TreeDecoder(TokenScores, ABC):
 
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
         """Encode contexts (D, S) and project what cross-attention reads of them."""
-        device = input_ids.device
-        lengths = context_lengths(attention_mask).cpu().numpy()
-        longest = int(lengths.max())
-        layers: list[torch.Tensor] = []
-        group_cost = GROUP_COST.get(device.type, GROUP_COST["cuda"])
-        for group, length in groups_of_similar_length(lengths, group_cost, CHUNK_TOKENS):
-            rows = torch.from_numpy(group).to(device)
-            encoded = self.encoder(input_ids[rows, :length], attention_mask=attention_mask[rows, :length])[0]
-            for i, projections in enumerate(self.cross_projections()):
-                for j, projection in enumerate(projections):
-                    projected = self.heads(projection(encoded))  # (rows, heads, length, head size)
-                    if i == len(layers):
-                        documents, heads, _, size = len(lengths), *projected.shape[1:]
-                        layers.append(projected.new_zeros(2, documents, heads, longest, size))
-                    layers[i][j, rows, :, :length] = projected
-        return Memory([(keys, values) for keys, values in layers], attention_mask[:, None, None, :longest].bool())
+        lengths, stack = right_padded_lengths(attention_mask), stack_of(self.generator)
+        if lengths is None or stack is None:
+            encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+            layers = [(self.heads(k(encoded)), self.heads(v(encoded))) for k, v in self.cross_projections()]
+            return Memory(layers, attention_mask[:, None, None].bool())
+        longest, device = int(lengths.max()), input_ids.device
+        pace = pace_of(device)
+        memory: list[torch.Tensor] = []
+        for group, _ in groups_of_similar_length(lengths, pace.pass_cost, pace.chunk_tokens):
+            rows, packing = to_device(group, device), Packing(lengths[group], device)
+            encoded = stack.encode(packing.pack(input_ids[rows]), packing)  # (T, d)
+            for i, pair in enumerate(self.cross_projections()):
+                for j, projection in enumerate(pair):
+                    projected = self.heads(packing.unpack(projection(encoded), longest))
+                    if i == len(memory):
+                        memory.append(projected.new_zeros(2, len(lengths), *projected.shape[1:]))
+                    memory[i][j, rows] = projected
+        return Memory([(keys, values) for keys, values in memory], attention_mask[:, None, None, :longest].bool())
 
     def decode(self, tokens, depths, ancestors, memory: Memory, past: Past | None = None) -> torch.Tensor:
         """Last hidden states of tokens (D, N) that hang on D documents, (D, N, d).

@@ -14,7 +14,7 @@ from rag.command_line.flags import flag
 from rag.errors import raise_problems
 
 # What bears on a search of any index, and what belongs to wiki_dpr alone.
-SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device")
+SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device", "index_precision")
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 # FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
@@ -60,6 +60,11 @@ class SearchArguments(EffortArguments):
         "cuda, cuda:1 or cpu: compare each question with all embeddings, held there in half precision; "
         "left out, FAISS searches.",
     )
+    index_precision: Literal["fp16", "int8"] | None = flag(
+        None,
+        "How --index_device holds the embeddings: int8 takes half the bytes of fp16, and what it finds is ranked again "
+        "in float32; left out, the checkpoint's, or fp16.",
+    )
     dataset: str | None = flag(
         None, "wiki_dpr (exact, compressed): its name on the hub or a folder of its layout; left out, the checkpoint's."
     )
@@ -85,8 +90,14 @@ class SearchArguments(EffortArguments):
         return {name: value for name, value in values.items() if value not in (None, False)}
 
     def search_problems(self) -> list[str]:
-        """What is out of range, or no device's name."""
-        return self.effort_problems() + device_problems("--index_device", self.index_device)
+        """What is out of range, no device's name, or a precision without a device."""
+        problems = self.effort_problems() + device_problems("--index_device", self.index_device)
+        if self.index_precision is not None and self.index_device is None:
+            problems.append(
+                f"--index_precision {self.index_precision} is how --index_device holds the embeddings; give "
+                "--index_device cuda, too, or leave it out"
+            )
+        return problems
 
     def path_problems(self) -> list[str]:
         """Paths that this kind of index needs and that are missing, or that it does not read."""
@@ -127,6 +138,6 @@ def device_problems(flag: str, name: str | None) -> list[str]:
 
 
 def index_effort(config) -> dict[str, Any]:
-    """ef_search, nprobe and device of a `RagConfig`, which has them only where they were set."""
+    """ef_search, nprobe, device and precision of a `RagConfig`, which has them only where they were set."""
     effort = {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
-    return effort | {"device": getattr(config, "index_device", None)}
+    return effort | {name: getattr(config, f"index_{name}", None) for name in ("device", "precision")}

@@ -8,6 +8,7 @@ A row is read without decoding any other.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import faiss
 import numpy as np
@@ -189,11 +190,18 @@ class EmbeddingColumn(_Column):
 
     def blocks(self, size: int = 65536, rows: range | None = None) -> Iterable[np.ndarray]:
         """All vectors in order, or those of consecutive rows, as float32 arrays of at most `size` rows."""
-        rows = range(len(self)) if rows is None else rows
-        for number, first in enumerate(self.starts[:-1]):
-            chunk = self.chunks[number][max(rows.start - first, 0) : max(rows.stop - first, 0)]
-            for start in range(0, len(chunk), size):
-                yield np.ascontiguousarray(chunk[start : start + size], dtype=np.float32)
+        for view in self.views(range(len(self)) if rows is None else rows):
+            for start in range(0, len(view), size):
+                yield np.ascontiguousarray(view[start : start + size], dtype=np.float32)
+
+    def views(self, rows: range) -> Iterable[np.ndarray]:
+        """The vectors of consecutive rows in order, as they lie in the mapped file: of any type of numbers, unread.
+
+        Rows beyond the last are left out.
+        """
+        for number, (start, stop) in enumerate(pairwise(self.starts)):
+            if rows.start < stop and start < rows.stop:
+                yield self.chunks[number][max(rows.start - start, 0) : rows.stop - start]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The vectors of `ids` (any shape, int64) as float32 `ids.shape + (d,)`; zeros where an id is -1."""
@@ -234,6 +242,10 @@ class IndexVectors:
         rows = range(self.faiss_index.ntotal) if rows is None else rows
         for start in range(rows.start, rows.stop, size):
             yield self.gather(np.arange(start, min(start + size, rows.stop)))
+
+    def views(self, rows: range) -> Iterable[np.ndarray]:
+        """The vectors of consecutive rows in order, float32."""
+        return self.blocks(rows=rows)
 
 
 def finite_blocks(embeddings: EmbeddingColumn | IndexVectors, rows: range, origin: str) -> Iterator[np.ndarray]:

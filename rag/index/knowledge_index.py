@@ -27,8 +27,9 @@ import numpy as np
 from rag.checksums import found_once
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder
-from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long, finite_blocks
-from rag.index.device_search import DeviceSearch, DeviceUnavailableError
+from rag.index.columns import EmbeddingColumn, IndexVectors, equally_long
+from rag.index.device_opening import hold_on_device, slice_of
+from rag.index.device_search import DeviceSearch
 from rag.index.faiss_checks import foreign_row
 from rag.index.faiss_kinds import describe_search
 from rag.index.faiss_opening import files_of, fitting_index, joined, map_file, other_count, require_all_rows, set_effort
@@ -58,8 +59,9 @@ class KnowledgeIndex:
             can read; "index": what the FAISS index gives back of them, which only a process that opened it can.
         ef_search: candidates that an HNSW search keeps; None for the index's own.
         nprobe: lists that an IVF search visits; None for the index's own.
-        device: "cuda", "cuda:1" or "cpu" compares the questions with all vectors, held there in half precision; where
-            that cannot be, and with None, FAISS searches.
+        device: "cuda", "cuda:1" or "cpu" compares the questions with all vectors, held there; where that cannot be, and
+            with None, FAISS searches.
+        precision: "fp16" (also None) or "int8", in which the device holds them.
         index_flag: the flag that gave the index, for the messages.
         origin: the flag that gave the passages, and its value, for the messages.
 
@@ -78,7 +80,8 @@ class KnowledgeIndex:
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,
         vectors_from: str = "passages", ef_search: int | None = None, nprobe: int | None = None,
-        device: str | None = None, index_flag: str = "--index_path", origin: str = "--passages_path",
+        device: str | None = None, precision: str | None = None, index_flag: str = "--index_path",
+        origin: str = "--passages_path",
     ):  # fmt: skip
         needed = PASSAGE_COLUMNS if vectors_from == "passages" else PASSAGE_COLUMNS[:2]
         raise_problems(passage_problems(passages, needed, origin))
@@ -89,8 +92,10 @@ class KnowledgeIndex:
         self.index_flag = index_flag
         self.effort = {"efSearch": ef_search, "nprobe": nprobe}
         self.device = device
+        self.precision = precision or "fp16"
         self.fallback: str | None = None
         self.shard: int | None = None  # the one that is open; None for all
+        self.slice: tuple[int, int] | None = None  # number and count, where a part of the vectors is held
         self._open_parts(faiss_index)
         vectors = self.embeddings if isinstance(self.embeddings, EmbeddingColumn) else None
         look_at_rows(list(self.passage_rows.texts.values()), vectors, origin)
@@ -103,7 +108,7 @@ class KnowledgeIndex:
         self.device_search: DeviceSearch | None = None
         self.faiss_index: Any = None
         self.by_distance = False  # whether FAISS's scores are no inner products, though the order is the same
-        self.rows = range(len(self))  # those that are searched: of one shard fewer than all
+        self.rows = range(len(self))  # those that are searched: of a shard or a slice fewer than all
         if faiss_index is not None:
             self._accept(self._fitting(faiss_index, len(self)))
 
@@ -123,14 +128,16 @@ class KnowledgeIndex:
         faiss_index, is_open = state.pop("faiss_index"), state.pop("is_open")
         self.__dict__.update(state)
         self._open_parts(faiss_index)
-        if is_open:
+        if is_open and self.slice is not None:
+            self.init_slice(*self.slice)
+        elif is_open:
             self.init_index(self.shard)
 
     @classmethod
     def load_from_disk(cls, vector_size: int, passages_path, index_path, **search) -> "KnowledgeIndex":
         """Map the two parts that `use_own_knowledge_dataset.py` leaves; FAISS files only at `init_index`.
 
-        `search` is ef_search, nprobe and device.
+        `search` is ef_search, nprobe, device and precision.
         """
         problems = []
         remedy = "build it with use_own_knowledge_dataset.py"
@@ -265,14 +272,34 @@ class KnowledgeIndex:
             return equally_long(column.blocks())
         return found_once(path, f"equal lengths {self.passage_rows.stamp()}", lambda: equally_long(column.blocks()))
 
+    @property
+    def can_be_sliced(self) -> bool:
+        """Whether processes that each have a device of this name can each hold a part of the vectors."""
+        return self.device in ("cpu", "cuda") and self.vectors_from == "passages"
+
+    def init_slice(self, number: int, count: int) -> str | None:
+        """Hold the `number`-th of `count` parts of the vectors on the device: `search` finds passages of it alone.
+
+        Returns:
+            Why that cannot be, if so; then `leave_slice` follows.
+        """
+        self.device_search = None  # frees what it holds
+        self.rows = slice_of(len(self), number, count)
+        self._search_on_device()
+        self.slice = number, count
+        return self.fallback
+
+    def leave_slice(self, fallback: str) -> None:
+        """Hold no vectors on a device, because of `fallback`: `init_index` opens the FAISS index instead."""
+        self.device, self.slice, self.device_search, self.fallback = None, None, None, fallback
+        self.rows = range(len(self))
+
     def _search_on_device(self) -> None:
         assert self.embeddings is not None and self.device is not None
-        try:
-            self.device_search = DeviceSearch(
-                finite_blocks(self.embeddings, self.rows, self.origin), len(self.rows), self.vector_size, self.device
-            )
-        except DeviceUnavailableError as error:
-            self.fallback = f"--index_device {self.device}: {error}; FAISS searches instead"
+        self.device_search, self.fallback = hold_on_device(
+            self.embeddings, self.rows, self.vector_size, self.device, self.precision, self.origin
+        )
+        if self.fallback is not None:
             logger.warning(self.fallback)
 
     def _accept(self, faiss_index) -> None:

@@ -45,7 +45,7 @@ class LegacyIndex(KnowledgeIndex):
         passage_ids: (N,) int64, the passage's id for each vector of the FAISS index.
         vector_size: dimension d of the queries; the FAISS index has d + 1.
         index_path: the FAISS file.
-        search: ef_search, nprobe and device.
+        search: ef_search, nprobe, device and precision.
     """
 
     extra_dimensions = 1

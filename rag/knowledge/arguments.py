@@ -20,8 +20,8 @@ from rag.outputs import output_folder_problems
 ENCODER_FLAG = "--dpr_ctx_encoder_model_name"
 OUTPUT_FLAG = "--output_dir"
 AT_LEAST_ONE = (
-    "max_line_mb", "num_proc", "batch_size", "num_encoding_processes", "num_shards", "d", "m", "train_sample",
-    "num_index_shards", "n_docs",
+    "max_line_mb", "num_proc", "batch_size", "tokens_per_batch", "num_encoding_processes", "num_shards", "d", "m",
+    "train_sample", "num_index_shards", "n_docs",
 )  # fmt: skip
 # What is in --output_dir beside index.json.
 PASSAGES_FOLDER = "my_knowledge_dataset"
@@ -34,8 +34,8 @@ OUTPUT_NAMES = {"index.json", PASSAGES_FOLDER, WORDS_FOLDER, *INDEXES}
 WORDS_KIND = "bm25"  # an --index_factory that is not FAISS's
 # What an index of words has no use for.
 VECTOR_FLAGS = (
-    "d", "train_sample", "num_index_shards", "half_precision", "distributed", "num_encoding_processes", "ef_search",
-    "nprobe",
+    "d", "train_sample", "num_index_shards", "half_precision", "precision", "tokens_per_batch", "distributed",
+    "num_encoding_processes", "ef_search", "nprobe",
 )  # fmt: skip
 MOST = {"m": 10_000, "num_proc": 1024, "num_encoding_processes": 1024}
 
@@ -70,8 +70,16 @@ class KnowledgeArguments(EffortArguments):
     output_dir: str = flag("output/my_knowledge", "Folder for the passages and their index.")
     append: bool = flag(False, "Add the documents of --csv_path to the knowledge that --output_dir holds.")
     drop_duplicates: bool = flag(False, "Leave out passages that are equal, title and text, to an earlier one.")
-    num_proc: int = flag(1, "Threads that tokenize; more pays beside a GPU.")
-    batch_size: int = flag(16, "Passages encoded at a time.")
+    num_proc: int | None = flag(None, "Threads that tokenize; left out, all cores beside a GPU, else one.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "auto",
+        "Number format in which passages are encoded; auto: the one that --output_dir was begun in, "
+        "else fp16 on a GPU, bf16 on a CPU with AMX, fp32 on any other.",
+    )
+    batch_size: int | None = flag(None, "Passages encoded at a time, at most; left out, as many as --tokens_per_batch.")
+    tokens_per_batch: int | None = flag(
+        None, "Tokens encoded at a time, at most; left out, what keeps the device busy and fits in its memory."
+    )
     num_shards: int | None = flag(
         None, "Files of embeddings, the least that a killed run loses; left out, one in 2,048 passages."
     )

@@ -62,6 +62,17 @@ class EncodingResources:
             return "cuda" if self.gpus_per_task > 0 else "cpu"
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def on_this_node(self) -> int:
+        """Processes of this node that encode, if it is not left to Ray."""
+        return self.processes or max(torch.cuda.device_count(), 1)
+
+    def tokenizer_threads(self, asked: int | None) -> int:
+        """Threads that tokenize in each process: beside a GPU they have the cores for themselves."""
+        if asked is not None or self.device == "cpu":
+            return asked or 1
+        return max(1, len(os.sched_getaffinity(0)) // self.on_this_node)
+
 
 @dataclass(frozen=True)
 class EncoderPlan:
@@ -71,8 +82,10 @@ class EncoderPlan:
         name: folder or hub name of the encoder, the same on every node.
         pooling: as --ctx_encoder_pooling.
         digest: of its weights.
-        batch_size: passages encoded at a time.
+        batch_size: as --batch_size.
         device: cuda or cpu.
+        precision: of its weights, on whatever machine.
+        tokens_per_batch: as --tokens_per_batch.
         prompt: as --ctx_encoder_prompt.
         run_code: as --trust_remote_code.
     """
@@ -80,16 +93,18 @@ class EncoderPlan:
     name: str
     pooling: str
     digest: str
-    batch_size: int
+    batch_size: int | None
     device: str
+    precision: torch.dtype
+    tokens_per_batch: int | None = None
     prompt: str | None = None
     run_code: bool = False
 
 
 def encoding_workers(embedder: PassageEmbedder, plan: EncoderPlan, resources: EncodingResources):
     """A context that gives what embeds the shards: the embedder itself, where one process is to do it."""
-    processes = resources.processes or max(torch.cuda.device_count(), 1)
     if resources.distributed is None:
+        processes = resources.on_this_node
         return nullcontext(embedder) if processes == 1 else NodeWorkers(embedder, plan, processes)
     gpus = resources.gpus_per_task if resources.gpus_per_task is not None else float(plan.device == "cuda")
     return RayWorkers(embedder, plan, resources.ray_address, gpus)
@@ -114,7 +129,8 @@ def _embedder(plan: EncoderPlan) -> PassageEmbedder:
             f"{ENCODER_FLAG} {plan.name} has other weights on {os.uname().nodename} than where the command was given; "
             "give every node the same"
         )
-    return PassageEmbedder(encoder, load_tokenizer(plan.name, flag=ENCODER_FLAG), plan.batch_size, plan.device)
+    tokenizer = load_tokenizer(plan.name, flag=ENCODER_FLAG)
+    return PassageEmbedder(encoder, tokenizer, plan.batch_size, plan.device, plan.precision, plan.tokens_per_batch)
 
 
 class Workers(ABC):
@@ -202,7 +218,7 @@ class NodeWorkers(Workers):
                 ) from error
             raise UserError(
                 f"one of {self.processes} processes that encode was killed, as happens when memory runs out; give "
-                f"fewer --num_encoding_processes or a smaller --batch_size: {RESUMES}"
+                f"fewer --num_encoding_processes or less --tokens_per_batch: {RESUMES}"
             ) from error
 
     def _submit(self, shard: Passages):
@@ -293,7 +309,7 @@ class RayWorkers(Workers):
         except ray.exceptions.RayError as error:  # a worker or its node has died too often
             raise UserError(
                 f"--distributed ray: of {1 + RETRIES} tries to encode a shard the last one ended so: "
-                f"{str(error).splitlines()[0]}; see to the cluster, or give a smaller --batch_size: {RESUMES}"
+                f"{str(error).splitlines()[0]}; see to the cluster, or give less --tokens_per_batch: {RESUMES}"
             ) from error
 
     def _size(self) -> int:

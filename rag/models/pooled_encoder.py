@@ -100,12 +100,14 @@ class PooledEncoder(PreTrainedModel):
         if reads_forward(self.config.backbone):
             kwargs["use_cache"] = False
         outputs = self.backbone(input_ids, attention_mask=attention_mask, **kwargs | {"return_dict": True})
-        vectors = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (B, d)
-        for layer, settings in zip(self.dense, self.config.dense or [], strict=True):
-            vectors = ACTIVATIONS[settings["activation"]]()(layer(vectors))
-        if self.config.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        vectors = self.project(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))  # (B, d)
         return DPRQuestionEncoderOutput(vectors, outputs.hidden_states, outputs.attentions)
+
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What stands behind the pooling: dense layers and the scaling; (B, hidden size) to (B, d)."""
+        for layer, settings in zip(self.dense, self.config.dense or [], strict=True):
+            pooled = ACTIVATIONS[settings["activation"]]()(layer(pooled))
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.config.normalize else pooled
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:

@@ -47,3 +47,14 @@ def best_of_shards(answers: list[tuple[np.ndarray, np.ndarray]], n_docs: int) ->
     scores, ids = (np.concatenate(parts, axis=1) for parts in zip(*answers, strict=True))
     best = np.argsort(-scores, axis=1, kind="stable")[:, :n_docs]  # what is missing scores least
     return np.take_along_axis(ids, best, axis=1)
+
+
+def pack_found(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Scores (B, n) float32 and ids (B, n) int64 as (2 * B * n) int64, which travel as one message."""
+    return np.concatenate([ids.reshape(-1), scores.astype(np.float64).reshape(-1).view(np.int64)])
+
+
+def unpack_found(packed: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids of `pack_found`, of this shape."""
+    ids, scores = np.split(packed, 2)
+    return scores.view(np.float64).astype(np.float32).reshape(shape), ids.reshape(shape)

@@ -25,7 +25,9 @@ from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens, settle_vector_size
 from rag.models.loading import MODEL_FLAG
+from rag.models.packed_encoder import can_pack, encode_packed
 from rag.models.questions import bare_questions, reading, with_prompt
+from rag.packing import Packing, right_padded_lengths, to_device
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -245,16 +247,24 @@ def reads_text(retriever: RagRetriever) -> bool:
     return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
 
 
-def question_vectors(question_encoder, retriever: RagRetriever, tokens, questions: list[str]) -> torch.Tensor:
+def question_vectors(
+    question_encoder, retriever: RagRetriever, tokens, questions: list[str], lengths: np.ndarray | None = None
+) -> torch.Tensor:
     """The query vectors of B questions, (B, d), on the device of the tokens, float32 of half-precision weights, too.
 
     Args:
         tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
         questions: the same questions, for an index that reads text.
+        lengths: (B) tokens of each, on the host, so that they are read without padding and the device is not asked
+            where it is; None where that is not known.
     """
     if reads_text(retriever):
         return torch.from_numpy(retriever.index.encode_questions(questions)).to(tokens["input_ids"].device)
-    vectors = question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+    if lengths is not None and can_pack(question_encoder):
+        packing = Packing(lengths, tokens["input_ids"].device)
+        vectors = encode_packed(question_encoder, packing.pack(tokens["input_ids"]), packing)
+    else:
+        vectors = question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # float64 stays
 
 
@@ -275,6 +285,8 @@ class RetrievedContexts:
             BM25 scores; -inf in a slot without a passage, so that it gets no probability.
         doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
         docs: B dicts of the passages' columns, among them the lists "title" and "text".
+        lengths: (B * n_docs) tokens of each context, on the host; None where padding stands before or between them.
+        n_tokens: of all contexts.
     """
 
     input_ids: torch.Tensor
@@ -282,10 +294,19 @@ class RetrievedContexts:
     doc_scores: torch.Tensor
     doc_ids: np.ndarray
     docs: list[dict]
+    lengths: np.ndarray | None
+    n_tokens: int
 
 
 def retrieve_contexts(
-    rag, retriever: RagRetriever, input_ids, attention_mask, n_docs=None, texts: list[str] | None = None
+    rag,
+    retriever: RagRetriever,
+    input_ids,
+    attention_mask,
+    n_docs=None,
+    texts: list[str] | None = None,
+    questions: list[str] | None = None,
+    lengths: np.ndarray | None = None,
 ) -> RetrievedContexts:
     """Encode the questions, fetch their passages, tokenize the contexts (the first half of `RagModel.forward`).
 
@@ -296,24 +317,29 @@ def retrieve_contexts(
         attention_mask: (B, S).
         n_docs: passages a question; None for the config's.
         texts: the questions as they were written, for an index that reads text; None for what their tokens say.
+        questions: what their tokens say (`bare_questions`), where the device need not be asked for it.
+        lengths: as of `question_vectors`.
     """
-    n_docs = n_docs or rag.config.n_docs
-    questions = bare_questions(retriever.question_encoder_tokenizer, input_ids)
+    n_docs, device = n_docs or rag.config.n_docs, input_ids.device
+    if questions is None:
+        questions = bare_questions(retriever.question_encoder_tokenizer, input_ids)
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
-    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions)  # (B, d)
+    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions, lengths)  # (B, d)
     doc_embeds, doc_ids, docs = retriever.retrieve(
         queries.detach().to("cpu", torch.float32).numpy(), n_docs
     )  # (B, n_docs, d), (B, n_docs)
     prefix = getattr(rag.generator.config, "prefix", None)
     context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
 
-    doc_embeds = torch.from_numpy(doc_embeds).to(queries)
+    doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), device)
     doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
-    missing = torch.from_numpy(doc_ids < 0).to(input_ids.device)
+    missing = to_device(doc_ids < 0, device)
     return RetrievedContexts(
-        input_ids=context_ids.to(input_ids.device),
-        attention_mask=context_mask.to(input_ids.device),
+        input_ids=to_device(context_ids, device),
+        attention_mask=to_device(context_mask, device),
         doc_scores=doc_scores.masked_fill(missing, float("-inf")),
         doc_ids=doc_ids,
         docs=docs,
+        lengths=right_padded_lengths(context_mask),
+        n_tokens=int(context_mask.cpu().numpy().sum()),
     )

@@ -46,7 +46,14 @@ class ModelArguments:
     gradient_checkpointing: bool = flag(
         False, "Recompute the generator's activations in the backward pass: less memory."
     )
-    compile: bool = flag(False, "torch.compile the generator: minutes at the start; see benchmarks/README.md.")
+    compile: bool = flag(
+        False, "torch.compile the generator's layers, one of each kind: fewer kernels on a GPU; needs a C++ compiler."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = flag(
+        "auto",
+        "auto reads all passages of a batch in one row without padding where the generator's family can (BART, T5); "
+        "the others are transformers' own, over padded batches.",
+    )
 
 
 @dataclass

@@ -24,13 +24,16 @@ from rag.public_names import Replaced, replaced_method, warn_of_uncalled_methods
 from rag.training.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainingArguments
 from rag.training.namespaces import add_flags, finetune_arguments
 from rag.training.non_finite import (
-    NonFiniteElsewhereError,
+    ELSEWHERE,
+    LeftOutError,
     NonFiniteError,
     OptimizerStep,
+    PendingSteps,
     gradient_norm,
     parameters_of,
 )
 from rag.training.optimizer import SCHEDULES, build_optimizer
+from rag.training.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +60,9 @@ class BaseTransformer(pl.LightningModule):
         super().__init__()
         self.args = finetune_arguments(args)
         self.save_hyperparameters(self.args.to_dict())
-        self.optimizer_step_so_far = OptimizerStep()
+        self.optimizer_step_so_far, self.pending_steps = OptimizerStep(), PendingSteps()
         self.skipped_steps = 0  # whose loss or gradients were not finite
+        self.left_out: str | None = None  # the first that the device left out and that is to stop the training
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,6 +120,13 @@ class BaseTransformer(pl.LightningModule):
         number of steps and the checkpoint's place had not been read.
         """
         self.trainer.fit_loop._load_combined_loader_states()
+        if self.args.training.nan_policy == "stop":
+            self._stop_behind_left_out_step()
+        self.left_out = None
+
+    def is_log_step(self) -> bool:
+        """Whether what is done now belongs to an optimizer step that is logged, for which the device is waited for."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout depends on seed, epoch, batch and rank only: a resumed run draws as the uninterrupted one does."""
@@ -124,8 +135,7 @@ class BaseTransformer(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log learning rates and, before they are clipped, the gradients' norms."""
-        every = self.trainer.log_every_n_steps
-        if (self.trainer.global_step + 1) % every != 0:
+        if not self.is_log_step():
             return
         gradients: dict[str, list[torch.Tensor]] = {"": []}
         for group in optimizer.param_groups:
@@ -133,7 +143,7 @@ class BaseTransformer(pl.LightningModule):
             for suffix in {"", group["suffix"]}:
                 gradients.setdefault(suffix, []).extend(p.grad for p in group["params"] if p.grad is not None)
         for suffix, those in gradients.items():
-            self.log(f"grad_norm{suffix}", get_total_norm(those))
+            self.log(f"grad_norm{suffix}", whole(get_total_norm(those)))
 
     def note_losses(self, loss: torch.Tensor, nll: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """The mean of all ranks' losses, noted for the optimizer step that this batch belongs to. Collective.
@@ -154,9 +164,8 @@ class BaseTransformer(pl.LightningModule):
     ) -> None:
         """Clip the gradients. Where they or the losses are not finite, stop, or leave this step out (--nan_policy).
 
-        To know, the device is waited for: the one time in an optimizer step. Every rank has the same losses and, once
-        they are reduced, the same gradients, and so decides alike. Of sharded ones only the losses are asked, and of
-        float16's, too: their scaler leaves out steps by itself.
+        Of float16's only the losses are asked: their scaler leaves out steps by itself. Every rank has the same losses
+        and, once they are reduced, the same norm of all gradients, and so decides alike.
         """
         step, self.optimizer_step_so_far = self.optimizer_step_so_far, OptimizerStep()
         norm = None
@@ -166,31 +175,65 @@ class BaseTransformer(pl.LightningModule):
             clip_grads_with_norm_(parameters_of(optimizer), gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        judged = None if getattr(self.trainer.precision_plugin, "scaler", None) else norm
-        if not step.is_finite(judged):
-            self._leave_out(optimizer, step, judged)
-
-    def _leave_out(self, optimizer: torch.optim.Optimizer, step: OptimizerStep, norm: torch.Tensor | None) -> None:
-        """Collective."""
-        what = step.description(norm, self.gather_rows(step.rows()))
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        judged = None if has_scaler or norm is None else whole(norm)
         number = self.trainer.global_step + 1
-        if self.args.training.nan_policy == "stop":
-            error = NonFiniteError if self.trainer.is_global_zero else NonFiniteElsewhereError
-            raise error(
-                f"step {number}: {what}; --nan_policy skip goes on from what is saved and leaves such steps out; to "
-                "start afresh give a lower --learning_rate, and --overwrite_output_dir where the folder holds this run"
-            )
-        for parameter in parameters_of(optimizer):
-            parameter.grad = None  # no optimizer touches a weight that has none
+        if judged is not None and self.judges_later(optimizer):
+            optimizer.found_inf = self.pending_steps.add(number, step, judged)  # type: ignore[attr-defined]
+        elif not step.is_finite(judged):
+            problem = self._problem(number, step, judged)
+            if self.args.training.nan_policy == "stop":
+                raise self._error(NonFiniteError, problem)
+            self._count_left_out(problem)
+            for parameter in parameters_of(optimizer):
+                parameter.grad = None  # no optimizer touches a weight that has none
+
+    def judges_later(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the device leaves out steps by itself, and is asked at log steps alone which these were.
+
+        On a CPU there is nothing to wait for.
+        """
+        return self.device.type != "cpu" and bool(optimizer.defaults.get("fused"))
+
+    def judge_pending_steps(self) -> None:
+        """Count and tell the steps that the device has left out. Collective."""
+        for number, step, norm in self.pending_steps.left_out():
+            problem = self._problem(number, step, norm)
+            if self.args.training.nan_policy == "stop":
+                self.left_out = self.left_out or problem
+            self._count_left_out(problem)
+
+    def _problem(self, number: int, step: OptimizerStep, norm: torch.Tensor | None) -> str:
+        """Collective."""
+        return f"step {number}: {step.description(norm, self.gather_rows(step.rows()))}"
+
+    def _count_left_out(self, problem: str) -> None:
         self.skipped_steps += 1
-        if self.trainer.is_global_zero and self.skipped_steps <= MOST_TOLD:
-            logger.warning(f"step {number}: {what}; it is skipped (--nan_policy skip)")
+        if self.trainer.is_global_zero and self.skipped_steps <= MOST_TOLD and self.left_out is None:
+            logger.warning(f"{problem}; it is skipped (--nan_policy skip)")
+
+    def _error(self, kind: type[NonFiniteError], problem: str) -> NonFiniteError:
+        if not self.trainer.is_global_zero:
+            kind = ELSEWHERE[kind]
+        return kind(
+            f"{problem}; --nan_policy skip goes on from what is saved and leaves such steps out; to start afresh give "
+            "a lower --learning_rate, and --overwrite_output_dir where the folder holds this run"
+        )
+
+    def _stop_behind_left_out_step(self) -> None:
+        if self.left_out is not None:
+            raise self._error(LeftOutError, self.left_out)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.skipped_steps:
-            self.log("skipped_steps", float(self.skipped_steps))
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self.judge_pending_steps()
+            if self.skipped_steps:
+                self.log("skipped_steps", float(self.skipped_steps))
+        self._stop_behind_left_out_step()
 
     def on_train_end(self) -> None:
+        self.judge_pending_steps()
+        self._stop_behind_left_out_step()
         if self.skipped_steps and self.trainer.is_global_zero:
             logger.warning(
                 f"{self.skipped_steps} of {self.trainer.global_step} steps had a loss or gradients that were not finite"
@@ -198,10 +241,15 @@ class BaseTransformer(pl.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skipped_steps"] = self.skipped_steps
+        """What is saved behind a step that the device left out says so: a run that is to stop at it is stopped again.
+
+        Collective.
+        """
+        self.judge_pending_steps()
+        checkpoint["skipped_steps"], checkpoint["left_out"] = self.skipped_steps, self.left_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.skipped_steps = checkpoint.get("skipped_steps", 0)
+        self.skipped_steps, self.left_out = checkpoint.get("skipped_steps", 0), checkpoint.get("left_out")
 
     def gather_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of all ranks by their "index", each index once: metrics over them are exact on any number of ranks.

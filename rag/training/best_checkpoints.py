@@ -25,9 +25,10 @@ from rag.errors import UserError
 from rag.files import atomic_folder, remove, space_problems
 from rag.training.batches import ResumableDataLoader
 from rag.training.loading import read_checkpoint
-from rag.training.non_finite import NonFiniteError, weights_are_finite
-from rag.training.reports import collects_gradients, is_real_run, raise_on_all_ranks
+from rag.training.non_finite import LeftOutError, NonFiniteError, weights_are_finite
+from rag.training.reports import any_rank, collects_gradients, is_real_run, raise_on_all_ranks
 from rag.training.seals import is_as_recorded, is_whole, records_of, stamp_of
+from rag.training.sharding import ShardedStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class BestCheckpoints(Checkpoint):
                 folder, checkpoint = self._paths(kept["number"])
                 if not is_as_recorded(folder, kept.get("exported", {})):
                     print(f"{folder} is damaged or missing: it is exported again from {checkpoint.name}", flush=True)
-                    self._export_again(pl_module, kept)
+                    self._export_again(trainer, pl_module, kept)
         return []
 
     def _is_kept_whole(self, kept: dict[str, Any]) -> bool:
@@ -131,16 +132,20 @@ class BestCheckpoints(Checkpoint):
         path = self._paths(kept["number"])[1]
         return path.is_file() and (stamp_of(path) == kept.get("stamp") or is_whole(path))
 
-    def _export_again(self, pl_module: Any, kept: dict[str, Any]) -> None:
+    def _export_again(self, trainer: pl.Trainer, pl_module: Any, kept: dict[str, Any]) -> None:
+        weights = read_checkpoint(self._paths(kept["number"])[1])["state_dict"]
+        if isinstance(trainer.strategy, ShardedStrategy):
+            with trainer.strategy.holding(weights):
+                self._export(pl_module, kept)
+            return
         own = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
-        pl_module.load_state_dict(read_checkpoint(self._paths(kept["number"])[1])["state_dict"])
+        pl_module.load_state_dict(weights)
         self._export(pl_module, kept)
         pl_module.load_state_dict(own)
 
     def _space_problems(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Whether the disk has room for the checkpoints that the training will certainly keep."""
-        storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in pl_module.parameters()}
-        weights = sum(storage.nbytes() for storage in storages.values())
+        weights = sum(weight.nbytes for weight in pl_module.parameters())
         trained = sum(weight.nbytes for weight in pl_module.parameters() if weight.requires_grad)
         moments = 2 * trained if any(isinstance(one, torch.optim.Adam) for one in trainer.optimizers) else 0
         a_checkpoint = weights + moments + (weights if hasattr(pl_module, "export") else 0)
@@ -190,10 +195,13 @@ class BestCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """`StopTogether` has stopped all ranks between two batches, or all have met a loss that is not finite."""
-        is_stopped = isinstance(exception, SIGTERMException)
-        if is_stopped and is_real_run(trainer) and self._may_save_between_batches(trainer):
-            self._save_last(trainer)
-        if isinstance(exception, NonFiniteError) and is_real_run(trainer):
+        if not is_real_run(trainer):
+            return
+        if isinstance(exception, SIGTERMException | LeftOutError):
+            is_saved = isinstance(exception, LeftOutError) and trainer.global_step == self._saved_step
+            if not is_saved and self._may_save_between_batches(trainer):
+                self._save_last(trainer)
+        elif isinstance(exception, NonFiniteError):
             self._save_before_step(trainer, pl_module)
 
     def _save_before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -225,7 +233,8 @@ class BestCheckpoints(Checkpoint):
         """Collective: ranks whose clocks differ must agree."""
         if self._is_due or trainer.should_stop or not self.save_interval:
             return self._is_due or trainer.should_stop
-        return trainer.strategy.broadcast(time.monotonic() - self._last_saved >= self.save_interval)
+        is_due = time.monotonic() - self._last_saved >= self.save_interval
+        return any_rank(trainer, trainer.is_global_zero and is_due)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
         self._require_finite_weights(trainer)

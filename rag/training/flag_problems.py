@@ -45,6 +45,7 @@ def _are_devices(value: Any) -> bool:
     return value == "auto" or all(part.strip().isdigit() for part in value.strip("[], ").split(","))
 
 
+LAYERS_LEFT_OUT = "no rank knows which layers another leaves out"
 BATCHES = "must be a number of batches from 1 on, or a share of them above 0 and up to 1.0"
 # Names of settings, what a good value is, and what the message says of another.
 RULES: list[tuple[str, Callable[[Any], bool], str]] = [
@@ -121,7 +122,32 @@ def contradictions(args: "FinetuneArguments") -> list[str]:
     if len(precisions) > 1:
         problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
     problems += _length_contradictions(args)
+    problems += _sharding_contradictions(args)
     return problems + _gpu_contradictions(run, trainer) + _lightning_1_contradictions(run, trainer)
+
+
+def _sharding_contradictions(args: "FinetuneArguments") -> list[str]:
+    """What a strategy that shards the weights cannot do, and strategies whose weights could not be exported."""
+    strategy, model, training = args.trainer.strategy, args.model, args.training
+    if strategy.startswith(("fsdp_", "deepspeed")):
+        return [f"--strategy {strategy}: its checkpoints cannot be exported for Hugging Face; give fsdp"]
+    if strategy != "fsdp":
+        return []
+    given = {
+        "--compile": (model.compile, "its layers are gathered one by one"),
+        "--adafactor": (training.adafactor, "it needs whole rows and columns of a weight"),
+        f"--encoder_layerdrop {model.encoder_layerdrop}": (model.encoder_layerdrop, LAYERS_LEFT_OUT),
+        f"--decoder_layerdrop {model.decoder_layerdrop}": (model.decoder_layerdrop, LAYERS_LEFT_OUT),
+    }
+    problems = [
+        f"--strategy fsdp and {flag} contradict each other: {why}; leave one out"
+        for flag, (is_given, why) in given.items()
+        if is_given
+    ]
+    precision = "--fp16" if training.fp16 else f"--precision {args.trainer.precision}"
+    if training.fp16 or str(args.trainer.precision) in ("16", "16-mixed", "16-true"):
+        problems.append(f"--strategy fsdp and {precision} (float16) contradict each other; give --bf16")
+    return problems
 
 
 def _length_contradictions(args: "FinetuneArguments") -> list[str]:

@@ -6,6 +6,7 @@
 Nothing is unpickled.
 """
 
+import logging
 import os
 import pickle
 import traceback
@@ -25,11 +26,15 @@ from rag.models.checkpoints import load_model, load_tokenizer
 from rag.models.fit import complete_start, require_fit
 from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG
+from rag.models.precision import dtype_of
 from rag.models.questions import with_prompt
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
+from rag.training.run_folder import begun_precision
 from rag.training.seals import is_whole
+
+logger = logging.getLogger(__name__)
 
 
 def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, Any]:
@@ -60,10 +65,30 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
+    if model_args.attn_implementation != "auto":
+        _choose_attention(model, model_args.attn_implementation)
     require_runs(model, tokenizer, source, train=True, num_beams=args.data.num_beams)
     if isinstance(model.config, RagConfig):  # --tokenizer_name may be of an encoder with another prompt
         with_prompt(tokenizer.question_encoder, model.config.question_encoder)
     return model, tokenizer
+
+
+def _choose_attention(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"--attn_implementation {name} cannot be used here ({one_line(error, 200)}); leave it out"
+        ) from error
+
+
+def settle_precision(args: FinetuneArguments, device: torch.device) -> None:
+    """Put what --precision auto stands for in its place: what the run was begun in, else what the device is fast in."""
+    if args.trainer.precision != "auto":
+        return
+    fastest = "bf16-mixed" if dtype_of("auto", device) == torch.bfloat16 else "32-true"
+    args.trainer.precision = begun_precision(args.run.resume_from_checkpoint) or fastest  # type: ignore[assignment]
+    logger.info(f"--precision auto: {args.trainer.precision}")
 
 
 def _size_problems(args: FinetuneArguments, config: PreTrainedConfig, source: str) -> list[str]:

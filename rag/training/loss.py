@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rag.generation.forward import CHUNK_VOCABULARY, full_precision
+from rag.packing import Packing
 
 
 def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,17 +36,24 @@ def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[
 
 
 def rag_sequence_nll(
-    hidden, output_layer, doc_scores, targets, pad_token_id: int, label_smoothing: float = 0.0
+    hidden,
+    output_layer,
+    doc_scores,
+    targets,
+    pad_token_id: int,
+    label_smoothing: float = 0.0,
+    answers: Packing | None = None,
 ) -> torch.Tensor:
     """RAG-Sequence loss of each example.
 
     Args:
-        hidden: (B * n_docs, T, d) the decoder's last hidden states, the documents of an example in a row.
+        hidden: (B * n_docs, T, d) the decoder's last hidden states, the documents of an example in a row; or (R, d).
         output_layer: weight (V, d) and bias (V) that make logits of them; the bias gets no gradient.
         doc_scores: (B, n_docs), -inf for a document that is to have no probability.
         targets: (B, T) int64, right-padded.
         pad_token_id: positions with this target count nothing.
         label_smoothing: share of the target's probability that is spread over the vocabulary.
+        answers: where the B * n_docs answers' tokens lie in a packed `hidden` (R, d); what it leaves out is padding.
 
     Returns:
         (B,) float32 (float64 of a model in float64), nats.
@@ -54,33 +62,40 @@ def rag_sequence_nll(
     document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1)  # (B, n_docs)
     targets = targets.repeat_interleave(n_docs, dim=0)
     is_pad = targets == pad_token_id
-    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets)  # (B * n_docs, T)
+    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets, answers)  # (B * n_docs, T)
     nll = -(logprobs.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
     if not label_smoothing:
         return nll
     # transformers adds the document's log-probability to every word of one position before it sums over them.
-    smooth = _logit_sum(hidden, *output_layer) - len(weight) * normalizer
+    logit_sum = _padded(_logit_sum(hidden, *output_layer), answers, targets.shape[1])
+    smooth = logit_sum - len(weight) * normalizer
     smooth = smooth.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs)
     smooth_nll = -(smooth + len(weight) * document_logprobs).logsumexp(1)
     return _smoothed(nll, smooth_nll, label_smoothing, len(weight))
 
 
 def rag_token_nll(
-    hidden, output_layer, doc_scores, targets, pad_token_id: int, label_smoothing: float = 0.0
+    hidden,
+    output_layer,
+    doc_scores,
+    targets,
+    pad_token_id: int,
+    label_smoothing: float = 0.0,
+    answers: Packing | None = None,
 ) -> torch.Tensor:
     """RAG-Token loss of each example; arguments and result as `rag_sequence_nll`."""
     batch, n_docs = doc_scores.shape
     document_logprobs = torch.log_softmax(full_precision(doc_scores), dim=1).unsqueeze(-1)  # (B, n_docs, 1)
     is_pad = targets == pad_token_id
     weight, bias = output_layer
-    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets.repeat_interleave(n_docs, dim=0))
+    logprobs, normalizer = target_logprobs(hidden, weight, bias, targets.repeat_interleave(n_docs, dim=0), answers)
     marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
     nll = -marginal.masked_fill(is_pad, 0.0).sum(1)
     if not label_smoothing:
         return nll
     # Smoothing spreads over the marginal distribution, of which every word is needed, a part of them at a time.
     priors = (document_logprobs - normalizer.view(batch, n_docs, -1)).unsqueeze(-1)  # (B, n_docs, T, 1)
-    hidden = hidden.view(batch, n_docs, *hidden.shape[1:])
+    hidden = _padded(hidden, answers, targets.shape[1]).unflatten(0, (batch, n_docs))
     smooth = sum(
         checkpoint(_sum_of_marginal_logprobs, hidden, *part, priors, use_reentrant=False)
         for part in zip(*(tensor.split(CHUNK_VOCABULARY) for tensor in output_layer), strict=True)
@@ -94,7 +109,7 @@ def _sum_of_marginal_logprobs(hidden, weight, bias, priors) -> torch.Tensor:
 
 
 def _logit_sum(hidden, weight, bias) -> torch.Tensor:
-    """Sum of the logits over the vocabulary, (N, T, d) to (N, T) float32. Float16, as of autocast, ends at 65,504."""
+    """Sum of the logits over the vocabulary, (..., d) to (...) float32. Float16, as of autocast, ends at 65,504."""
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, weight, bias = map(full_precision, (hidden, weight, bias))
         return hidden @ weight.sum(0) + bias.sum()
@@ -123,24 +138,33 @@ def _smoothed(nll, smooth_nll, label_smoothing: float, vocabulary: int):
 # --- Log-probabilities without logits ---------------------------------------------------------------------------------
 
 
-def target_logprobs(hidden, weight, bias, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target, and the log-normalizer of its distribution, both (N, T) float32.
+def target_logprobs(hidden, weight, bias, targets, answers: Packing | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target, and the log-normalizer of its distribution, both (N, T) float32; 0 as padding.
 
     The logits (N, T, V) never exist in whole: they are made for a part of the vocabulary at a time, and once more in
     the backward pass.
 
     Args:
-        hidden: (N, T, d).
+        hidden: (N, T, d), or (R, d) where `answers` says which.
         weight: (V, d).
         bias: (V); it gets no gradient.
         targets: (N, T) int64.
     """
+    own_targets = targets.flatten() if answers is None else answers.pack(targets)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
     with torch.autocast(device, enabled=False):
-        results = _TargetLogprobs.apply(hidden.flatten(0, 1), weight, bias.to(weight), targets.flatten())
-    return tuple(result.view(targets.shape) for result in results)
+        rows = hidden if hidden.dim() == 2 else hidden.flatten(0, 1)
+        logprobs, normalizers = _TargetLogprobs.apply(rows, weight, bias.to(weight), own_targets)
+    if answers is None:
+        return logprobs.view(targets.shape), normalizers.view(targets.shape)
+    return answers.unpack(logprobs, targets.shape[1]), answers.unpack(normalizers, targets.shape[1])
+
+
+def _padded(rows: torch.Tensor, answers: Packing | None, width: int) -> torch.Tensor:
+    """Packed rows (R, ...) to (N, width, ...); what is padded already stays so."""
+    return rows if answers is None else answers.unpack(rows, width)
 
 
 class _TargetLogprobs(torch.autograd.Function):

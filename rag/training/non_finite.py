@@ -2,7 +2,9 @@
 
 step = OptimizerStep()
 step.add(mean_loss, nll, batch["index"], batch["source"])    # each batch whose gradients it collects
-if not step.is_finite(gradient_norm): ...
+if not step.is_finite(gradient_norm): ...                    # waits for the device
+optimizer.found_inf = pending.add(7, step, gradient_norm)    # does not: the device leaves the step out by itself
+for number, step, norm in pending.left_out(): ...            # later
 """
 
 import math
@@ -12,6 +14,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from rag.errors import ReportedError, UserError
+from rag.training.sharding import local_part
 
 QUESTIONS_TOLD = 3
 CHARACTERS_TOLD = 80  # of a question
@@ -23,6 +26,17 @@ class NonFiniteError(UserError):
 
 class NonFiniteElsewhereError(NonFiniteError, ReportedError):
     """The same, on a rank that leaves it to rank 0 to say so."""
+
+
+class LeftOutError(NonFiniteError):
+    """An earlier step had; the device left it out, and the weights are as if its examples had not been there."""
+
+
+class LeftOutElsewhereError(LeftOutError, ReportedError):
+    """The same, on a rank that leaves it to rank 0 to say so."""
+
+
+ELSEWHERE = {NonFiniteError: NonFiniteElsewhereError, LeftOutError: LeftOutElsewhereError}
 
 
 class OptimizerStep:
@@ -48,8 +62,12 @@ class OptimizerStep:
 
     def is_finite(self, norm: torch.Tensor | None) -> bool:
         """Whether the mean losses, and the gradients' norm if it is given, are; waits for the device, once."""
+        return bool(self.finiteness(norm))
+
+    def finiteness(self, norm: torch.Tensor | None) -> torch.Tensor:
+        """The same as a bool on the device, which is not waited for."""
         values = self.losses + ([] if norm is None else [norm.detach().float()])
-        return not values or bool(torch.stack(values).isfinite().all())
+        return torch.stack(values).isfinite().all() if values else torch.tensor(True)
 
     def rows(self) -> list[dict[str, Any]]:
         """This rank's examples whose loss is not finite, or all where each is: "index" and "question"."""
@@ -74,6 +92,27 @@ class OptimizerStep:
         return what + (f" (questions: {', '.join(told)}{more})" if told else "")
 
 
+class PendingSteps:
+    """Optimizer steps of which the device knows whether they are finite, and this process does not yet."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, OptimizerStep, torch.Tensor | None, torch.Tensor]] = []
+
+    def add(self, number: int, step: OptimizerStep, norm: torch.Tensor | None) -> torch.Tensor:
+        """Note a step; 1.0 on the device if it is to be left out, else 0.0: what fused optimizers call `found_inf`."""
+        is_finite = step.finiteness(norm)
+        self.steps.append((number, step, norm, is_finite))
+        return (~is_finite).float()
+
+    def left_out(self) -> list[tuple[int, OptimizerStep, torch.Tensor | None]]:
+        """Those noted since the last call that were not finite, with their numbers and norms; one read."""
+        steps, self.steps = self.steps, []
+        if not steps:
+            return []
+        are_finite = torch.stack([is_finite for *_, is_finite in steps]).tolist()
+        return [step[:3] for step, is_finite in zip(steps, are_finite, strict=True) if not is_finite]
+
+
 def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """The norm of all gradients together."""
     return get_total_norm([parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None])
@@ -84,6 +123,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def weights_are_finite(module: torch.nn.Module) -> bool:
-    """Whether every weight of a module is; one pass over them."""
-    weights = [weight.detach() for weight in module.parameters() if weight.is_floating_point()]
-    return bool(get_total_norm(weights, math.inf).isfinite())
+    """Whether every weight of a module is, of a sharded one this rank's part; one pass over them."""
+    weights = [local_part(weight.detach()) for weight in module.parameters() if weight.is_floating_point()]
+    return bool(get_total_norm([weight for weight in weights if weight.numel()], math.inf).isfinite())

@@ -20,15 +20,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins import MixedPrecision
-from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rag.files import write_lines
+from rag.generation.answering import answering_model
 from rag.generation.decoding import generate_answers
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.stacks import use_packed_rows
 from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.checkpoints import save_model
+from rag.models.questions import bare_questions
+from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
 from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
@@ -43,6 +49,7 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
+from rag.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +94,19 @@ class GenerativeQAModule(BaseTransformer):
             args.model.freeze_question_encoder or reads_text(retriever)
         )
         self._freeze()
+        self.packs_questions = args.model.attn_implementation == "auto"
+        if self.rag_loss:
+            use_packed_rows(self.generator)
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
             self.generator.activation_checkpointing_enable()
-        if args.model.compile:
-            for part in (self.generator.get_encoder(), self.generator.get_decoder()):
-                part.compile(dynamic=True)  # every batch has lengths of its own
+        if args.model.compile:  # layer by layer: all are alike, so that one of encoder and decoder each is compiled
+            for layer in self.generator.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.compile(dynamic=True)  # every batch has lengths of its own
         self.thread = ThreadPoolExecutor(1)
         self.prefetching: Future | None = None  # the retrieval of the next training batch
-        self.step_started: float | None = None  # of the optimizer step that batches are collected for
+        self.tokens, self.counted_since = 0, None  # read since that time: what tokens_per_second is made of
+        self.answering: list[PreTrainedModel] = []  # one at most, and in a list no part of this module
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
 
     @classmethod
@@ -186,12 +198,39 @@ class GenerativeQAModule(BaseTransformer):
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
+    def prepare_batch(self, batch: dict) -> dict:
+        """A batch that is still on the host with all that the step would otherwise have to ask the device for."""
+        config = self.generator.config
+        decoder_input_ids, targets = decoder_inputs_and_targets(batch["labels"], config)
+        places = torch.arange(1, targets.shape[1] + 1)
+        lengths = ((targets != config.pad_token_id) * places).amax(1).clamp(min=1).numpy()  # (B)
+        prepared = {
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_targets": targets,
+            "decoder_lengths": lengths,
+            "n_tokens": int(batch["attention_mask"].sum()),
+        }
+        if self.rag_loss and "contexts" not in batch:
+            prepared |= self._on_the_host(batch)
+        if self.device.type == "cuda":
+            prepared |= {name: value.pin_memory() for name, value in prepared.items() if torch.is_tensor(value)}
+        return batch | prepared
+
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        return self.prepare_batch(batch)
+
     def negative_log_likelihood(self, batch: dict, label_smoothing: float = 0.0):
         """Loss of each example (B,), nats, and the contexts that were read (None without retrieval).
 
         Collective where the retriever's `retrieve` is: every rank calls this equally often.
+
+        Args:
+            batch: input_ids, attention_mask and labels (B, S), best as `prepare_batch` returned it.
         """
-        decoder_input_ids, targets = decoder_inputs_and_targets(batch["labels"], self.generator.config)
+        if "decoder_targets" not in batch:
+            batch = self.prepare_batch(move_data_to_device(batch, torch.device("cpu")))
+            batch = move_data_to_device(batch, self.device)
+        decoder_input_ids, targets = batch["decoder_input_ids"], batch["decoder_targets"]
         pad_token_id = self.generator.config.pad_token_id
         if not self.rag_loss:
             logits = self.generator(
@@ -202,21 +241,32 @@ class GenerativeQAModule(BaseTransformer):
             ).logits
             return sequence_nll(logits, targets, pad_token_id, label_smoothing), None
         contexts = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch)
-        n_docs = contexts.doc_scores.shape[1]
-        encoded = encode_contexts(self.generator, contexts.input_ids, contexts.attention_mask)
-        hidden = decode_answers(
-            self.generator, encoded, contexts.attention_mask, decoder_input_ids.repeat_interleave(n_docs, dim=0)
-        )  # (B * n_docs, T, d)
+        encoded = encode_contexts(self.generator, contexts.input_ids, contexts.attention_mask, contexts.lengths)
+        hidden, answers = decode_answers(self.generator, encoded, decoder_input_ids, batch["decoder_lengths"])
         layer = output_layer(self.generator)
-        return self.rag_loss(hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing), contexts
+        nll = self.rag_loss(hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing, answers)
+        return nll, contexts
 
     def _step(self, batch: dict) -> tuple[torch.Tensor]:
         """The mean loss over a batch, nats. Collective where the retriever's `retrieve` is."""
         return (self.negative_log_likelihood(batch, self.args.model.label_smoothing)[0].mean(),)
 
     def _retrieve(self, batch: dict) -> RetrievedContexts:
-        input_ids, attention_mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
-        return retrieve_contexts(self.model.rag, self.retriever, input_ids, attention_mask, texts=batch.get("source"))
+        if "questions" not in batch:  # ahead of the batch's transfer
+            batch = batch | self._on_the_host(batch)
+        ids, mask = (to_device(batch[name], self.device) for name in ("input_ids", "attention_mask"))
+        return retrieve_contexts(
+            self.model.rag, self.retriever, ids, mask,
+            texts=batch.get("source"), questions=batch["questions"], lengths=batch["question_lengths"],
+        )  # fmt: skip
+
+    def _on_the_host(self, batch: dict) -> dict[str, Any]:
+        """What retrieval needs to know of the questions' tokens."""
+        packs = self.packs_questions and not is_sharded(self.model)
+        return {
+            "questions": bare_questions(self.question_tokenizer, batch["input_ids"]),
+            "question_lengths": right_padded_lengths(batch["attention_mask"]) if packs else None,
+        }
 
     def can_prefetch(self, device: torch.device) -> bool:
         """Whether the next batch's passages are known before this step's update, and searching leaves the device free.
@@ -242,24 +292,24 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self.step_started is None:
-            self.step_started, self.tokens = time.perf_counter(), torch.zeros((), device=self.device)
+        if self.counted_since is None:
+            self.tokens, self.counted_since = 0, time.perf_counter()
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         """Mean over the examples, so that neither batch size nor number of ranks changes the size of a step."""
         nll, contexts = self.negative_log_likelihood(batch, self.args.model.label_smoothing)
         loss = nll.mean() * batch["loss_weight"]
         self.log("loss", self.note_losses(loss, nll, batch), prog_bar=True)
-        read = batch["attention_mask"] if contexts is None else contexts.attention_mask
-        self.tokens += read.sum() + (batch["labels"] != self.generator.config.pad_token_id).sum()
+        self.tokens += int(batch["decoder_lengths"].sum()) + (
+            batch["n_tokens"] if contexts is None else contexts.n_tokens
+        )
         if contexts is not None:
             self._log_retrieval(batch, contexts)
         return loss
 
     def _log_retrieval(self, batch: dict, contexts: RetrievedContexts) -> None:
         """The signs of collapse, over the batch of all ranks. Collective."""
-        every = self.trainer.log_every_n_steps
-        if (self.trainer.global_step + 1) % every != 0:
+        if not self.is_log_step():
             return
         ids = zip(batch["index"], contexts.doc_ids.tolist(), strict=True)
         rows = self.gather_rows([{"index": index, "doc_ids": doc_ids} for index, doc_ids in ids])
@@ -281,12 +331,12 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        # Over all batches of an optimizer step, at whose end the device is waited for.
-        assert self.step_started is not None
-        rate = self.tokens / (time.perf_counter() - self.step_started)
-        self.log("tokens_per_second", rate, sync_dist=True, reduce_fx="sum")
-        if not collects_gradients(self.trainer):
-            self.step_started = None
+        is_logged = self.trainer.global_step % self.trainer.log_every_n_steps == 0
+        if is_logged and not collects_gradients(self.trainer):
+            assert self.counted_since is not None
+            now = time.perf_counter()  # the device has just been waited for, to log this step
+            self.log("tokens_per_second", self.tokens / (now - self.counted_since), sync_dist=True, reduce_fx="sum")
+            self.tokens, self.counted_since = 0, now
         # Retriever and tokenizers serve one thread at a time, and a validation's workers are forked: with a tokenizer
         # that is at work in another thread, its lock would be copied as taken, for good.
         wait([self.prefetching] if self.prefetching else [])
@@ -294,7 +344,8 @@ class GenerativeQAModule(BaseTransformer):
     # --- Validation and test ------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.rows = []
+        self.rows, self.counted_since = [], None  # the next training batch begins to count anew
+        self.answering.clear()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -310,19 +361,20 @@ class GenerativeQAModule(BaseTransformer):
         started = time.perf_counter()
         token_ids = self._generate(batch, contexts, max_length)  # (B, T)
         seconds = (time.perf_counter() - started) / len(token_ids)
-        lengths = (token_ids != self.generator.config.pad_token_id).sum(1).tolist()
+        lengths, losses = (token_ids != self.generator.config.pad_token_id).sum(1).tolist(), nll.tolist()
+        entropies = None if contexts is None else doc_entropy(contexts.doc_scores).tolist()
         for i, answer in enumerate(self.ids_to_clean_text(token_ids)):  # one line each in test_generations.txt
             measures = self._best_measures(answer, batch["answers"][i] if "answers" in batch else [batch["target"][i]])
             row = {
                 "index": batch["index"][i],
                 "answer": answer,
-                "avg_loss": nll[i].item(),
+                "avg_loss": losses[i],
                 "avg_gen_time": seconds,
                 "avg_gen_len": lengths[i],
             } | {f"avg_{name}": float(value) for name, value in measures.items()}
-            if contexts is not None:
+            if contexts is not None and entropies is not None:
                 row["doc_ids"] = contexts.doc_ids[i].tolist()
-                row["doc_entropy"] = doc_entropy(contexts.doc_scores[i]).item()
+                row["doc_entropy"] = entropies[i]
             self.rows.append(row)
 
     def _best_measures(self, answer: str, right_answers: list[str]) -> dict[str, float]:
@@ -330,15 +382,23 @@ class GenerativeQAModule(BaseTransformer):
         each = [self.calc_generative_metrics([answer], [right]) for right in right_answers]
         return {name: max(measures[name] for measures in each) for name in each[0]}
 
+    def _answering_model(self) -> PreTrainedModel:
+        """The model; in mixed precision a copy with weights that need no casting, kept while they do not change."""
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self.model
+        if not self.answering:
+            self.answering.append(answering_model(self.model, torch.get_autocast_dtype(kind)))
+        return self.answering[0]
+
     def _generate(self, batch: dict, contexts: RetrievedContexts | None, max_length: int) -> torch.Tensor:
         lengths = {"min_length": 1, "max_length": max_length}
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, **lengths, **FLAGS_DECIDE}
+        model = self._answering_model()
         if contexts is None:
-            return self.generator.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings
-            )
+            return model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         return generate_answers(
-            self.model,
+            model,
             contexts.input_ids,
             contexts.attention_mask,
             contexts.doc_scores,
@@ -348,6 +408,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_validation_epoch_end(self) -> None:
         """`val_em` steers checkpoints and early stopping; a subclass may name another measure by `val_metric`."""
+        self.answering.clear()
         metrics = means(self.gather_rows(self.rows), "val")
         if self.trainer.is_global_zero and not math.isfinite(metrics["val_avg_loss"]):
             logger.warning(f"validation at step {self.trainer.global_step}: the loss is {metrics['val_avg_loss']}")
@@ -355,6 +416,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def on_test_epoch_end(self) -> None:
         """Write test_results.txt and test_generations.txt, the answers in the order of test.source."""
+        self.answering.clear()
         rows = self.gather_rows(self.rows)
         metrics = means(rows, "test")
         self.log_dict(metrics, sync_dist=True)

@@ -8,6 +8,7 @@ Rank 0 writes; a resumed run drops what it makes again.
 import os
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
@@ -30,6 +31,22 @@ def is_real_run(trainer: pl.Trainer) -> bool:
 def collects_gradients(trainer: pl.Trainer) -> bool:
     """Whether the next batch belongs to the optimizer step of this one, so that gradients are half collected."""
     return trainer.fit_loop._should_accumulate()
+
+
+_host_groups: "WeakKeyDictionary[pl.Trainer, Any]" = WeakKeyDictionary()
+
+
+def any_rank(trainer: pl.Trainer, decision: bool) -> bool:
+    """Whether any rank says so. Collective; between GPUs, too, the processes talk, and no device is waited for."""
+    if trainer.world_size == 1:
+        return decision
+    if trainer.strategy.root_device.type != "cuda":
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+    if trainer not in _host_groups:
+        _host_groups[trainer] = torch.distributed.new_group(backend="gloo")
+    says_so = torch.tensor(int(decision))
+    torch.distributed.all_reduce(says_so, torch.distributed.ReduceOp.MAX, group=_host_groups[trainer])
+    return bool(says_so)
 
 
 def raise_on_all_ranks(trainer: pl.Trainer, problem: str) -> NoReturn:

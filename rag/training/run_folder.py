@@ -38,6 +38,7 @@ COMPARED = ("model", "retrieval", "data", "training")
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK",
                   "JSM_NAMESPACE_RANK")  # fmt: skip
 SPLITS = ("train", "val", "test")
+PRECISIONS = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
 
 def is_rank_zero() -> bool:
@@ -82,14 +83,35 @@ def continuation_problems(args: FinetuneArguments) -> list[str]:
         f"--{name} was {earlier[group].get(name)} and is {value}"
         for group in COMPARED
         for name, value in args.to_dict()[group].items()
-        if name not in FREE_TO_CHANGE.get(group, ()) and earlier[group].get(name) != value
+        if name not in FREE_TO_CHANGE.get(group, ()) and name in earlier[group] and earlier[group][name] != value
     ]
+    then, now = precision_of(earlier), precision_of(args.to_dict())
+    if not changes and now not in (then, "auto"):
+        changes = [f"--precision was {then} and is {now}"]
     if not changes:
         return []
     return [
         f"--output_dir {folder} holds a run with other settings ({'; '.join(changes)}); choose another folder, or give "
         "--overwrite_output_dir to remove that run"
     ]
+
+
+def precision_of(settings: dict[str, Any]) -> str:
+    """The number format that settings ask for, in Lightning's longer words; "auto" where the machine is to decide."""
+    training = settings["training"]
+    if training.get("fp16") or training.get("bf16"):
+        return "16-mixed" if training["fp16"] else "bf16-mixed"
+    word = str(settings.get("trainer", {}).get("precision"))
+    return PRECISIONS.get(word, word)
+
+
+def begun_precision(checkpoint: str | None) -> str | None:
+    """The number format of the run that wrote a checkpoint, where its folder tells it."""
+    description = Path(checkpoint or "").parent / "hparams.json"
+    if checkpoint is None or not description.is_file():
+        return None
+    settings = read_state(description, "give --precision 32-true or bf16-mixed")
+    return precision_of(settings) if isinstance(settings.get("training"), dict) else None
 
 
 def _stray_problems(folder: Path) -> list[str]:

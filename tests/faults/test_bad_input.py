@@ -136,7 +136,8 @@ for script, names in {
     EVAL: ["n_docs", "num_beams", "eval_batch_size", "max_source_length", "max_length", "ef_search", "nprobe"],
     FINETUNE: ["train_batch_size", "eval_batch_size", "num_beams", "max_source_length", "max_target_length", "n_docs",
                "num_train_epochs", "gradient_accumulation_steps", "max_combined_length", "num_retrieval_workers"],
-    KNOWLEDGE: ["batch_size", "num_shards", "m", "num_index_shards", "n_docs", "num_proc", "num_encoding_processes"],
+    KNOWLEDGE: ["batch_size", "tokens_per_batch", "num_shards", "m", "num_index_shards", "n_docs", "num_proc",
+                "num_encoding_processes"],
 }.items():  # fmt: skip
     for name in names:
         for value in WHOLE:

@@ -13,6 +13,7 @@ from rag.errors import UserError
 from rag.generation.decoding import generate_answers
 from rag.generation.families import FAST, PLAIN, require_family
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.stacks import use_packed_rows
 from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll
 from tests.conftest import assert_equal_but_for_rounding
 from tests.generation.test_decoding import (
@@ -66,6 +67,7 @@ def test_losses_and_answers_equal_transformers(family):
     labels = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(2))
     labels[1, 3:] = 1
     decoder_ids, targets = decoder_inputs_and_targets(labels, generator.config)
+    use_packed_rows(generator)
     for model_class, nll in ((RagSequenceForGeneration, rag_sequence_nll), (RagTokenForGeneration, rag_token_nll)):
         model = make_rag(model_class, generator)
         for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id", "vocab_size"):
@@ -73,8 +75,8 @@ def test_losses_and_answers_equal_transformers(family):
         model.config.n_docs = N_DOCS
         with torch.no_grad():
             encoded = encode_contexts(generator, ids, mask)
-            hidden = decode_answers(generator, encoded, mask, decoder_ids.repeat_interleave(N_DOCS, 0))
-            ours = nll(hidden, output_layer(generator), doc_scores, targets, 1)
+            hidden, packed = decode_answers(generator, encoded, decoder_ids)
+            ours = nll(hidden, output_layer(generator), doc_scores, targets, 1, answers=packed)
             theirs = model(
                 context_input_ids=ids, context_attention_mask=mask, doc_scores=doc_scores, labels=decoder_ids
             ).loss

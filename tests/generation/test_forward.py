@@ -1,4 +1,4 @@
-"""The generator in training: contexts encoded in groups, logits in parts, half precision, fused attention."""
+"""The generator in training: contexts and answers in packed rows, logits in parts, half precision, fused attention."""
 
 import copy
 import itertools
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from rag.generation import forward
-from rag.generation.forward import decode_answers, encode_contexts, groups_of_similar_length, output_layer
+from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.stacks import use_packed_rows
+from rag.packing import groups_of_similar_length
 from rag.training import loss as loss_module
 from rag.training.loss import rag_sequence_nll, rag_token_nll, target_logprobs
 from tests.conftest import assert_equal_but_for_rounding, in_float64
@@ -51,26 +52,30 @@ def contexts():
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_contexts_in_groups_are_encoded_as_together(name, side, contexts, request, monkeypatch):
+def test_packed_contexts_and_answers_are_read_as_padded_ones(name, side, contexts, request):
     generator = in_float64(copy.deepcopy(request.getfixturevalue(name)))
+    use_packed_rows(generator)
     ids, mask = contexts if side == "right" else (tensor.flip(1) for tensor in contexts)
-    encoder = generator.get_encoder()
-    read = []
-    hook = encoder.register_forward_hook(
-        lambda _, __, kwargs, ___: read.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    monkeypatch.setitem(forward.GROUP_COST, "cpu", 1)
     encoded = encode_contexts(generator, ids, mask)
-    hook.remove()
-    expected = encoder(ids, attention_mask=mask)[0]
-    assert_equal_but_for_rounding(encoded[mask == 1], expected[mask == 1])
-    if side == "right":
-        assert len(read) > 3 and sum(part.numel() for part in read) < 1.1 * mask.sum()
-    decoder_ids = torch.randint(4, 60, (7, 5))
-    hidden = decode_answers(generator, encoded, mask, decoder_ids)
+    expected = generator.get_encoder()(ids, attention_mask=mask)[0]
+    assert (encoded.packing is not None) == (side == "right")  # else positions count what stands before the text
+    found = encoded.hidden if encoded.packing is None else encoded.packing.unpack(encoded.hidden, ids.shape[1])
+    assert_equal_but_for_rounding(found[mask == 1], expected[mask == 1])
+    decoder_ids, lengths = torch.randint(4, 60, (7, 5)), np.array([5, 2, 1, 5, 3, 4, 5])
+    hidden, answers = decode_answers(generator, encoded, decoder_ids, lengths)
     weight, bias = output_layer(generator)
     logits = generator(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+    if answers is not None:
+        assert len(encoded.hidden) == mask.sum() and len(hidden) == lengths.sum()
+        logits = answers.pack(logits)
     assert_equal_but_for_rounding(hidden @ weight.T + bias, logits)
+
+
+def test_another_attention_that_was_chosen_stays(bart, contexts):
+    generator = copy.deepcopy(bart)
+    generator.set_attn_implementation("eager")
+    use_packed_rows(generator)
+    assert generator.config._attn_implementation == "eager" and encode_contexts(generator, *contexts).packing is None
 
 
 def test_log_probabilities_and_gradients_are_those_of_whole_logits(monkeypatch):

@@ -13,6 +13,7 @@ from benchmarks import decoding as benchmark
 from rag.generation import plain_decoder, token_trees
 from rag.generation.decoding import generate_answers
 from rag.generation.pace import PACES, Watch
+from rag.generation.stacks import Stack
 from tests.generation.test_decoding import MAKE, MAX_LENGTH, N_DOCS, make_contexts, make_rag, trim
 from tests.generation.test_families import make_generator
 
@@ -85,12 +86,17 @@ def test_a_gpu_answers_as_a_cpu_does(kind, model_class):
     assert len(generate_answers(model.bfloat16(), *contexts, **settings)) == len(expected)
 
 
-def test_equal_contexts_are_encoded_once():
+def test_equal_contexts_are_encoded_once(monkeypatch):
     model = make_rag(RagSequenceForGeneration, MAKE["bart"](1))
     ids, mask, doc_scores = make_contexts(1, questions=3)
     contexts = ids[:N_DOCS].repeat(3, 1), mask[:N_DOCS].repeat(3, 1)
-    encoded: list[int] = []
-    model.generator.get_encoder().register_forward_hook(lambda module, args, output: encoded.append(len(output[0])))
+    encoded, encode = [], Stack.encode
+
+    def note(stack, ids, packing):
+        encoded.append(len(packing.lengths))
+        return encode(stack, ids, packing)
+
+    monkeypatch.setattr(Stack, "encode", note)
     settings = {"n_docs": N_DOCS, "max_length": MAX_LENGTH}
     together = trim(generate_answers(model, *contexts, doc_scores, **settings), 1)
     assert sum(encoded) == N_DOCS

@@ -44,7 +44,7 @@ def encoded(monkeypatch):
     """The passages that are encoded from now on, batch by batch."""
     encode, sizes = PassageEmbedder._encode, []
     monkeypatch.setattr(
-        PassageEmbedder, "_encode", lambda self, batch: sizes.append(len(batch["input_ids"])) or encode(self, batch)
+        PassageEmbedder, "_encode", lambda self, batch: sizes.append(len(batch.rows)) or encode(self, batch)
     )
     return sizes
 

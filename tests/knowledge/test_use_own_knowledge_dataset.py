@@ -139,7 +139,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(flags, tmp_pat
     encode, calls = PassageEmbedder._encode, []
 
     def killed(self, batch):
-        calls.append(len(batch["input_ids"]))
+        calls.append(len(batch.rows))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return encode(self, batch)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+import torch
 from datasets import load_from_disk
 
 from rag.distributed.stopped import StoppedClock
@@ -36,7 +37,7 @@ def embedder(context_encoder_folder):
 
 @pytest.fixture(scope="module")
 def plan(context_encoder_folder, embedder):
-    return EncoderPlan(str(context_encoder_folder), "auto", weights_digest(embedder.encoder), 2, "cpu")
+    return EncoderPlan(str(context_encoder_folder), "auto", weights_digest(embedder.encoder), 2, "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_processes_of_this_node(embedder, plan, monkeypatch):
         idle = set(multiprocessing.active_children()) - others
         assert len(idle) == 2
         os.kill(idle.pop().pid, signal.SIGSTOP)  # it may hold the lock with which the other one waits for work
-    wrong = EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu")
+    wrong = replace(plan, digest="of other weights")
     with NodeWorkers(embedder, wrong, processes=1) as workers, pytest.raises(UserError, match="has other weights on"):
         embedded(workers)
 
@@ -80,7 +81,7 @@ def test_processes_of_this_node(embedder, plan, monkeypatch):
 def test_tasks_of_a_cluster_of_our_own(ray_workers, embedder, plan, flags, tmp_path, monkeypatch):
     assert_equal_to(embedded(embedder), embedded(ray_workers))
     with monkeypatch.context() as patch:
-        patch.setattr(ray_workers, "plan", EncoderPlan(plan.name, plan.pooling, "of other weights", 2, "cpu"))
+        patch.setattr(ray_workers, "plan", replace(plan, digest="of other weights"))
         with pytest.raises(UserError, match="has other weights on"):
             embedded(ray_workers)
     # The script uses the cluster that is there, and leaves it up.
@@ -167,6 +168,16 @@ def test_ray_workers_that_die_too_often_are_told(ray_workers, embedder, plan, mo
         Killer("ray::embed_shard", 1),
     ):
         embedded(workers, MANY)
+
+
+def test_threads_that_tokenize(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert EncodingResources().tokenizer_threads(None) == 1
+    assert EncodingResources().tokenizer_threads(3) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert EncodingResources(processes=1).tokenizer_threads(None) == cores
+    assert EncodingResources(processes=10**6).tokenizer_threads(None) == 1
+    assert EncodingResources(processes=1).tokenizer_threads(1) == 1
 
 
 def test_who_embeds(embedder, plan):

@@ -275,7 +275,7 @@ def test_knowledge_of_a_custom_encoder(custom, tmp_path):
 
 
 def test_encoding_workers_are_told(custom):
-    plan = EncoderPlan(str(custom), "auto", "", 2, "cpu")
+    plan = EncoderPlan(str(custom), "auto", "", 2, "cpu", torch.float32)
     with pytest.raises(UserError, match=NOT_RUN):
         _embedder.__wrapped__(plan)
     with pytest.raises(UserError, match="has other weights"):  # it was loaded

@@ -114,9 +114,9 @@ def test_passages_are_embedded_behind_their_prompt(make, bert_tokenizer):
     by_hand, _ = vectors(plain, [("the city of oslo", "near"), ("the city of rome", "the sea")])
     assert_equal_but_for_rounding(found, by_hand)
     assert_equal_but_for_rounding(vectors(prompted, passages, "")[0][:1], vectors(plain, passages)[0][:1])
-    described = IndexDescription(**embedder.description(), encoder_digest="a")
+    described = IndexDescription(**embedder.reader.description(), encoder_digest="a")
     assert described.passage_prompt == "the city of "
-    without = IndexDescription(**embedder.description() | {"passage_prompt": ""}, encoder_digest="a")
+    without = IndexDescription(**embedder.reader.description() | {"passage_prompt": ""}, encoder_digest="a")
     assert described.passages_digest() != without.passages_digest()
     with pytest.raises(UserError, match="leaves no room for a passage in the encoder's 8 tokens"):
         vectors(prompted, passages, "the city of " * 4)

@@ -8,11 +8,13 @@ import time
 import faiss
 import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
 from transformers import BartConfig, DPRConfig, RagConfig
 
 from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
 from rag.distributed.ranks import RankError
 from rag.errors import UserError
+from rag.index import device_search
 from rag.index.index_files import shard_path, write_faiss_index
 from rag.index.legacy_dpr import IDS_FILE, INDEX_FILE, PASSAGES_PICKLE
 from rag.index.sources import open_index
@@ -75,6 +77,28 @@ def device_config(config):
     )
 
 
+@pytest.fixture
+def int8_config(device_config):
+    device_config.index_precision = "int8"
+    return device_config
+
+
+@pytest.fixture
+def ties_config(tmp_path):
+    """Twenty passages of which many have equal scores: whole numbers, whose products are exact."""
+    vectors = np.random.default_rng(0).integers(-1, 2, (20, DIMENSION)).astype(np.float32)
+    rows = {"title": [str(row) for row in range(20)], "text": ["a"] * 20, "embeddings": vectors.tolist()}
+    features = Features(
+        {"title": Value("string"), "text": Value("string"), "embeddings": List(Value("float32"), length=DIMENSION)}
+    )
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "passages")
+    index = faiss.IndexFlatIP(DIMENSION)
+    index.add(vectors)
+    write_faiss_index(index, tmp_path / "ties.faiss")
+    paths = {"passages_path": str(tmp_path / "passages"), "index_path": str(tmp_path / "ties.faiss")}
+    return rag_config(index_name="custom", index_device="cpu", **paths)
+
+
 def queries_of(rank: int, round_number: int) -> np.ndarray:
     rows = ROUNDS[round_number][0][rank]
     return np.random.default_rng((rank, round_number)).standard_normal((rows, DIMENSION), dtype=np.float32)
@@ -85,11 +109,14 @@ def all_rounds(rank: int, config) -> list:
     retriever = RagPyTorchDistributedRetriever(config, None, None)
     retriever.init_retrieval(distributed_port=1234)
     retriever.init_retrieval()
-    assert retriever.index.is_initialized() == (rank == 0)
+    in_slices = getattr(config, "index_device", None) == "cpu"
+    assert retriever.index.is_initialized() == (rank == 0 or in_slices)
+    if in_slices:
+        assert retriever.index.rows == range(*[(0, 2), (2, 5), (5, 8)][rank])
     return [retriever.retrieve(queries_of(rank, number), n_docs) for number, (_, n_docs) in enumerate(ROUNDS)]
 
 
-@pytest.mark.parametrize("kind", ["config", "legacy_config", "sharded_config", "device_config"])
+@pytest.mark.parametrize("kind", ["config", "legacy_config", "sharded_config", "device_config", "int8_config"])
 def test_every_rank_gets_what_one_process_gets(kind, request, tmp_path):
     config = request.getfixturevalue(kind)
     alone = RagKnowledgeRetriever(config, None, None)
@@ -104,6 +131,47 @@ def test_every_rank_gets_what_one_process_gets(kind, request, tmp_path):
                 np.testing.assert_array_equal(ids, expected_ids)
                 np.testing.assert_array_equal(embeds, expected_embeds)
                 assert docs == expected_docs
+
+
+def search_with_ties(rank: int, config) -> np.ndarray:
+    retriever = RagPyTorchDistributedRetriever(config, None, None)
+    retriever.init_retrieval()
+    return retriever.retrieve(np.round(queries_of(rank, 0)), 7)[1]
+
+
+def test_ties_between_slices_are_settled_as_on_one_device(ties_config, tmp_path):
+    alone = RagKnowledgeRetriever(ties_config, None, None)
+    for rank, ids in enumerate(run_ranks(search_with_ties, 2, tmp_path, ties_config)):
+        queries = np.round(queries_of(rank, 0))
+        np.testing.assert_array_equal(ids, alone.retrieve(queries, 7)[1])
+        scores = np.take_along_axis(queries @ alone.index.embeddings.gather(np.arange(20)).T, ids, axis=1)
+        assert (np.diff(scores) <= 0).all() and (np.diff(scores) == 0).any()
+        assert (np.diff(ids)[np.diff(scores) == 0] > 0).all()  # the lower row first
+
+
+def search_where_a_slice_finds_no_room(rank: int, config):
+    retriever = RagPyTorchDistributedRetriever(config, None, None)
+    if rank == 1:
+        device_search.usable_device = no_device
+    retriever.init_retrieval()
+    index = retriever.index
+    ids = [retriever.retrieve(queries_of(rank, number), n_docs)[1] for number, (_, n_docs) in enumerate(ROUNDS)]
+    return ids, index.fallback, index.device_search is None and (index.faiss_index is not None) == (rank == 0)
+
+
+def no_device(name: str):
+    raise device_search.DeviceUnavailableError("too little memory")
+
+
+def test_where_one_rank_cannot_hold_its_slice_rank_zero_searches_by_faiss(device_config, tmp_path):
+    alone = RagKnowledgeRetriever(device_config, None, None)
+    for rank, (found, fallback, is_right) in enumerate(
+        run_ranks(search_where_a_slice_finds_no_room, 2, tmp_path, device_config)
+    ):
+        assert fallback == "--index_device cpu: too little memory; FAISS searches instead" and is_right
+        for number, ids in enumerate(found):
+            queries, n_docs = queries_of(rank, number), ROUNDS[number][1]
+            np.testing.assert_array_equal(ids, alone.index.search(queries, n_docs)[1])
 
 
 def test_one_process_needs_no_group(config):
@@ -127,20 +195,30 @@ def test_ranks_that_ask_for_different_numbers_of_passages_are_told(config, tmp_p
         assert "retrieval 2: rank 1 asks for 3 passages a question, rank 0 for 2" in str(error)
 
 
-def failing_search(rank: int, config) -> None:
+def failing_search(rank: int, config, failing: int) -> None:
     retriever = RagPyTorchDistributedRetriever(config, None, None)
     retriever.init_retrieval()
-    if rank == 0:
+    if rank == failing:
         retriever.index.search = lambda queries, n_docs: 1 // 0
     retriever.retrieve(queries_of(rank, 0), n_docs=3)
 
 
 def test_an_error_in_the_search_reaches_every_rank(config, tmp_path):
-    errors = run_ranks(failing_search, 3, tmp_path, config)
+    errors = run_ranks(failing_search, 3, tmp_path, config, 0)
     assert isinstance(errors[0], ZeroDivisionError)
     for error in errors[1:]:
         assert isinstance(error, RankError)
         assert "retrieval 1: rank 0 failed: ZeroDivisionError" in str(error)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_error_in_the_search_of_a_slice_reaches_every_rank(device_config, tmp_path, failing):
+    errors = run_ranks(failing_search, 3, tmp_path, device_config, failing)
+    if failing == 0:
+        assert isinstance(errors.pop(0), ZeroDivisionError)
+    for error in errors:
+        assert isinstance(error, RankError)
+        assert f"retrieval 1: rank {failing} failed: ZeroDivisionError" in str(error)
 
 
 def start(rank: int, config) -> None:
@@ -182,6 +260,25 @@ def test_a_lost_rank_ends_the_others_in_time(config, tmp_path, how):
     assert seconds < 3.5 and other_seconds < 3.5  # before the one that is late
     if how != "late":  # a silence ends gloo's connections, and with them what rank 0 could say of it
         assert "rank 1 " in other_message
+
+
+def lose_a_slice(rank: int, config):
+    """Rank 1 dies while it searches its part; what the others hear, and after how many seconds."""
+    retriever = RagPyTorchDistributedRetriever(config, None, None, timeout=1)
+    retriever.init_retrieval()
+    if rank == 1:
+        retriever.index.search = lambda queries, n_docs: os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        retriever.retrieve(queries_of(rank, 0), n_docs=3)
+    except RankError as error:
+        return str(error), time.monotonic() - start
+
+
+def test_a_rank_lost_with_its_slice_ends_the_others_in_time(device_config, tmp_path):
+    (message, seconds), _, (other_message, other_seconds) = run_ranks(lose_a_slice, 3, tmp_path, device_config)
+    assert "retrieval 1: rank 1 " in message and "rank 1 " in other_message
+    assert seconds < 3.5 and other_seconds < 3.5
 
 
 def lose_rank_zero(rank: int, config):

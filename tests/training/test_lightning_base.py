@@ -227,7 +227,6 @@ def test_overfitting_sees_the_same_batches_every_epoch(tmp_path):
         (["--gpus", "2"], ["--gpus 2", "--accelerator cpu"]),
         (["--gpus", "0", "--fp16"], ["--fp16", "--bf16"]),
         (["--strategy", "luck"], ["--strategy luck"]),
-        (["--strategy", "fsdp"], ["--strategy fsdp"]),
         (["--accelerator", "tpu"], ["--accelerator tpu"]),
         (["--precision", "16-mixed"], ["--precision 16-mixed"]),
         (["--strategy", "ddp_spawn"], ["--strategy ddp_spawn", "give ddp"]),

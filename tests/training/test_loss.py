@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
-from rag.generation import forward
+from rag import packing
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.stacks import use_packed_rows
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 from rag.training import loss as loss_module
 from rag.training.loss import _logit_sum, decoder_inputs_and_targets, rag_sequence_nll, rag_token_nll, sequence_nll
@@ -27,7 +28,7 @@ def test_loss_and_gradients_equal_transformers(
     model_class, label_smoothing, dtype, generator, question_encoder, knowledge, bert_tokenizer, monkeypatch
 ):
     """With contexts in several groups and the vocabulary in several parts."""
-    monkeypatch.setitem(forward.GROUP_COST, "cpu", 1)
+    monkeypatch.setattr(packing, "GROUP_COST", 1)
     monkeypatch.setattr(loss_module, "CHUNK_VOCABULARY", 32)
     generator, tokenizer = generator
     model = make_rag(model_class, question_encoder, generator, knowledge, label_smoothing=label_smoothing)
@@ -45,12 +46,14 @@ def test_loss_and_gradients_equal_transformers(
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     contexts = retrieve_contexts(model.rag, retriever, **questions)
+    use_packed_rows(model.generator)
     encoded = encode_contexts(model.generator, contexts.input_ids, contexts.attention_mask)
-    decoder_ids = decoder_input_ids.repeat_interleave(model.config.n_docs, dim=0)
-    hidden = decode_answers(model.generator, encoded, contexts.attention_mask, decoder_ids)
+    lengths = (targets != generator.config.pad_token_id).sum(1).numpy()
+    hidden, packed = decode_answers(model.generator, encoded, decoder_input_ids, lengths)
+    assert packed is not None and lengths.min() < lengths.max()
     layer, pad_token_id = output_layer(model.generator), generator.config.pad_token_id
     ours = LOSSES[model_class](
-        hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing=label_smoothing
+        hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing, answers=packed
     )
     our_gradients = gradients(ours)
     model.set_retriever(retriever)

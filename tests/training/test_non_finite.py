@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rag.errors import UserError
-from rag.training.non_finite import NonFiniteError, OptimizerStep, weights_are_finite
+from rag.training.base_module import BaseTransformer
+from rag.training.non_finite import LeftOutError, NonFiniteError, OptimizerStep, weights_are_finite
 from tests.training.lightning_toy import ToyModule, fit, toy_args
 
 BAD = 7  # the example whose loss or gradients are not finite
@@ -80,6 +81,54 @@ def test_it_stops_saved_as_before_the_step_and_goes_on_by_skipping(module_class,
         for one in (tmp_path, tmp_path / "whole")
     ]
     assert values[0] == values[1]
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """The CPU as a device that is not waited for but at log steps."""
+    monkeypatch.setattr(BaseTransformer, "judges_later", lambda module, optimizer: True)
+
+
+LATER_FLAGS = ["--save_interval", "0", "--log_every_n_steps", "4"]
+
+
+@pytest.mark.parametrize("module_class", [NanLoss, InfiniteGradients])
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_a_device_leaves_out_a_step_as_it_is_skipped(module_class, accumulate, later, tmp_path, caplog, monkeypatch):
+    flags = [*LATER_FLAGS, "--nan_policy", "skip", "--gradient_accumulation_steps", accumulate]
+    trainer, module = fit(toy_args(tmp_path / "later", *flags), module_class=module_class)
+    told = [record.getMessage() for record in caplog.records]
+    assert any("'line 7 long'" in line and "is skipped" in line for line in told)
+    assert module.skipped_steps == 2 and not module.pending_steps.steps
+    monkeypatch.undo()
+    same_trainer, same = fit(toy_args(tmp_path / "at_once", *flags), module_class=module_class)
+    assert module.trained_on == same.trained_on and module.linear.weight.tolist() == same.linear.weight.tolist()
+    counts = [{float(state["step"]) for state in one.optimizers[0].state.values()} for one in (trainer, same_trainer)]
+    assert counts[0] == counts[1]
+    assert {record.getMessage() for record in caplog.records} == set(told)
+
+
+@pytest.mark.parametrize("module_class", [NanLoss, InfiniteGradients])
+def test_what_a_device_left_out_stops_the_run_again_until_it_may_skip(module_class, later, tmp_path):
+    _, whole = fit(toy_args(tmp_path / "whole", *LATER_FLAGS, "--nan_policy", "skip"), module_class=module_class)
+    step = [index for batch in whole.trained_on for index in batch].index(BAD) // 2 + 1
+    for _ in range(2):
+        with pytest.raises(LeftOutError, match=rf"^step {step}: the .*'line 7 long'.*--nan_policy skip goes on"):
+            fit(toy_args(tmp_path, *LATER_FLAGS), module_class=module_class)
+        saved = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
+        assert step <= saved["global_step"] <= step + 4 and saved["left_out"].startswith(f"step {step}: ")
+    _, resumed = fit(toy_args(tmp_path, *LATER_FLAGS, "--nan_policy", "skip"), module_class=module_class)
+    assert resumed.trained_on == whole.trained_on[saved["global_step"] :]
+    assert resumed.linear.weight.tolist() == whole.linear.weight.tolist()
+    assert resumed.skipped_steps == whole.skipped_steps
+
+
+def test_only_a_fused_optimizer_on_a_device_leaves_steps_out_by_itself(tmp_path, monkeypatch):
+    module = ToyModule(toy_args(tmp_path))
+    fused, plain = (torch.optim.AdamW(module.parameters(), fused=fused) for fused in (True, False))
+    assert not module.judges_later(fused)
+    monkeypatch.setattr(ToyModule, "device", torch.device("meta"))
+    assert module.judges_later(fused) and not module.judges_later(plain)
 
 
 class BadFirst(ToyModule):

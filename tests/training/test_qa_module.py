@@ -9,8 +9,8 @@ import torch
 from pytorch_lightning.loops.evaluation_loop import _EvaluationLoop
 from transformers import RagTokenizer
 
+from rag import packing
 from rag.errors import UserError
-from rag.generation import forward
 from rag.models.checkpoints import load_model
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import parse_args
@@ -41,7 +41,7 @@ def module_of(model_folder, bert_tokenizer, request):
 @pytest.fixture
 def step(module_of, bert_tokenizer, monkeypatch):
     """A function that takes one step's loss and gradients, with dropout, under given flags."""
-    monkeypatch.setitem(forward.GROUP_COST, "cpu", 1)
+    monkeypatch.setattr(packing, "GROUP_COST", 1)
 
     def take(name, *flags, dtype=torch.float64):
         module = module_of(name, *flags)
@@ -80,7 +80,7 @@ def test_bf16_is_near_full_precision_in_float32_gradients(name, step):
 
 
 def test_compile_changes_neither_loss_nor_gradients(step, monkeypatch):
-    """The generator is traced whole and for any lengths; the backend is none, as a C++ compiler takes a minute."""
+    """Each layer is traced for any lengths; the backend is none, as a C++ compiler takes a minute."""
     compile_module, compiled = torch.nn.Module.compile, []
 
     def compile_eagerly(module, **settings):
@@ -90,7 +90,7 @@ def test_compile_changes_neither_loss_nor_gradients(step, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     loss, gradients = step("bart")
     again, same = step("bart", "--compile")
-    assert compiled == [{"dynamic": True}] * 2
+    assert compiled == [{"dynamic": True}] * 2  # one layer each
     assert_equal_but_for_rounding(again, loss)
     assert_equal_but_for_rounding(same, gradients)
 
