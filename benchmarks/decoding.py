@@ -4,6 +4,7 @@
     python benchmarks/decoding.py                                  # seven minutes
     python benchmarks/decoding.py --equal 500 --size small         # no clock, only whether the token ids are the same
     python benchmarks/decoding.py --equal 500 --encode_once        # at BART-base size: an hour and a quarter
+    python benchmarks/decoding.py --precision bf16 --equal 100 --size small    # which answers are as in float32
 
 The weights are random, scaled so that answers hang on the contexts; a bias on the end token, which grows from word to
 word, makes them 3 to 12 tokens long. transformers' side gets the contexts' attention mask handed to its inner
@@ -12,6 +13,7 @@ where it takes one question at a time whatever the batch, it answers the first -
 is the peak that a call adds to the process. A difference that is none in float64 is a tie that float32 rounds one way
 or the other; any other difference ends the benchmark with an error. RAG-Sequence's scoring has transformers encode each
 context once a candidate; with --encode_once its encoder answers equal rows of a call from one pass, all else as it is.
+With --precision both sides have half-precision weights; differences between them are counted, not looked into.
 """
 
 import copy
@@ -22,6 +24,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -52,6 +55,7 @@ class BenchmarkArguments:
     seeds: int = flag(5, "Random models that share the questions of --equal.")
     encode_once: bool = flag(False, "For --equal: spare transformers equal rows' encoding.")
     first_seed: int = flag(0, "Of the random models and questions.")
+    precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "Of both sides' weights; not fp32: compared with fp32's.")
 
     def __post_init__(self):
         if self.short:
@@ -189,9 +193,21 @@ def first_questions(contexts, n: int):
     return ids[: n * n_docs], mask[: n * n_docs], doc_scores[:n]
 
 
+def in_precision(model, word: str):
+    """The model itself, or a copy in half precision."""
+    from rag.models.precision import DTYPES
+
+    return model if word == "fp32" else copy.deepcopy(model).to(DTYPES[word])
+
+
+def equal_rows(some: list, others: list) -> int:
+    return sum(one == other for one, other in zip(some, others, strict=True))
+
+
 def measure(args, model_class, generator, questions: int) -> dict:
     """Medians over the rounds, and how many answers are the same."""
-    model = make_model(model_class, generator, args.n_docs)
+    full = make_model(model_class, generator, args.n_docs)
+    model, as_full = in_precision(full, args.precision), 0
     our_way(model, *make_contexts(1, args.n_docs, SIZES[args.size]["vocabulary"], seed=99))
     theirs, ours, same, lengths = [], [], 0, []
     for seed in range(args.first_seed, args.first_seed + args.rounds):
@@ -200,13 +216,19 @@ def measure(args, model_class, generator, questions: int) -> dict:
         theirs.append(cost)
         cost, answers = timed(our_way, model, contexts)
         ours.append(cost)
-        same += len(expected) - len(different_rows(model, contexts, expected, answers))
+        if model is full:
+            same += len(expected) - len(different_rows(model, contexts, expected, answers))
+        else:
+            same += equal_rows(expected, answers[: len(expected)])
+            as_full += equal_rows(answers, trim(our_way(full, *contexts)))
         lengths += map(len, answers)
     result = {"model": model_class.__name__, "same": f"{same} of {questions * args.rounds}"}
     for name in ("wall", "cpu", "memory"):
         result[name] = [statistics.median(getattr(cost, name) for cost in side) for side in (theirs, ours)]
     ratios = [one.wall / other.wall for one, other in zip(theirs, ours, strict=True)]
     result["ratio"] = result["wall"][0] / result["wall"][1]
+    if model is not full:
+        result["same"] += f", as float32's: {as_full} of {args.batch_size * args.rounds}"
     print(
         "{model}: transformers {wall[0]:.2f} s a question, ours {wall[1]:.2f} s: {ratio:.1f}x".format(**result),
         f"({min(ratios):.1f} to {max(ratios):.1f} in {args.rounds} rounds);",
@@ -240,6 +262,30 @@ def compare(args, model_class) -> dict:
     return {"model": model_class.__name__, "asked": asked, "ties": ties}
 
 
+def compare_precisions(args, model_class) -> dict:
+    """How many of so many random questions get the answer that float32 gives, of us and of transformers."""
+    names = ("ours as float32's", "transformers' as float32's", "ours as transformers'")
+    counts, asked = dict.fromkeys(names, 0), 0
+    for number in range(args.seeds):
+        seed = args.first_seed + number
+        full = make_model(model_class, make_generator(args.size, seed), args.n_docs)
+        half = in_precision(full, args.precision)
+        remaining = args.equal // args.seeds + (number < args.equal % args.seeds)
+        while remaining:
+            batch = min(args.batch_size, remaining)
+            contexts = make_contexts(batch, args.n_docs, SIZES[args.size]["vocabulary"], 1000 * seed + remaining)
+            remaining -= batch
+            ways = (our_way, full), (our_way, half), (transformers_way, full), (transformers_way, half)
+            ours, ours_half, theirs, theirs_half = (trim(way(model, *contexts)) for way, model in ways)
+            pairs = (ours, ours_half), (theirs, theirs_half), (ours_half, theirs_half)
+            for name, pair in zip(names, pairs, strict=True):
+                counts[name] += equal_rows(*pair)
+            asked += batch
+    shares = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    print(f"{model_class.__name__}: {asked} questions in {args.precision}; {shares}", flush=True)
+    return {"model": model_class.__name__, "asked": asked, **counts}
+
+
 def different_rows(model, contexts, expected: list, answers: list) -> list[int]:
     """The questions whose answers are not the same because float32 rounds a tie: in float64 they are the same."""
     ids, mask, doc_scores = contexts
@@ -262,11 +308,12 @@ def main(args: BenchmarkArguments) -> list[dict]:
     transformers.logging.set_verbosity_error()
     print(
         f"{header('torch', 'transformers', threads=torch.get_num_threads())}\n"
-        f"{args.size} size, batch {args.batch_size}, {args.n_docs} documents, {SETTINGS}",
+        f"{args.size} size, batch {args.batch_size}, {args.n_docs} documents, {args.precision}, {SETTINGS}",
         flush=True,
     )
     if args.equal:
-        return [compare(args, model_class) for model_class in (RagSequenceForGeneration, RagTokenForGeneration)]
+        compared = compare if args.precision == "fp32" else compare_precisions
+        return [compared(args, model_class) for model_class in (RagSequenceForGeneration, RagTokenForGeneration)]
     generator = make_generator(args.size, args.first_seed)
     contexts = make_contexts(1, args.n_docs, SIZES[args.size]["vocabulary"], seed=99)
     transformers_way(make_model(RagTokenForGeneration, generator, args.n_docs), *contexts)  # to warm up

@@ -440,6 +440,11 @@ def test_benchmark_compares_and_ends_where_answers_differ(monkeypatch):
         ("RagTokenForGeneration", "8 of 8"),
     ]
     assert all(figure > 0 for result in results for name in ("wall", "cpu") for figure in result[name])
+    half = decoding.main(
+        decoding.parse_args(["--size", "small", "--equal", "4", "--seeds", "1", "--precision", "bf16"])
+    )
+    for result in half:
+        assert result["asked"] == 4 and 1 <= result["ours as transformers'"] <= 4
     ours = decoding.our_way
     monkeypatch.setattr(decoding, "our_way", lambda *args: ours(*args).flip(1))
     with pytest.raises(SystemExit, match="generate_answers is wrong"):

@@ -72,6 +72,20 @@ def test_a_watch_tells_what_was_over_at_most_a_step_ago(looks_late, take):
             raise AssertionError("it never said that all were over")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_gpu_answers_as_a_cpu_does(kind, model_class):
+    """In float64; and in bfloat16, whose answers are its own, it runs."""
+    model = make_rag(model_class, MAKE[kind](3))
+    contexts = make_contexts(model.generator.config.pad_token_id, seed=3, questions=7)
+    settings = {"n_docs": N_DOCS, "max_length": MAX_LENGTH}
+    expected = generate_answers(model, *contexts, **settings)
+    contexts = [x.cuda() for x in contexts]
+    assert torch.equal(generate_answers(model.cuda(), *contexts, **settings).cpu(), expected)
+    assert len(generate_answers(model.bfloat16(), *contexts, **settings)) == len(expected)
+
+
 def test_equal_contexts_are_encoded_once(monkeypatch):
     model = make_rag(RagSequenceForGeneration, MAKE["bart"](1))
     ids, mask, doc_scores = make_contexts(1, questions=3)
