@@ -54,6 +54,11 @@ def _call_with_copies(layer: Any, dtype: torch.dtype, linear_only: bool, *args: 
         layer.gradient_checkpointing = recomputes
 
 
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, whatever their dtypes, in one kernel."""
+    torch._foreach_copy_(targets, sources)
+
+
 class _Copies(torch.autograd.Function):
     """Weights in another dtype, all in one kernel; so are their gradients, back in their own."""
 
@@ -61,14 +66,14 @@ class _Copies(torch.autograd.Function):
     def forward(ctx, dtype, *weights):
         ctx.dtypes = [weight.dtype for weight in weights]
         copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(copies, list(weights))
+        copy_all(copies, list(weights))
         return tuple(copies)
 
     @staticmethod
     def backward(ctx, *gradients):
         wanted = [n for n, is_wanted in enumerate(ctx.needs_input_grad[1:]) if is_wanted]
         own = [torch.empty_like(gradients[n], dtype=ctx.dtypes[n]) for n in wanted]
-        torch._foreach_copy_(own, [gradients[n] for n in wanted])
+        copy_all(own, [gradients[n] for n in wanted])
         result: list[torch.Tensor | None] = [None] * len(gradients)
         for n, gradient in zip(wanted, own, strict=True):
             result[n] = gradient

@@ -12,6 +12,7 @@ groups of similar length: the results are the same. transformers' modules hand t
 function; without an `Attention` as mask, a model works as it does with "sdpa".
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -164,12 +165,36 @@ class Attention:
             return self._ragged(query, key, value, dropout, scale)
         return self._grouped(query, key, value, dropout, scale, bias)
 
+    def with_backward(
+        self, query, key, value, dropout: float, scale: float | None
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+        """The same without autograd: the result, and a function from its gradient to those of the three."""
+        if has_ragged_kernel(query.device) and _is_for_it(query):
+            return self._ragged_with_backward(query, key, value, dropout, scale)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        with torch.enable_grad():
+            attended = self._grouped(query, key, value, dropout, scale, None)
+        return attended.detach(), lambda gradient: torch.autograd.grad(attended, (query, key, value), gradient)
+
+    def _ragged_with_backward(self, query, key, value, dropout: float, scale: float | None):
+        places = self.queries.starts, self.keys.starts, _rung(self.queries.longest), _rung(self.keys.longest)
+        attended, sums, *random, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *places, dropout, self.causal, False, scale=scale
+        )
+
+        def back(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.ops.aten._flash_attention_backward(
+                gradient, query, key, value, attended, sums, *places, dropout, self.causal, *random, scale=scale
+            )
+
+        return attended, back
+
     def _ragged(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """By FlashAttention's kernel; `torch.nn.attention.varlen.varlen_attn`, which calls it, takes no dropout."""
+        places = self.queries.starts, self.keys.starts, _rung(self.queries.longest), _rung(self.keys.longest)
         return torch.ops.aten._flash_attention_forward(
-            query, key, value, self.queries.starts, self.keys.starts, _rung(self.queries.longest),
-            _rung(self.keys.longest), dropout, self.causal, False, scale=scale,
-        )[0]  # fmt: skip
+            query, key, value, *places, dropout, self.causal, False, scale=scale
+        )[0]
 
     def _grouped(self, query, key, value, dropout: float, scale: float | None, bias) -> torch.Tensor:
         queries = self._query_places.split(query)

@@ -85,6 +85,48 @@ def test_the_ragged_kernel_is_told_where_sequences_begin(kind, monkeypatch):
     assert_equal_but_for_rounding(found, attention._grouped(*tensors, 0.0, 0.3, None))
 
 
+def test_a_hundred_batches_have_few_shapes(monkeypatch):
+    """What a kernel of a GPU is chosen, or a graph made for: lengths rounded up to a rung."""
+    shapes = set()
+    monkeypatch.setattr(
+        torch.ops.aten, "_flash_attention_forward", lambda q, *given, **_: shapes.add(given[4:6]) or (q, 0, 0, 0, 0)
+    )
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        contexts, answers = (Packing(random.integers(1, most, 80), CPU) for most in (301, 26))
+        for queries, keys in ((contexts, contexts), (answers, contexts), (answers, answers)):
+            Attention(queries, keys)._ragged(*(torch.empty(0, 1, 8),) * 3, 0.0, None)
+    longest = {size for shape in shapes for size in shape}
+    assert longest <= {64, 128, 192, 256, 320} and len(shapes) <= 5
+
+
+def test_the_kernel_has_its_backward_pass_without_autograd_too(monkeypatch):
+    """Each kernel's place is taken by what its arguments say."""
+    keys, queries = Packing(KEYS, CPU), Packing(QUERIES, CPU)
+    attention = Attention(queries, keys)
+
+    def forward(query, key, value, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale):
+        lengths = [starts.diff().numpy() for starts in (starts_q, starts_k)]
+        return one_by_one(*lengths, query, key, value, scale), "sums", "random", "unused", "debug"
+
+    def backward(gradient, q, k, v, out, sums, starts_q, starts_k, max_q, max_k, dropout, causal, *random, scale):
+        assert (sums, random, dropout, causal) == ("sums", ("random", "unused"), 0.1, False)
+        tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        found = forward(*tensors, starts_q, starts_k, max_q, max_k, dropout, causal, False, scale=scale)[0]
+        assert_equal_but_for_rounding(out, found.detach())
+        return torch.autograd.grad(found, tensors, gradient)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    tensors = [rows(QUERIES), rows(KEYS, 1), rows(KEYS, 2)]
+    found, back = attention._ragged_with_backward(*tensors, 0.1, 0.3)
+    expected, expected_back = attention.with_backward(*tensors, 0.0, 0.3)
+    gradient = torch.randn_like(expected)
+    assert_equal_but_for_rounding(found, expected)
+    for ours, theirs in zip(back(gradient), expected_back(gradient), strict=True):
+        assert_equal_but_for_rounding(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_without_packed_rows_a_model_works_as_before(name, request):
     model = request.getfixturevalue(name)

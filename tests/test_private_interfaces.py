@@ -518,3 +518,28 @@ def _(folder):
         optimizer.step()
         require((weight.tolist() != before) is changes, f"with {found} its step does something else")
     require(float(optimizer.state[weight]["step"]) == 1, "it counts a step that is left out")
+
+
+@row("torch", "aten._flash_attention_backward", "aten._flash_attention_backward")
+def _(folder):
+    import torch
+
+    names = [one.name for one in torch.ops.aten._flash_attention_backward.default._schema.arguments]
+    first = ["grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+    require(
+        names[:14] == [*first, "dropout_p", "is_causal", "rng_state", "unused"], "its arguments come in another order"
+    )
+    results = torch.ops.aten._flash_attention_forward.default._schema.returns
+    require(
+        [one.name for one in results][:4] == ["output", "softmax_logsumexp", "rng_state", "unused"], "or its results"
+    )
+
+
+@row("torch", "Module._compiled_call_impl", "layer._compiled_call_impl")
+def _(folder):
+    import torch
+
+    module = torch.nn.Linear(1, 1)
+    require(not module._compiled_call_impl, "it is set before it is compiled")
+    module.compile(backend="eager")
+    require(module._compiled_call_impl, "it does not say that it was compiled")

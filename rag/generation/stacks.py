@@ -5,9 +5,10 @@
     encoded = stack.encode(ids, contexts)                                  # (T) of a Packing to (T, d)
     hidden = stack.decode(answer_ids, answers, encoded, contexts)          # (R) of another to (R, d)
 
-Each layer is called as a module, so that what wraps it (checkpointing, sharding, adapters, a compiler) does its work.
-Under autocast to bfloat16 a layer's weights are cast at once, and all it computes is bfloat16: autocast would cast each
-activation again at every use. What is outside the layers stays in float32.
+Each layer is called as a module, so that what wraps it (checkpointing, adapters, a compiler) does its work. Under
+autocast to bfloat16 a layer's weights are cast at once, and all it computes is bfloat16: autocast would cast each
+activation again at every use; BART's layers have a backward pass of their own then (bart_layers.py). What is outside
+the layers stays in float32.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from torch.nn.functional import dropout
 from transformers import PreTrainedModel
 
 from rag.casting import call_in, dtype_of_layers
+from rag.generation.bart_layers import is_plain, run_layer
 from rag.packing import Attention, Packing, accept_packed_rows, accepts_packed_rows
 
 
@@ -37,20 +39,20 @@ class Stack(ABC):
     def decode(self, ids: torch.Tensor, packing: Packing, encoded: torch.Tensor, contexts: Packing) -> torch.Tensor:
         """The decoder's last hidden states (R, d) of N answers' token ids (R), each with a context of (T, d)."""
         own, cross = Attention(packing, packing, causal=True), Attention(packing, contexts)
-        return self._run(self.decoder, ids, packing, own, encoded.unsqueeze(0), cross)
+        return self._run(self.decoder, ids, packing, own, encoded, cross)
 
     def _run(self, part, ids: torch.Tensor, packing: Packing, own: Attention, *cross: Any) -> torch.Tensor:
         dtype = dtype_of_layers(ids.device)
         with torch.autocast(ids.device.type, enabled=False) if dtype is not None else nullcontext():
-            hidden = self.embed(part, ids, packing).unsqueeze(0)
+            hidden = self.embed(part, ids, packing)
             extras = self.extras(part, own, *cross)
             if dtype is not None:
                 hidden = hidden.to(dtype)
                 extras = [extra.to(dtype) if isinstance(extra, torch.Tensor) else extra for extra in extras]
             for layer in self.layers(part):
                 if not self.is_left_out(part):
-                    hidden = self.output(call_in(layer, dtype, hidden, *extras))
-            return self.finish(part, hidden, dtype).squeeze(0)
+                    hidden = self.run(layer, dtype, hidden, extras)
+            return self.finish(part, hidden, dtype)
 
     @abstractmethod
     def layers(self, part) -> Iterable[torch.nn.Module]: ...
@@ -61,11 +63,15 @@ class Stack(ABC):
 
     @abstractmethod
     def extras(self, part, own: Attention, *cross: Any) -> list[Any]:
-        """What a layer is given behind its hidden states; `cross` is the contexts (1, T, d) and how they are read."""
+        """What a layer is given behind its hidden states; `cross` is the contexts (T, d) and how they are read."""
 
-    def output(self, result: Any) -> torch.Tensor:
-        """The hidden states among what a layer returns."""
-        return result
+    def run(self, layer, dtype: torch.dtype | None, hidden: torch.Tensor, extras: list[Any]) -> torch.Tensor:
+        """One layer: (T, d) to (T, d)."""
+        batch = [
+            extra.unsqueeze(0) if isinstance(extra, torch.Tensor) and extra.dim() == 2 else extra for extra in extras
+        ]
+        result = call_in(layer, dtype, hidden.unsqueeze(0), *batch)
+        return (result if isinstance(result, torch.Tensor) else result[0]).squeeze(0)
 
     def is_left_out(self, part) -> bool:
         """Whether a layer is skipped, as LayerDrop does in training."""
@@ -88,6 +94,11 @@ class BartStack(Stack):
     def extras(self, part, own, *cross):
         return [own, *cross]
 
+    def run(self, layer, dtype, hidden, extras):
+        if dtype is not None and is_plain(layer):
+            return run_layer(layer, hidden, *extras)
+        return super().run(layer, dtype, hidden, extras)
+
     def is_left_out(self, part):
         return part.training and part.layerdrop > 0.0 and bool(torch.rand([]) < part.layerdrop)
 
@@ -105,9 +116,6 @@ class T5Stack(Stack):
         if not cross:
             return [own, bias]
         return [own, bias, *cross, bias.new_zeros(())]  # cross-attention has no bias
-
-    def output(self, result):
-        return result[0]
 
     def finish(self, part, hidden, dtype):
         return part.dropout(call_in(part.final_layer_norm, dtype, hidden))

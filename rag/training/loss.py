@@ -200,11 +200,17 @@ class _TargetLogprobs(torch.autograd.Function):
         return hidden_gradient.to(hidden.dtype), weight_gradient, None, None
 
 
+def words_at_a_time(rows: int, device: torch.device) -> int:
+    """How many words' logits of `rows` are made in one pass: few for a CPU's caches, what 512 MiB hold elsewhere."""
+    return CHUNK_VOCABULARY if device.type == "cpu" else max(CHUNK_VOCABULARY, 2**27 // max(rows, 1))
+
+
 def _parts_of_logits(hidden, weight, bias, targets):
     """Logits (R, C) float32 of C words at a time, each row's target among these (R, 1), whether it is there, and which
     words they are."""
-    for start in range(0, len(weight), CHUNK_VOCABULARY):
-        words = slice(start, min(start + CHUNK_VOCABULARY, len(weight)))
+    step = words_at_a_time(len(hidden), hidden.device)
+    for start in range(0, len(weight), step):
+        words = slice(start, min(start + step, len(weight)))
         logits = full_precision(torch.addmm(bias[words], hidden, weight[words].T))
         is_here = (targets >= words.start) & (targets < words.stop)
         yield logits, (targets - start).clamp(0, words.stop - start - 1).unsqueeze(1), is_here, words

@@ -7,13 +7,20 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import BartConfig, BartForConditionalGeneration
 
+from rag.generation import bart_layers
+from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.stacks import use_packed_rows
 from rag.packing import Attention
+from rag.training import loss
 from rag.training.base_module import BaseTransformer
+from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll
 from rag.training.qa_module import GenerativeQAModule
 from tests.training.test_finetune_rag import run
 
@@ -69,6 +76,16 @@ class _Methods(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
+def without_counting(function):
+    """The function as one kernel."""
+
+    def call(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
 class OneKernel(torch.autograd.Function):
     """Attention over ragged sequences as the kernel's one call forward and one backward."""
 
@@ -95,7 +112,17 @@ def as_on_a_gpu(monkeypatch):
         called.append((attention.queries.longest, attention.keys.longest))
         return OneKernel.apply(query, key, value, lambda *tensors: attention._grouped(*tensors, dropout, scale, None))
 
+    with_backward, product = Attention.with_backward, bart_layers.weight_gradient
+
+    def fused(attention, *tensors):
+        called.append((attention.queries.longest, attention.keys.longest))
+        attended, back = without_counting(with_backward)(attention, *tensors)
+        return attended, without_counting(back)
+
     monkeypatch.setattr(Attention, "__call__", ragged)
+    monkeypatch.setattr(Attention, "with_backward", fused)
+    monkeypatch.setattr(bart_layers, "weight_gradient", without_counting(lambda *two: product(*two).float()))
+    monkeypatch.setattr(loss, "words_at_a_time", lambda rows, device: 2**27 // rows)
     monkeypatch.setattr(BaseTransformer, "judges_later", lambda module, optimizer: True)
     return called
 
@@ -131,3 +158,41 @@ def test_a_step_reads_nothing_of_the_device_but_at_log_steps(
         assert bool(step.reads) == (number == 3), (number, step.reads)
         # The vectors, one copy; what else is read there was on the host before: masks and ids of contexts, scores.
         assert Counter(step.retriever_reads)["cpu"] <= 3, step.retriever_reads
+
+
+def test_the_generators_step_takes_less_than_half_of_the_operators_it_took(as_on_a_gpu):
+    """Forward and backward pass of six and six layers in bfloat16: 3,347 operators at commit 7531d5f, 1,588 of them no
+    views, by the same count (its padded groups of a GPU, attention as one kernel a call)."""
+    torch.manual_seed(0)
+    generator = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=30522, d_model=16, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=32, decoder_ffn_dim=32,
+            encoder_attention_heads=2, decoder_attention_heads=2, attention_dropout=0.1, activation_dropout=0.1,
+        )
+    ).train()  # fmt: skip
+    use_packed_rows(generator)
+    lengths = np.random.default_rng(0).integers(40, 161, 8 * 5)
+    mask = torch.from_numpy(np.arange(160) < lengths[:, None]).long()
+    ids, scores = torch.randint(4, 30000, mask.shape).where(mask == 1, 1), torch.randn(8, 5, requires_grad=True)
+    labels = torch.randint(4, 30000, (8, 7))
+    labels[:, 5:] = 1
+    decoder_ids, targets = decoder_inputs_and_targets(labels, generator.config)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            encoded = encode_contexts(generator, ids, mask, lengths)
+            hidden, answers = decode_answers(generator, encoded, decoder_ids, np.full(8, 5))
+            nll = rag_sequence_nll(hidden, output_layer(generator), scores, targets, 1, answers=answers)
+        nll.mean().backward()
+        generator.zero_grad()
+
+    step()
+    as_on_a_gpu.clear()
+    with Operators() as counted:
+        step()
+    attention = 2 * len(as_on_a_gpu)  # forward and backward
+    assert len(as_on_a_gpu) == 6 + 2 * 6
+    weights = sum(1 for name, _ in generator.named_parameters() if name.endswith(".weight") and "layers." in name)
+    assert counted.names.total() + attention + weights < 3347 / 2
+    assert counted.kernels + attention + weights < 0.65 * 1588
+    assert not counted.reads
