@@ -305,7 +305,7 @@ def measure(args: BenchmarkArguments) -> dict:
 class ContextTokens:
     """How many context tokens were read, and how many the generator's encoder computed, padding included.
 
-    The device is not asked: the retriever's mask is on the host, and the first layer's input has a shape.
+    The device is not asked: the retriever's mask is on the host, and the encoder's token ids have a shape.
     """
 
     def __init__(self, retriever, generator):
@@ -318,10 +318,10 @@ class ContextTokens:
             return ids, mask
 
         def count(module, inputs) -> None:
-            self.computed += inputs[0].shape[:-1].numel()
+            self.computed += inputs[0].numel()
 
         retriever.postprocess_docs = watched
-        generator.get_encoder().layers[0].fc1.register_forward_pre_hook(count)
+        generator.get_encoder().embed_tokens.register_forward_pre_hook(count)
 
     @property
     def padding(self) -> float:

@@ -47,6 +47,7 @@ FINETUNING = {
     "val_max_target_length": 12,
     "num_workers": 0,
     "num_sanity_val_steps": 0,
+    "precision": "auto",  # bfloat16 on CPUs with units for it
 }
 EF_SEARCH = 128  # FAISS's own 16 misses three passages in a hundred that the embeddings find
 ANSWERING = {"n_docs": 2, "num_beams": 2, "max_length": 12, "eval_batch_size": 25}

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "packed"  # its name in transformers
+PADDED = "padded"  # that of "sdpa" where it was asked for: `accept_packed_rows` leaves it alone
 # What one group more costs on a CPU, as positions that attention could read in its time.
 GROUP_COST = 64
 # Where shapes cost time at their first use (kernels are chosen, graphs made), lengths are rounded up to a multiple.
@@ -337,7 +338,9 @@ def packed_attention(
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register(PADDED, sdpa_attention_forward)
+for name in (IMPLEMENTATION, PADDED):
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def accept_packed_rows(model: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG
 from rag.models.precision import dtype_of
 from rag.models.questions import with_prompt
+from rag.packing import PADDED
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
@@ -75,7 +76,7 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
 
 def _choose_attention(model: PreTrainedModel, name: str) -> None:
     try:
-        model.set_attn_implementation(name)
+        model.set_attn_implementation(PADDED if name == "sdpa" else name)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"--attn_implementation {name} cannot be used here ({one_line(error, 200)}); leave it out"
