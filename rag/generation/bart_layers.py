@@ -75,10 +75,11 @@ class LayerWeights:
         return is_own and (joined.device, joined.dtype) == (hidden.device, hidden.dtype)
 
     def gradients(self, joined: dict[str, tuple[Tensor, Tensor]], wanted: list[bool]) -> list[Tensor | None]:
-        """Those of `sources`, in their order and dtype, of those of `joined`."""
+        """Those of `sources`, in their order and dtype, of those of `joined`, which is emptied: what nothing else holds
+        becomes the weight's own gradient without a copy."""
         by_name: dict[str, Tensor] = {}
         for name, members in self.parts.items():
-            for own, gradient in zip(("weight", "bias"), joined[name], strict=True):
+            for own, gradient in zip(("weight", "bias"), joined.pop(name), strict=True):
                 parts = [gradient] if len(members) == 1 else gradient.chunk(len(members))
                 by_name |= {f"{member}.{own}": part for member, part in zip(members, parts, strict=True)}
         return [
