@@ -14,7 +14,7 @@ import torch
 
 from rag.generation.pace import pace_of
 from rag.generation.token_trees import Memory
-from rag.packing import groups_of_similar_length
+from rag.packing import groups_of_similar_length, to_device
 
 
 def _places_in_groups(groups: np.ndarray) -> np.ndarray:
@@ -186,15 +186,15 @@ def marginal_log_probs(
     device = doc_log_probs.device
     trees = Trees.of(candidates, decoder.pad, bos)
     edges = edge_log_probs(decoder, memory, trees, candidates)  # (Q, n_docs, E + 1)
-    paths = torch.from_numpy(trees.paths).to(device)
+    paths = to_device(trees.paths, device)
     of_paths = edges.gather(2, paths.flatten(1)[:, None].expand(-1, edges.shape[1], -1)).unflatten(2, paths.shape[1:])
     # get_nll puts the document's probability on the second token: an empty answer has none.
     second = candidates.tokens[..., 2:3]
-    has_second = torch.from_numpy((candidates.lengths > 2) & (second != decoder.pad).any(-1)).to(device)
+    has_second = to_device((candidates.lengths > 2) & (second != decoder.pad).any(-1), device)
     weights = doc_log_probs[..., None]
     weights = weights.where(has_second[:, None] | weights.isneginf(), 0.0)  # (Q, n_docs, C)
     scores = (of_paths.sum(-1) + weights).logsumexp(1)
-    return scores.masked_fill(torch.from_numpy(candidates.lengths == 0).to(device), float("-inf"))
+    return scores.masked_fill(to_device(candidates.lengths == 0, device), float("-inf"))
 
 
 def edge_log_probs(decoder, memory: Memory, trees: Trees, candidates: Candidates) -> torch.Tensor:
@@ -221,7 +221,7 @@ def edge_log_probs(decoder, memory: Memory, trees: Trees, candidates: Candidates
             edge,
         )
         tokens, depths, ancestors, kept, places, targets, rows, columns = (
-            torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays
+            to_device(np.ascontiguousarray(array), device) for array in arrays
         )
         hidden = decoder.decode(tokens, depths, ancestors, _memory_of(memory, documents))
         found[rows, columns] = decoder.token_log_probs(hidden.flatten(0, 1)[kept], places, targets)
@@ -233,7 +233,7 @@ def _memory_of(memory: Memory, documents: np.ndarray) -> Memory:
     first, last = int(documents[0]), int(documents[-1])
     if last - first + 1 == len(documents):
         return memory if len(documents) == len(memory.mask) else memory.select(slice(first, last + 1))
-    return memory.select(torch.from_numpy(documents).to(memory.mask.device))
+    return memory.select(to_device(documents, memory.mask.device))
 
 
 def beam_scores(candidates: Candidates, log_probs: torch.Tensor, doc_log_probs: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Watch:
         count, arrived = over.sum().to("cpu", non_blocking=True), None  # into pinned memory
         if over.is_cuda:
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(over.device))
         before, dropped = self._before, self._dropped
         self._before, self._dropped = (over, count, arrived), 0
         if before is None:

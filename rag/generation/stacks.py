@@ -95,7 +95,7 @@ class BartStack(Stack):
         return [own, *cross]
 
     def run(self, layer, dtype, hidden, extras):
-        if dtype is not None and is_plain(layer):
+        if dtype is not None and torch.is_grad_enabled() and is_plain(layer):
             return run_layer(layer, hidden, *extras)
         return super().run(layer, dtype, hidden, extras)
 

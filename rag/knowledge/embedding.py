@@ -214,7 +214,7 @@ class PassageEmbedder:
         host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(vectors, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(self.device))
         return Coming(host, copied)
 
 

@@ -152,7 +152,10 @@ class BaseTransformer(pl.LightningModule):
             loss: this rank's mean.
             nll: of each of its examples (B,).
         """
-        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        mean = loss.detach().clone()
+        if self.trainer.world_size > 1:  # Lightning's own `reduce` begins with a barrier, which waits for the device
+            torch.distributed.all_reduce(mean)
+            mean /= self.trainer.world_size
         self.optimizer_step_so_far.add(mean, nll, batch.get("index"), batch.get("source"))
         return mean
 

@@ -71,6 +71,25 @@ def test_packed_contexts_and_answers_are_read_as_padded_ones(name, side, context
     assert_equal_but_for_rounding(hidden @ weight.T + bias, logits)
 
 
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_step_in_bfloat16_goes_on_behind_what_was_read_in_inference_mode(name, contexts, request):
+    """As behind a validation, whose tensors no step may use."""
+    generator = copy.deepcopy(request.getfixturevalue(name))
+    use_packed_rows(generator)
+    decoder_ids = torch.randint(4, 60, (7, 5))
+
+    def read():
+        with torch.autocast("cpu", torch.bfloat16):
+            return decode_answers(generator, encode_contexts(generator, *contexts), decoder_ids)[0].float()
+
+    with torch.inference_mode():
+        found = read()
+    trained = read()
+    trained.sum().backward()
+    torch.testing.assert_close(found.clone(), trained, rtol=0.05, atol=0.05)
+    assert all(w.grad is not None for n, w in generator.named_parameters() if "layer_norm" in n)
+
+
 def test_another_attention_that_was_chosen_stays(bart, contexts):
     generator = copy.deepcopy(bart)
     generator.set_attn_implementation("eager")
