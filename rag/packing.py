@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,8 +172,6 @@ class Attention:
         """The same without autograd: the result, and a function from its gradient to those of the three."""
         if has_ragged_kernel(query.device) and _is_for_it(query):
             return self._ragged_with_backward(query, key, value, dropout, scale)
-        if torch.is_inference_mode_enabled():
-            return self._grouped(query, key, value, dropout, scale, None), _no_backward
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         with torch.enable_grad():
             attended = self._grouped(query, key, value, dropout, scale, None)
@@ -307,10 +305,6 @@ class _Take(torch.autograd.Function):
 def _rung(length: int) -> int:
     """The next length on the ladder."""
     return -(-length // LADDER) * LADDER
-
-
-def _no_backward(gradient: torch.Tensor) -> NoReturn:
-    raise RuntimeError("what was computed in inference mode has no backward pass")
 
 
 @cache

@@ -103,8 +103,7 @@ def run_layer(layer: Any, hidden: Tensor, own: Attention, encoded: Tensor | None
     """
     weights = _kept.get(layer)
     if weights is None or not weights.belong_to(layer, hidden):
-        with torch.inference_mode(False):  # a validation may come first, and a training take them after it
-            weights = _kept[layer] = LayerWeights(layer, hidden.dtype)
+        weights = _kept[layer] = LayerWeights(layer, hidden.dtype)
     weights.refresh()
     return _Layer.apply(layer, weights, own, cross, hidden, encoded, *weights.sources.values())
 

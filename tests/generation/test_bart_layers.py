@@ -91,22 +91,6 @@ def test_weights_that_changed_are_cast_again(model):
     assert_equal_but_for_rounding(run_layer(layer, hidden, *extras), by_module(layer, hidden, *extras))
 
 
-def test_what_a_validation_has_made_serves_the_training(model):
-    layer = model.encoder.layers[0]
-    hidden, _ = inputs("encoder")
-
-    def attention():  # each batch has its own
-        packing = Packing(CONTEXTS.lengths, CPU)
-        return Attention(packing, packing)
-
-    with torch.inference_mode():
-        before = run_layer(layer, hidden, attention())
-    after = run_layer(layer, hidden, attention())
-    after.sum().backward()
-    assert_equal_but_for_rounding(after.detach(), before.clone())
-    assert layer.fc1.weight.grad is not None
-
-
 def test_in_bfloat16_they_are_near_those_of_the_module_and_weights_gradients_are_their_own(model):
     layer = model.float().decoder.layers[0]
     hidden, (own, encoded, cross) = inputs("decoder")
