@@ -140,6 +140,10 @@ class StopTogether(Callback):
     def __init__(self):
         self.process, self.is_asked = os.getpid(), False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before each batch Lightning asks rank 0's device, and so waits for it, what the ranks have agreed on already.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
     def _listen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self._note)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_parts.measuring import Measured, Settings, covered
+from benchmarks.gpu_parts.measuring import Measured, Settings, covered, holding
 from benchmarks.gpu_parts.search import Vectors
 from benchmarks.gpu_parts.table import Found, lines, markdown
 from benchmarks.gpu_parts.training import LOOP, step_case, step_flop
@@ -78,6 +78,11 @@ def test_vectors_that_share_memory_are_found_by_their_rows():
 def test_time_in_which_kernels_overlap_counts_once():
     assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
     assert covered([]) == 0
+
+
+def test_a_number_of_the_host_itself_is_none_that_the_device_was_asked_for():
+    assert holding([(0, 2), (3, 5), (6, 9)], [8, 4, 7, 2]) == 2
+    assert holding([(0, 2)], []) == 0
 
 
 # --- The table --------------------------------------------------------------------------------------------------------

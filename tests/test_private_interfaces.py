@@ -259,6 +259,11 @@ def _(folder):
         require(trainer.received_sigterm is received, "the trainer does not read it")
 
 
+@row("pytorch-lightning", "_TrainingEpochLoop._broadcast_sigterm_tensor", "_broadcast_sigterm_tensor")
+def _(folder):
+    inspect.signature(lightning_trainer().fit_loop.epoch_loop._broadcast_sigterm_tensor).bind()
+
+
 @row("pytorch-lightning", "SIGTERMException, whose code is the exit status", "exception.code")
 def _(folder):
     from pytorch_lightning.utilities.exceptions import SIGTERMException

@@ -8,6 +8,7 @@ import gc
 import statistics
 import time
 import traceback
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def profiled(function: Callable[[], object], device: str, calls: int = 1, with_h
 
     Returns:
         kernels; device_reads (copies to the host); waits (for the device); busy (share of the time in which the device
-        worked); and scalars (numbers that the host asked for), with the host's operators.
+        worked); and scalars (numbers that the host asked the device for), with the host's operators.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -110,15 +111,20 @@ def profiled(function: Callable[[], object], device: str, calls: int = 1, with_h
             function()
         synchronize(device)
         seconds = time.perf_counter() - start
-    names, spans = Counter(), []
+    names, spans, numbers, waits = Counter(), [], [], []
     # As the profiler holds them: torch's own list of events takes seconds to be made.
     for event in profiler.profiler.kineto_results.events():
         if event.is_user_annotation() or event.name().startswith("Optimizer."):
             continue
         is_work = event.device_type() == DeviceType.CUDA
         names[("device " if is_work else "") + event.name()] += 1
+        span = event.start_ns(), event.start_ns() + event.duration_ns()
         if is_work:
-            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+            spans.append(span)
+        elif event.name() == "aten::_local_scalar_dense":
+            numbers.append(span)
+        elif event.name().startswith(WAITS):
+            waits.append(span[0])
 
     def count(*beginnings: str) -> int:
         return sum(number for name, number in names.items() if name.startswith(beginnings))
@@ -129,7 +135,7 @@ def profiled(function: Callable[[], object], device: str, calls: int = 1, with_h
         "waits": count(*WAITS),
     }
     if with_host:
-        counts["scalars"] = count("aten::_local_scalar_dense")
+        counts["scalars"] = holding(numbers, waits)  # in which is no wait, those are of the host's own tensors
     return {name: number / calls for name, number in counts.items()} | {"busy": covered(spans) / 1e9 / seconds}
 
 
@@ -140,6 +146,12 @@ def covered(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def holding(spans: list[tuple[float, float]], instants: list[float]) -> int:
+    """In how many intervals there is an instant."""
+    instants = sorted(instants)
+    return sum(bisect_left(instants, start) < bisect_left(instants, end) for start, end in spans)
 
 
 def start_peak(device: str) -> None:

@@ -40,10 +40,9 @@ def any_rank(trainer: pl.Trainer, decision: bool) -> bool:
     """Whether any rank says so. Collective; between GPUs, too, the processes talk, and no device is waited for."""
     if trainer.world_size == 1:
         return decision
-    if trainer.strategy.root_device.type != "cuda":
-        return trainer.strategy.reduce_boolean_decision(decision, all=False)
     if trainer not in _host_groups:
-        _host_groups[trainer] = torch.distributed.new_group(backend="gloo")
+        on_gpus = trainer.strategy.root_device.type == "cuda"
+        _host_groups[trainer] = torch.distributed.new_group(backend="gloo") if on_gpus else None
     says_so = torch.tensor(int(decision))
     torch.distributed.all_reduce(says_so, torch.distributed.ReduceOp.MAX, group=_host_groups[trainer])
     return bool(says_so)

@@ -12,15 +12,30 @@ from tests.training.rank_runs import train
 
 
 def train_and_count(rank: int, words: list[str], out: Path, ranks: int) -> list[dict]:
-    """A rank's training, as what was moved in each of its batches; "gradients" is the size of those of a step."""
+    """A rank's training, as what was moved in each of its batches; "gradients" is the size of those of a step.
+
+    "waits": collective calls since the batch before for which a GPU's process would wait for its device.
+    """
     from rag.training.qa_module import GenerativeQAModule
 
     batches, start, end = [], GenerativeQAModule.on_train_batch_start, GenerativeQAModule.on_train_batch_end
-    counters: dict = {}
+    counters: dict = {"waits": []}
+
+    def note(name: str) -> None:
+        function = getattr(torch.distributed, name)
+
+        def noted(*args, **kwargs):
+            counters["waits"].append(name)
+            return function(*args, **kwargs)
+
+        setattr(torch.distributed, name, noted)
+
+    note("barrier")
+    note("broadcast")
 
     def on_train_batch_start(module, batch, batch_idx):
         start(module, batch, batch_idx)
-        if not counters:
+        if "sent" not in counters:
             counters.update(reduced=Reduced(module.trainer.model), sent=Sent())
         counters["reduced"].bytes = 0
         counters["sent"].to.clear()
@@ -34,7 +49,9 @@ def train_and_count(rank: int, words: list[str], out: Path, ranks: int) -> list[
             "sent": dict(counters["sent"].to),
             "questions": len(batch["index"]),
             "room": counters["room"].get(rank, 0),
+            "waits": counters["waits"],
         })  # fmt: skip
+        counters["waits"] = []
 
     GenerativeQAModule.on_train_batch_start = on_train_batch_start
     GenerativeQAModule.on_train_batch_end = on_train_batch_end
@@ -46,13 +63,14 @@ def train_and_count(rank: int, words: list[str], out: Path, ranks: int) -> list[
 @pytest.mark.parametrize(("ranks", "accumulate"), [(2, 2), (4, 1)])
 def test_a_step_moves_each_gradient_once_and_what_is_asked_for(ranks, accumulate, words, tmp_path):
     """Three epochs of two batches. Between the batches of one step no gradient is reduced."""
-    flags = ["--train_batch_size", 4 // ranks, "--gradient_accumulation_steps", accumulate]
+    flags = ["--train_batch_size", 4 // ranks, "--gradient_accumulation_steps", accumulate, "--log_every_n_steps", 99]
     argv = [*words, *map(str, flags), "--output_dir", str(tmp_path / "out")]
     every = run_ranks(train_and_count, ranks, tmp_path, argv, tmp_path / "out", ranks, seconds=120)
     for batches in every:
         assert batches[0]["gradients"] > 10_000
         reduced = [0] * (accumulate - 1) + [batches[0]["gradients"]]
         assert [batch["reduced"] for batch in batches] == reduced * (6 // accumulate)
+        assert [batch["waits"] for batch in batches[1::2]] == [[]] * 3  # before the others is a validation
     for number in range(6):
         searcher, *others = (batches[number] for batches in every)
         for rank, batch in enumerate(others, start=1):
