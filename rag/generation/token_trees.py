@@ -310,7 +310,8 @@ class T5Decoder(TreeDecoder):
             max_distance=first.relative_attention_max_distance,
         )
         by_distance = first.relative_attention_bias(buckets).permute(0, 3, 1, 2)
-        return by_distance.to(self.product_dtype) + attention_bias(ancestors, self.product_dtype)
+        # In place: a sum would lie as the distances do, heads beside each other, which no fused kernel takes.
+        return attention_bias(ancestors.expand(-1, self.n_heads, -1, -1), self.product_dtype).add_(by_distance)
 
     def apply(self, layer, hidden, attend_self, attend_memory):
         norm, cross_norm = layer.norms

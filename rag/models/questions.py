@@ -7,7 +7,9 @@
 BM25, the contexts and the generator see the bare question. Nothing heavy is imported.
 """
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +17,9 @@ from rag.errors import UserError, is_failure, one_line
 
 # Attributes that `with_prompt` gives a tokenizer: the text before a question, the most tokens, whether case is dropped.
 PROMPT, LIMIT, LOWER_CASE = "question_prompt", "question_limit", "question_lower_case"
+
+# Threads that read contexts, and how many of these are worth a thread.
+MOST_THREADS, FEW_TEXTS = 8, 8
 
 
 def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
@@ -69,6 +74,25 @@ def reading(tokenizer: Any) -> Iterator[None]:
             f"the tokenizer of {tokenizer.name_or_path} cannot read a text ({one_line(error, 120)}); give a checkpoint "
             "with the tokenizer that belongs to it"
         ) from error
+
+
+def encode_in_threads(tokenizer: Any, texts: list[str], threads: int | None = None) -> list[Any]:
+    """The encodings of texts, in order, without the GIL: a GPU waits for those of a whole batch.
+
+    The library's own threads are off: they would not outlive the forks of data-loading workers.
+
+    Args:
+        tokenizer: a fast one.
+        threads: None for half of the cores, up to `MOST_THREADS`.
+    """
+    threads = min(len(os.sched_getaffinity(0)) // 2, MOST_THREADS) if threads is None else threads
+    encode = tokenizer.backend_tokenizer.encode_batch_fast
+    size = max(FEW_TEXTS, -(-len(texts) // max(threads, 1)))
+    if size >= len(texts):
+        return encode(texts)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(encode, (texts[i : i + size] for i in range(0, len(texts), size)))
+        return [encoding for part in parts for encoding in part]
 
 
 def bare_questions(tokenizer: Any, input_ids: Any) -> list[str]:

@@ -26,7 +26,7 @@ from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens, settle_vector_size
 from rag.models.loading import MODEL_FLAG
 from rag.models.packed_encoder import can_pack, encode_packed
-from rag.models.questions import bare_questions, reading, with_prompt
+from rag.models.questions import bare_questions, encode_in_threads, reading, with_prompt
 from rag.packing import Packing, right_padded_lengths, to_device
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
@@ -198,7 +198,7 @@ class RagKnowledgeRetriever(RagRetriever):
             max_length=None, stride=0, pad_to_multiple_of=None, padding_side=None,
         )  # fmt: skip
         with reading(tokenizer):
-            return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+            return [encoding.ids for encoding in encode_in_threads(tokenizer, texts)]
 
     def _cut(self, context: str, question: str, max_length: int) -> list[int]:
         """The tokens of a context that is too long, with fewer of its title and passage.

@@ -86,6 +86,24 @@ def test_a_gpu_answers_as_a_cpu_does(kind, model_class):
     assert len(generate_answers(model.bfloat16(), *contexts, **settings)) == len(expected)
 
 
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("kind", MAKE)
+def test_masks_lie_as_fused_attention_reads_them(kind, model_class, monkeypatch):
+    """Keys beside each other, and what comes behind them at multiples of 16."""
+    masks, attend = [], token_trees.scaled_dot_product_attention
+
+    def note(*tensors, attn_mask, scale):
+        masks.append(attn_mask)
+        return attend(*tensors, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(token_trees, "scaled_dot_product_attention", note)
+    model = make_rag(model_class, MAKE[kind](3))
+    contexts = make_contexts(model.generator.config.pad_token_id, questions=2)
+    generate_answers(model, *contexts, n_docs=N_DOCS, max_length=MAX_LENGTH)
+    assert {mask.stride(-1) for mask in masks} == {1}
+    assert not any(stride % 16 for mask in masks for stride in mask.stride()[:-1])
+
+
 def test_equal_contexts_are_encoded_once(monkeypatch):
     model = make_rag(RagSequenceForGeneration, MAKE["bart"](1))
     ids, mask, doc_scores = make_contexts(1, questions=3)

@@ -12,6 +12,7 @@ from transformers import RagRetriever
 from rag.errors import UserError
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.models.checkpoints import load_tokenizer
+from rag.models.questions import encode_in_threads
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, assert_equal_but_for_rounding, in_float64
 
@@ -94,6 +95,14 @@ def test_a_tokenizer_without_a_fast_backend_makes_the_same_contexts(retriever, v
     monkeypatch.setattr(type(retriever.generator_tokenizer), "is_fast", False)
     slow, slow_mask = retriever.postprocess_docs(*arguments, return_tensors="np")
     assert isinstance(slow, np.ndarray) and (fast.numpy() == slow).all() and (mask.numpy() == slow_mask).all()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3, 50])
+def test_threads_read_texts_in_order(retriever, threads):
+    tokenizer = retriever.generator_tokenizer
+    texts = [" ".join(["the castle of oslo"] * n) for n in range(21)]
+    found = [encoding.ids for encoding in encode_in_threads(tokenizer, texts, threads)]
+    assert found == [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
 
 
 @pytest.mark.parametrize("generator", ["bart", "t5"])
