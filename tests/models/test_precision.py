@@ -29,6 +29,11 @@ def test_matrix_units_count_where_torch_uses_them(monkeypatch, capabilities, ker
     assert has_matrix_units() is expected
 
 
+def test_a_torch_that_does_not_tell_has_none(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not has_matrix_units()
+
+
 @pytest.mark.parametrize("word, name", [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
 def test_a_word_is_taken_as_it_stands(word, name):
     assert name_of(dtype_of(word, "cpu")) == name
