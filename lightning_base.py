@@ -249,6 +249,11 @@ def build_trainer(
         )
     nodes = trainer.num_nodes
     raise_problems(rank_problems(kwargs["devices"], nodes, trainer.num_devices * nodes))
+    if kwargs["strategy"] == SHARDED and trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu":
+        raise UserError(
+            "--strategy fsdp: there is one process, which has nobody to share its weights with; leave it out, or give "
+            "--devices 2 or more"
+        )
     if trainer.world_size > 1:
         open_store(trainer.strategy.cluster_environment, one_node=nodes == 1)
     return trainer

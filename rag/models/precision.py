@@ -15,7 +15,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 def has_matrix_units() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in units of their own, and torch uses them."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
     return bool(capabilities.get("amx_bf16")) and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 

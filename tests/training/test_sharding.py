@@ -11,11 +11,13 @@ import pytorch_lightning as pl
 import torch
 
 import finetune_rag
+from lightning_base import build_trainer
 from rag.errors import UserError
 from rag.models.checkpoints import load_model
 from rag.training.sharding import StandIn, shard
 from tests.conftest import ROOT
 from tests.distributed.many_ranks import run_ranks
+from tests.training.lightning_toy import toy_args
 from tests.training.rank_runs import TOLERANCE, assert_same, frozen_of, outcome, train, two_ranks
 
 FSDP = ["--strategy", "fsdp"]
@@ -201,3 +203,8 @@ def test_what_cannot_be_sharded_is_refused_with_the_flags(flags, told):
     with pytest.raises(UserError) as error:
         finetune_rag.parse_args(given)
     assert all(word in str(error.value) for word in told) and "\n" not in str(error.value)
+
+
+def test_one_process_on_a_cpu_is_told_that_it_has_nobody_to_share_with(tmp_path):
+    with pytest.raises(UserError, match=r"^--strategy fsdp: there is one process, .* or give --devices 2 or more$"):
+        build_trainer(toy_args(tmp_path, *FSDP), [], False)
