@@ -6,7 +6,6 @@
 Nothing is unpickled.
 """
 
-import logging
 import os
 import pickle
 import traceback
@@ -32,10 +31,8 @@ from rag.packing import PADDED
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments
 from rag.training.namespaces import group_settings
-from rag.training.run_folder import begun_precision
+from rag.training.run_folder import begun_precision, is_rank_zero
 from rag.training.seals import is_whole
-
-logger = logging.getLogger(__name__)
 
 
 def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, Any]:
@@ -89,7 +86,8 @@ def settle_precision(args: FinetuneArguments, device: torch.device) -> None:
         return
     fastest = "bf16-mixed" if dtype_of("auto", device) == torch.bfloat16 else "32-true"
     args.trainer.precision = begun_precision(args.run.resume_from_checkpoint) or fastest  # type: ignore[assignment]
-    logger.info(f"--precision auto: {args.trainer.precision}")
+    if is_rank_zero():
+        print(f"--precision auto: {args.trainer.precision}", flush=True)
 
 
 def _size_problems(args: FinetuneArguments, config: PreTrainedConfig, source: str) -> list[str]:

@@ -29,11 +29,12 @@ def bfloat16_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("has_units, word", [(True, "bf16-mixed"), (False, "32-true")])
-def test_auto_is_what_the_machine_is_fast_in(has_units, word, bfloat16_machine, tmp_path):
+def test_auto_is_what_the_machine_is_fast_in(has_units, word, bfloat16_machine, tmp_path, capsys):
     bfloat16_machine(has_units)
     args = toy_args(tmp_path, "--precision", "auto")
     settle_precision(args, CPU)
     assert args.trainer.precision == word and args.to_dict()["trainer"]["precision"] == word
+    assert capsys.readouterr().out == f"--precision auto: {word}\n"
     given = toy_args(tmp_path, "--precision", "64-true")
     settle_precision(given, CPU)
     assert given.trainer.precision == "64-true"
