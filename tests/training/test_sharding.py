@@ -99,7 +99,7 @@ def test_a_frozen_question_encoder_asks_ahead(words, alone, ahead, monkeypatch, 
     assert_same(outcome(tmp_path / "out"), frozen_of(alone(1, *further)), **TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # a rank has been seen to leave without its status, once in five runs beside other work
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(words, tmp_path):
     """Also with another strategy, from the same checkpoint; a damaged export is made again."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
