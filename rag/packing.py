@@ -162,7 +162,7 @@ class Attention:
         Args:
             bias: (1, heads, Q, K), added to each sequence's products, at least as large as the longest; or None.
         """
-        if bias is None and has_ragged_kernel(query.device) and _is_for_it(query):
+        if bias is None and _has_kernel_for(query):
             return self._ragged(query, key, value, dropout, scale)
         return self._grouped(query, key, value, dropout, scale, bias)
 
@@ -170,7 +170,7 @@ class Attention:
         self, query, key, value, dropout: float, scale: float | None
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
         """The same without autograd: the result, and a function from its gradient to those of the three."""
-        if has_ragged_kernel(query.device) and _is_for_it(query):
+        if _has_kernel_for(query):
             return self._ragged_with_backward(query, key, value, dropout, scale)
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         with torch.enable_grad():
@@ -178,7 +178,7 @@ class Attention:
         return attended.detach(), lambda gradient: torch.autograd.grad(attended, (query, key, value), gradient)
 
     def _ragged_with_backward(self, query, key, value, dropout: float, scale: float | None):
-        places = self.queries.starts, self.keys.starts, _rung(self.queries.longest), _rung(self.keys.longest)
+        places = self._kernel_places
         attended, sums, *random, _ = torch.ops.aten._flash_attention_forward(
             query, key, value, *places, dropout, self.causal, False, scale=scale
         )
@@ -192,7 +192,7 @@ class Attention:
 
     def _ragged(self, query, key, value, dropout: float, scale: float | None) -> torch.Tensor:
         """By FlashAttention's kernel; `torch.nn.attention.varlen.varlen_attn`, which calls it, takes no dropout."""
-        places = self.queries.starts, self.keys.starts, _rung(self.queries.longest), _rung(self.keys.longest)
+        places = self._kernel_places
         return torch.ops.aten._flash_attention_forward(
             query, key, value, *places, dropout, self.causal, False, scale=scale
         )[0]
@@ -219,6 +219,11 @@ class Attention:
             later = torch.ones(group.queries, group.keys, dtype=torch.bool, device=bias.device).triu(1)
             return bias.masked_fill(later, float("-inf"))
         return bias if is_key is None else bias.masked_fill(~is_key, float("-inf"))
+
+    @cached_property
+    def _kernel_places(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Where the queries' and the keys' sequences begin, and the longest of each, rounded up to a rung."""
+        return self.queries.starts, self.keys.starts, _rung(self.queries.longest), _rung(self.keys.longest)
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -313,8 +318,14 @@ def has_ragged_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _is_for_it(query: torch.Tensor) -> bool:
-    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+def is_ragged_head_size(size: int) -> bool:
+    """Whether that kernel takes heads of this size."""
+    return size <= 256 and size % 8 == 0
+
+
+def _has_kernel_for(query: torch.Tensor) -> bool:
+    in_half = query.dtype in (torch.bfloat16, torch.float16)
+    return in_half and is_ragged_head_size(query.shape[-1]) and has_ragged_kernel(query.device)
 
 
 @torch.compiler.disable  # the lengths differ with every batch: what lies around it is compiled

@@ -83,13 +83,9 @@ class LayerWeights:
                 parts = [gradient] if len(members) == 1 else gradient.chunk(len(members))
                 by_name |= {f"{member}.{own}": part for member, part in zip(members, parts, strict=True)}
         return [
-            _in_dtype_of(source, by_name[name]) if is_wanted else None
+            by_name[name].to(source.dtype) if is_wanted else None
             for (name, source), is_wanted in zip(self.sources.items(), wanted, strict=True)
         ]
-
-
-def _in_dtype_of(source: Tensor, gradient: Tensor) -> Tensor:
-    return gradient if gradient.dtype == source.dtype else gradient.to(source.dtype)
 
 
 _kept: WeakKeyDictionary[nn.Module, LayerWeights] = WeakKeyDictionary()

@@ -23,14 +23,13 @@ from rag.knowledge.reading import PassageReader
 from rag.knowledge.shards import PASSAGES_PER_SHARD, Passages
 from rag.knowledge.token_batches import ahead, cut_batches, tokens_that_fit
 from rag.models.packed_encoder import can_pack, encode_packed
-from rag.packing import Packing
+from rag.packing import Packing, has_ragged_kernel
 
 # Pieces that are read and tokenized, and batches whose vectors are on their way back, while a GPU encodes another one.
 # So many pieces are some seconds of work: a whole shard is read before the first piece of it.
 PIECES_AHEAD, BATCHES_BEHIND = 16, 1
 # Passages that are tokenized, and sorted by length, together; a shard's first ones, which a GPU may have to wait for.
 PIECE, FIRST_PIECE = PASSAGES_PER_SHARD, 512
-FLASH_ATTENTION = (8, 0)  # the first GPUs that have it, by their compute capability
 
 
 @dataclass
@@ -106,7 +105,7 @@ class PassageEmbedder:
         self.dimension = encoder_dimension(encoder)
         self.on_gpu = self.device.type == "cuda"
         if packed is None:
-            packed = not self.on_gpu or torch.cuda.get_device_capability(self.device) >= FLASH_ATTENTION
+            packed = not self.on_gpu or has_ragged_kernel(self.device)
         self.packed = packed and can_pack(encoder)
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         if batch_size is None and tokens_per_batch is None:

@@ -12,11 +12,10 @@ from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaMod
 
 from rag.casting import call_in, dtype_of_layers
 from rag.models.pooled_encoder import pool
-from rag.packing import Attention, Packing, accept_packed_rows, accepts_packed_rows
+from rag.packing import Attention, Packing, accept_packed_rows, is_ragged_head_size
 
 # transformers' own classes whose layers take a mask as it is given; of a derived one nothing is known.
 PACKABLE = (BertModel, RobertaModel, XLMRobertaModel)
-MOST_HEAD_SIZE = 256  # of FlashAttention's kernel, which wants multiples of 8
 
 
 def can_pack(encoder: PreTrainedModel) -> bool:
@@ -27,7 +26,7 @@ def can_pack(encoder: PreTrainedModel) -> bool:
     config = backbone.config
     head_size = config.hidden_size // config.num_attention_heads
     plain = not config.is_decoder and not config.chunk_size_feed_forward
-    return plain and head_size <= MOST_HEAD_SIZE and head_size % 8 == 0
+    return plain and is_ragged_head_size(head_size)
 
 
 def encode_packed(encoder: PreTrainedModel, input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -36,8 +35,7 @@ def encode_packed(encoder: PreTrainedModel, input_ids: torch.Tensor, packing: Pa
     Under autocast norms and vectors stay in float32, as autocast has it.
     """
     backbone = _backbone_of(encoder)
-    if not accepts_packed_rows(backbone):
-        accept_packed_rows(backbone)
+    accept_packed_rows(backbone)
     positions = packing.positions
     if not isinstance(backbone, BertModel):  # theirs begin behind the padding's id
         positions = positions + 1 + backbone.config.pad_token_id
