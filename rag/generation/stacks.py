@@ -135,5 +135,9 @@ def stack_of(generator: PreTrainedModel) -> Stack | None:
     kind = STACKS.get(generator.config.model_type)
     if kind is None or not accepts_packed_rows(generator):
         return None
-    is_sharded = any(isinstance(part, FSDPModule) for part in generator.modules())  # which a whole part gathers
-    return None if is_sharded else kind(generator)
+    return None if is_sharded(generator) else kind(generator)
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Whether a part of it is gathered when it is called, and so must be called equally often on every rank."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())

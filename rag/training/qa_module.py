@@ -29,7 +29,7 @@ from rag.files import write_lines
 from rag.generation.answering import answering_model
 from rag.generation.decoding import generate_answers
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
-from rag.generation.stacks import use_packed_rows
+from rag.generation.stacks import is_sharded, use_packed_rows
 from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.checkpoints import save_model
@@ -49,7 +49,6 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
-from rag.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 

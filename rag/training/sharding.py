@@ -22,10 +22,11 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rag.errors import UserError
+from rag.generation.stacks import is_sharded
 
 SHARDED = "fully_sharded"  # Lightning keeps the name fsdp for a strategy of its own, of the first edition, on GPUs only
 
@@ -33,11 +34,6 @@ SHARDED = "fully_sharded"  # Lightning keeps the name fsdp for a strategy of its
 def register_sharding() -> None:
     """Have Lightning know the strategy by name."""
     StrategyRegistry.register(SHARDED, ShardedStrategy, "weights, gradients and moments in slices", override=True)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a part of it is gathered when it is called, and so must be called equally often on every rank."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
