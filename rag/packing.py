@@ -12,8 +12,10 @@ groups of similar length: the results are the same. transformers' modules hand t
 function; without an `Attention` as mask, a model works as it does with "sdpa".
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -125,6 +127,19 @@ class Packing:
         width = self.longest if width is None else width
         shape = (len(self.lengths) * width, *row.shape[1:])
         return row.new_zeros(shape).index_copy(0, self.places(width), row).unflatten(0, (-1, width))
+
+
+@dataclass
+class Heads:
+    """Beginnings that several contexts share: those tokens of a language model's prompt that a passage alone decides.
+
+    Attributes:
+        lengths: (N) tokens of each context's own.
+        first: (N) the first context that begins with the same tokens: its own number where it is that one.
+    """
+
+    lengths: np.ndarray
+    first: np.ndarray
 
 
 @dataclass
@@ -338,6 +353,10 @@ def packed_attention(
     Args:
         position_bias: T5's, (1, heads, Q, K), or a single number where a layer has none.
     """
+    if isinstance(attention_mask, LayerAttention):
+        window = kwargs.get("sliding_window")
+        layer = module.layer_idx
+        return attention_mask.of_layer(layer, query, key, value, dropout, scaling, window), None  # type: ignore
     if not isinstance(attention_mask, Attention):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, position_bias=position_bias, **kwargs
@@ -348,10 +367,44 @@ def packed_attention(
     return attention_mask(query, key, value, dropout, scaling, bias).unsqueeze(0), None
 
 
+class LayerAttention(ABC):
+    """What the layers of a language model attend to, each in its own way: the model is run as it is, `masked_by` it."""
+
+    @abstractmethod
+    def of_layer(
+        self, layer: int, query, key, value, dropout: float, scale: float | None, window: int | None
+    ) -> torch.Tensor:
+        """query (1, heads, T, head size), key and value (1, key heads, T, head size) to (1, T, heads, head size).
+
+        Args:
+            layer: its number, from 0.
+            window: a token attends to so many at most, itself included; None for all before it.
+        """
+
+
+_layout: ContextVar[LayerAttention | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def masked_by(layout: LayerAttention) -> Iterator[None]:
+    """Have the layers of a model that accepts packed rows attend as the layout says, whatever mask they would make."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def _mask_of_layout(**kwargs: Any) -> Any:
+    """In the place of the mask that transformers makes for a model: the layout, where there is one."""
+    layout = _layout.get()
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**kwargs) if layout is None else layout
+
+
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
 AttentionInterface.register(PADDED, sdpa_attention_forward)
-for name in (IMPLEMENTATION, PADDED):
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register(IMPLEMENTATION, _mask_of_layout)
+AttentionMaskInterface.register(PADDED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def accept_packed_rows(model: PreTrainedModel) -> None:
