@@ -12,6 +12,7 @@ sentence-transformers model (pooled and normalized as its authors meant) or any 
 only when it is whole and its reload gave back the very weights of the two parts.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,11 @@ class ConsolidateArguments:
     question_encoder_prompt: str | None = flag(
         None, "Text before every question; left out, the one that the encoder's sentence-transformers folder names."
     )
+    question_encoder_scale: float | None = flag(
+        None,
+        "Number above 0 that scores are multiplied by, of any encoder but DPR's: inner products of normalized vectors "
+        "lie between -1 and 1, too close for p(z|x); 10 or more tells passages apart. Left out, the encoder's own, 1.",
+    )
     prompt_template: str = flag(
         "plain",
         "What a causal language model reads: plain; chat, its tokenizer's own; or a file with {title}, {text} and, "
@@ -69,7 +75,7 @@ def main(args: ConsolidateArguments) -> Path:
     Raises:
         UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
     """
-    raise_problems(output_folder_problems("--dest", args.dest))
+    raise_problems(output_folder_problems("--dest", args.dest) + _scale_problems(args.question_encoder_scale))
     allow_code(args.trust_remote_code)
     dest = Path(args.dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
@@ -95,6 +101,7 @@ def main(args: ConsolidateArguments) -> Path:
         args.question_encoder_name_or_path,
         pooling=args.question_encoder_pooling,
         prompt=args.question_encoder_prompt,
+        scale=args.question_encoder_scale,
     )
     generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
     sources = [" ".join(_tokenizer_source(args, part)) for part in ("question_encoder", "generator")]
@@ -160,6 +167,12 @@ def consolidate(
             config_name_or_path=config_name_or_path,
         )
     )
+
+
+def _scale_problems(scale: float | None) -> list[str]:
+    if scale is None or 0 < scale < math.inf:
+        return []
+    return [f"--question_encoder_scale {scale:g} must be a number above 0; 1 leaves scores as they are"]
 
 
 def _require_parts(args: ConsolidateArguments) -> None:
