@@ -19,7 +19,7 @@ from transformers.models.smollm3 import modeling_smollm3 as smollm3
 from rag.generation.causal import PromptRow, states_of_answers
 from rag.generation.forward import answer_states, output_layer
 from rag.generation.stacks import use_packed_rows
-from rag.packing import Heads
+from rag.packing import Heads, Packing
 from rag.training.loss import rag_sequence_nll, rag_token_nll
 from tests.conftest import assert_equal_but_for_rounding
 
@@ -258,7 +258,7 @@ def test_what_is_shared_passes_the_layers_once():
 
 def test_a_row_says_where_its_tokens_lie():
     heads = Heads(np.array([3, 2, 3, 0]), np.array([0, 1, 0, 3]))
-    row = PromptRow(np.array([4, 2, 5, 1]), np.array([2, 1, 1, 1]), heads, torch.device("cpu"))
+    row = PromptRow(np.array([4, 2, 5, 1]), Packing(np.array([2, 1, 1, 1]), torch.device("cpu")), heads)
     assert row.queries.lengths.tolist() == [3, 3, 3, 3, 2] and row.keys.lengths.tolist() == [3, 6, 3, 6, 2]
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1]
     assert row.key_places.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 9, 10, 11, 12, 13]
