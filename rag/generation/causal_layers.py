@@ -295,24 +295,23 @@ class _Blocks:
 
     def _add_adapters(self, linears: list[_Linear], rows: Tensor, outs: tuple[Tensor, ...]) -> Any:
         """Add to each linear layer's result what its adapter makes of the rows, by one product with all A of them."""
-        adapted = [(linear, out) for linear, out in zip(linears, outs, strict=True) if linear.a is not None]
-        if not adapted:
+        places = [n for n, linear in enumerate(linears) if linear.a is not None]
+        if not places:
             return lambda parts, rows, to_rows: None
-        first = torch.cat([linear.a for linear, _ in adapted]).to(rows.dtype)
-        ranks = [len(linear.a) for linear, _ in adapted]
+        adapted = [linears[n] for n in places]
+        first, ranks = torch.cat([linear.a for linear in adapted]).to(rows.dtype), [len(linear.a) for linear in adapted]
         lows = (rows @ first.t()).split(ranks, 1)  # (T, r) each
-        for (linear, out), low in zip(adapted, lows, strict=True):
-            out.addmm_(low, linear.b.to(rows.dtype).t(), alpha=linear.scale)
+        for n, linear, low in zip(places, adapted, lows, strict=True):
+            outs[n].addmm_(low, linear.b.to(rows.dtype).t(), alpha=linear.scale)
 
         def back(parts: tuple[Tensor, ...], rows: Tensor, to_rows: Tensor | None) -> None:
-            parts = tuple(part for linear, part in zip(linears, parts, strict=True) if linear.a is not None)
             to_lows = []
-            for (linear, _), part, low in zip(adapted, parts, lows, strict=True):
+            for linear, part, low in zip(adapted, [parts[n] for n in places], lows, strict=True):
                 to_lows.append(part @ (linear.b * linear.scale).to(rows.dtype))
                 if linear.names[3] in self.plan.trained:  # the narrow side first: half the time on a CPU
                     self.gradients[linear.names[3]] = weight_gradient(low, part).t() * linear.scale
             to_low = torch.cat(to_lows, 1)
-            for (linear, _), own in zip(adapted, weight_gradient(to_low, rows).split(ranks), strict=True):
+            for linear, own in zip(adapted, weight_gradient(to_low, rows).split(ranks), strict=True):
                 self.gradients[linear.names[2]] = own
             if to_rows is not None:
                 to_rows.addmm_(to_low, first)
