@@ -200,6 +200,43 @@ def t5_folder(t5, t5_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    """As of many language models: no beginning, an end token that is the padding, too, and another special token."""
+    from transformers import PreTrainedTokenizerFast
+
+    specials = {"unk_token": "<unk>", "bos_token": "<begin>", "eos_token": "<end>"}
+    backend = _word_tokenizer(specials | {"colon": ":"}, "$A")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", **specials)
+
+
+def make_language_model(family: str, vocabulary: int, **sizes):
+    """A tiny causal language model of a family, its weights large enough that its words differ."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = CONFIG_MAPPING[family](
+        vocab_size=vocabulary, hidden_size=DIMENSION, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2, **sizes,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def llama(llama_tokenizer):
+    return make_language_model("llama", len(llama_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(llama, llama_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_index(factory: str, vectors, path: Path) -> None:
     """A FAISS index by inner product of a kind that needs no training, over float32 vectors (rows, d)."""
     import numpy as np

@@ -30,8 +30,10 @@ class ModelArguments:
 
     _argument_group_name = "model"
     model_name_or_path: str = required_flag("Checkpoint to start from: a folder or a name on the hub.")
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = flag(
-        None, "Left out, it is read from the checkpoint's config; bart and t5 train a bare, closed-book generator."
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
+        None,
+        "Left out, it is read from the checkpoint's config; bart, t5 and causal (a language model) train a bare, "
+        "closed-book generator.",
     )
     config_name: str | None = flag(None, "Config to use instead of the checkpoint's: a folder or a name.")
     tokenizer_name: str | None = flag(None, "Tokenizer to use instead of the checkpoint's: a folder or a name.")

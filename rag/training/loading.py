@@ -31,8 +31,8 @@ from rag.models.adapters import (
     require_plan,
 )
 from rag.models.bases import Base, base_of, read_base
-from rag.models.checkpoints import load_model, load_tokenizer
-from rag.models.fit import complete_start, require_fit
+from rag.models.checkpoints import fitting_model_type, load_model, load_tokenizer
+from rag.models.fit import complete_start, require_fit, settle_prompt
 from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG
 from rag.models.precision import dtype_of
@@ -72,8 +72,9 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     adapt(model, args)
     name = model_args.tokenizer_name
     tokenizer_path, flag = (path, MODEL_FLAG) if name is None else (name, "--tokenizer_name")
-    model_type = model_args.model_type or ("rag_sequence" if model.config.model_type == "rag" else "auto")
+    model_type = fitting_model_type(model.config, path, model_args.model_type)
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
+    settle_prompt(model, tokenizer, f"{flag} {tokenizer_path}")
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
     if model_args.attn_implementation != "auto":
