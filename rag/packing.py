@@ -158,13 +158,15 @@ class Attention:
     Args:
         queries: whose tokens attend.
         keys: to whose; the same packing for self-attention.
-        causal: each token attends to itself and those before it alone; for one packing.
+        causal: each token attends to itself and those before it alone; the queries are the last of the keys' tokens.
+        window: so many at most, itself included; None for all before it. For causal ones.
     """
 
-    def __init__(self, queries: Packing, keys: Packing, causal: bool = False):
+    def __init__(self, queries: Packing, keys: Packing, causal: bool = False, window: int | None = None):
         assert len(queries.lengths) == len(keys.lengths), (len(queries.lengths), len(keys.lengths))
-        assert queries is keys or not causal
-        self.queries, self.keys, self.causal = queries, keys, causal
+        assert causal or window is None
+        assert queries is keys or not causal or (queries.lengths <= keys.lengths).all()
+        self.queries, self.keys, self.causal, self.window = queries, keys, causal, window
 
     @property
     def longest(self) -> int:
@@ -172,7 +174,7 @@ class Attention:
         return self.keys.longest if self.keys.device.type == "cpu" else _rung(self.keys.longest)
 
     def __call__(self, query, key, value, dropout: float, scale: float | None, bias=None) -> torch.Tensor:
-        """query (T, heads, head size), key and value (T', heads, head size) to (T, heads, head size).
+        """query (T, heads, head size), key and value (T', key heads, head size) to (T, heads, head size).
 
         Args:
             bias: (1, heads, Q, K), added to each sequence's products, at least as large as the longest; or None.
@@ -195,13 +197,14 @@ class Attention:
     def _ragged_with_backward(self, query, key, value, dropout: float, scale: float | None):
         places = self._kernel_places
         attended, sums, *random, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *places, dropout, self.causal, False, scale=scale
+            query, key, value, *places, dropout, self.causal, False, scale=scale, **self._kernel_window
         )
 
         def back(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.ops.aten._flash_attention_backward(
-                gradient, query, key, value, attended, sums, *places, dropout, self.causal, *random, scale=scale
-            )
+                gradient, query, key, value, attended, sums, *places, dropout, self.causal, *random,
+                scale=scale, **self._kernel_window,
+            )  # fmt: skip
 
         return attended, back
 
@@ -209,42 +212,55 @@ class Attention:
         """By FlashAttention's kernel; `torch.nn.attention.varlen.varlen_attn`, which calls it, takes no dropout."""
         places = self._kernel_places
         return torch.ops.aten._flash_attention_forward(
-            query, key, value, *places, dropout, self.causal, False, scale=scale
+            query, key, value, *places, dropout, self.causal, False, scale=scale, **self._kernel_window
         )[0]
 
     def _grouped(self, query, key, value, dropout: float, scale: float | None, bias) -> torch.Tensor:
         queries = self._query_places.split(query)
         keys, values = self._key_places.split(key), self._key_places.split(value)
         attended = []
-        for group, q, k, v, is_key in zip(self._groups, queries, keys, values, self._masks, strict=True):
-            mask = self._mask(group, is_key, None if bias is None else bias.to(q.dtype))
+        fewer = query.shape[1] != key.shape[1]
+        for group, q, k, v, counts in zip(self._groups, queries, keys, values, self._masks, strict=True):
+            mask = self._mask(group, counts, None if bias is None else bias.to(q.dtype))
+            if fewer and q.is_cuda:  # of BACKENDS none but the slow one takes fewer heads of keys
+                k, v = (each.repeat_interleave(q.shape[2] // each.shape[2], dim=2) for each in (k, v))
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             with sdpa_kernel(BACKENDS) if q.is_cuda else nullcontext():
                 is_causal = self.causal and mask is None
-                out = scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+                out = scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=fewer)
             attended.append(out.transpose(1, 2))
         return self._query_places.join(attended)
 
-    def _mask(self, group: "_Group", is_key: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def _mask(self, group: "_Group", counts: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
         """What is added to a group's products, or which of its keys count; None where all do, or all up to a query."""
         if bias is None:
-            return None if self.causal else is_key  # padding lies behind every token that a causal query reads
+            return counts
         bias = bias[:, :, : group.queries, : group.keys]
-        if self.causal:
-            later = torch.ones(group.queries, group.keys, dtype=torch.bool, device=bias.device).triu(1)
-            return bias.masked_fill(later, float("-inf"))
-        return bias if is_key is None else bias.masked_fill(~is_key, float("-inf"))
+        if self.causal and counts is None:
+            counts = torch.ones(group.queries, group.keys, dtype=torch.bool, device=bias.device).tril()
+        return bias if counts is None else bias.masked_fill(~counts, float("-inf"))
 
     @cached_property
     def _kernel_places(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """Where the queries' and the keys' sequences begin, and the longest of each, rounded up to a rung."""
         return self.queries.starts, self.keys.starts, _rung(self.queries.longest), _rung(self.keys.longest)
 
+    @property
+    def _kernel_window(self) -> dict[str, int]:
+        """Left of a query and right of it; what the kernel calls causal are the last queries of the keys, too."""
+        return {} if self.window is None else {"window_size_left": self.window - 1, "window_size_right": 0}
+
+    @cached_property
+    def _is_tail(self) -> np.ndarray:
+        """(N) whether the queries are but the last of the keys, of a causal one."""
+        return self.causal & (self.queries.lengths < self.keys.lengths)
+
     @cached_property
     def _groups(self) -> list[_Group]:
         queries, keys = self.queries.lengths, self.keys.lengths
         if self.keys.device.type == "cpu":
-            rows = [group for group, _ in groups_of_similar_length(keys, GROUP_COST)]
+            sides = np.flatnonzero(~self._is_tail), np.flatnonzero(self._is_tail)
+            rows = [own[group] for own in sides for group, _ in groups_of_similar_length(keys[own], GROUP_COST)]
             sizes = [(int(queries[own].max()), int(keys[own].max())) for own in rows]
         else:  # one call of a size from a short ladder
             rows, sizes = [np.arange(len(keys))], [(_rung(self.queries.longest), _rung(self.keys.longest))]
@@ -255,12 +271,24 @@ class Attention:
 
     @cached_property
     def _masks(self) -> list[torch.Tensor | None]:
-        """Of each group: which keys are tokens, (G, 1, 1, K) bool, or None where all are."""
+        """Of each group: which keys count, (G, 1, 1 or Q, K) bool; None where all do, or all up to a query."""
         masks: list[torch.Tensor | None] = []
         for group in self._groups:
-            is_key = np.arange(group.keys) < self.keys.lengths[group.sequences, None]
-            masks.append(to_device(is_key, self.keys.device)[:, None, None] if group.is_ragged else None)
+            if not self.causal:
+                is_key = np.arange(group.keys) < self.keys.lengths[group.sequences, None]
+                masks.append(to_device(is_key, self.keys.device)[:, None, None] if group.is_ragged else None)
+            elif self.window is None and not self._is_tail[group.sequences].any():
+                masks.append(None)  # padding lies behind every token that a query reads
+            else:
+                masks.append(to_device(self._reach(group), self.keys.device)[:, None])
         return masks
+
+    def _reach(self, group: _Group) -> np.ndarray:
+        """Which keys a causal group's queries attend to, (G, Q, K); padding as the last token."""
+        queries, keys = (side.lengths[group.sequences, None] for side in (self.queries, self.keys))
+        place = (keys - queries + np.minimum(np.arange(group.queries), queries - 1))[:, :, None]
+        key = np.arange(group.keys)
+        return (key <= place) & (key > place - (self.window or group.keys))
 
     @cached_property
     def _query_places(self) -> "_Places":

@@ -171,7 +171,12 @@ def _nodes(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def marginal_log_probs(
-    decoder, memory: Memory, candidates: Candidates, doc_log_probs: torch.Tensor, bos: int | None
+    decoder,
+    memory: Memory,
+    candidates: Candidates,
+    doc_log_probs: torch.Tensor,
+    bos: int | None,
+    weighs_empty: bool = False,
 ) -> torch.Tensor:
     """log sum_z p(z) p(candidate | z), as `RagSequenceForGeneration.get_nll` without label smoothing.
 
@@ -179,6 +184,7 @@ def marginal_log_probs(
         memory: of the D documents.
         doc_log_probs: (Q, n_docs), -inf where there is no document.
         bos: the first token is not scored where every candidate begins with this one, as in get_nll.
+        weighs_empty: give an answer of one token p(z), too; get_nll puts it on the second token.
 
     Returns:
         (Q, C), -inf behind a question's last candidate.
@@ -188,11 +194,11 @@ def marginal_log_probs(
     edges = edge_log_probs(decoder, memory, trees, candidates)  # (Q, n_docs, E + 1)
     paths = to_device(trees.paths, device)
     of_paths = edges.gather(2, paths.flatten(1)[:, None].expand(-1, edges.shape[1], -1)).unflatten(2, paths.shape[1:])
-    # get_nll puts the document's probability on the second token: an empty answer has none.
-    second = candidates.tokens[..., 2:3]
-    has_second = to_device((candidates.lengths > 2) & (second != decoder.pad).any(-1), device)
     weights = doc_log_probs[..., None]
-    weights = weights.where(has_second[:, None] | weights.isneginf(), 0.0)  # (Q, n_docs, C)
+    if not weighs_empty:
+        second = candidates.tokens[..., 2:3]
+        has_second = to_device((candidates.lengths > 2) & (second != decoder.pad).any(-1), device)
+        weights = weights.where(has_second[:, None] | weights.isneginf(), 0.0)  # (Q, n_docs, C)
     scores = (of_paths.sum(-1) + weights).logsumexp(1)
     return scores.masked_fill(to_device(candidates.lengths == 0, device), float("-inf"))
 

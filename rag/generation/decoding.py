@@ -10,16 +10,22 @@ Beam search (search.py) grows the trees of all documents by `num_beams` tokens a
 those of all questions and documents in a single pass.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import log_softmax
-from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 
 from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs
+from rag.generation.causal_cache import HeadCache
+from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.plain_decoder import decoder_of
 from rag.generation.search import Search
 from rag.generation.token_trees import Memory
+from rag.packing import Heads
 
 # cuDNN's attention would make a plan for every new shape, and a search has a new one at each step.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -39,6 +45,8 @@ def generate_answers(
     max_length: int = 50,
     do_deduplication: bool = True,
     decoding: str = "thorough",
+    heads: Heads | None = None,
+    head_cache: HeadCache | None = None,
     **generate_kwargs,
 ) -> torch.Tensor:
     """The best answers to B questions, (B * num_return_sequences, T), best first, padded with the generator's pad id.
@@ -53,56 +61,102 @@ def generate_answers(
         do_deduplication: RAG-Sequence: equal candidates of several documents stand once.
         decoding: RAG-Sequence (Lewis et al. 2020, section 2.5): "thorough" scores every candidate under every document;
             "fast" takes the beams' own scores, and 0 for a document whose beams did not find the candidate.
+        heads: of the contexts of a causal language model: equal ones are read once.
+        head_cache: of that model: what it holds is not read again.
         generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...).
     """
     assert decoding in ("thorough", "fast"), decoding
     assert doc_scores.shape == (len(context_input_ids) // n_docs, n_docs), doc_scores.shape
     settings = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length, **generate_kwargs}
-    device, casts = doc_scores.device.type, model.generator.dtype == torch.float32
-    with sdpa_kernel(ATTENTION), torch.autocast(device, enabled=casts and torch.is_autocast_enabled(device)):
+    with _attention_and_precision(model.generator):
         decoder = decoder_of(model.generator)
         lost = doc_scores.isneginf().all(1, keepdim=True)
         first = torch.arange(n_docs, device=doc_scores.device) == 0
         doc_scores = doc_scores.to(decoder.dtype).masked_fill(lost & first, 0.0)
         contexts = context_input_ids, context_attention_mask
+        head_lengths = None if heads is None else heads.lengths
         if isinstance(model, RagTokenForGeneration):
-            memory = read(decoder, *contexts)
+            memory = read(decoder, *contexts, head_lengths, head_cache)
             doc_log_probs = log_softmax(doc_scores, -1)
             found = Search(model, settings, decoder, memory, context_input_ids, doc_log_probs).run()
             return _padded(found.sequences.cpu().numpy(), num_return_sequences, decoder.pad, doc_scores.device)
         bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
         answers = _sequence_answers(
-            model.generator, decoder, contexts, doc_scores, settings,
+            model.generator, decoder, contexts, doc_scores, settings, head_lengths, head_cache,
             bos=bos, rows=num_return_sequences, distinct=do_deduplication, thorough=decoding == "thorough",
         )  # fmt: skip
         return _padded(answers, num_return_sequences, decoder.pad, doc_scores.device)
 
 
+@torch.no_grad()
+def answer_prompts(
+    generator: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    num_beams: int = 4,
+    num_return_sequences: int = 1,
+    min_length: int = 1,
+    max_length: int = 50,
+    **generate_kwargs,
+) -> torch.Tensor:
+    """A bare language model's answers to B prompts, (B * num_return_sequences, T), as `generate_answers` gives them.
+
+    Args:
+        input_ids: (B, S), prompts without their last token: that is the decoder's first one, and each answer's.
+        attention_mask: (B, S).
+    """
+    settings = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length, **generate_kwargs}
+    with _attention_and_precision(generator):
+        decoder = decoder_of(generator)
+        found = Search(generator, settings, decoder, read(decoder, input_ids, attention_mask), input_ids).run()
+        return _padded(found.sequences.cpu().numpy(), num_return_sequences, decoder.pad, input_ids.device)
+
+
+@contextmanager
+def _attention_and_precision(generator) -> Iterator[None]:
+    """The kernels to choose from, and autocast as it is around, but of a generator in half precision none."""
+    device, casts = generator.device.type, generator.dtype == torch.float32
+    with sdpa_kernel(ATTENTION), torch.autocast(device, enabled=casts and torch.is_autocast_enabled(device)):
+        yield
+
+
 def _sequence_answers(
-    generator, decoder, contexts, doc_scores, settings: dict, *, bos, rows: int, distinct: bool, thorough: bool
-) -> np.ndarray:
+    generator, decoder, contexts: tuple[torch.Tensor, torch.Tensor], doc_scores, settings: dict, head_lengths,
+    head_cache, *, bos, rows: int, distinct: bool, thorough: bool,
+) -> np.ndarray:  # fmt: skip
     """RAG-Sequence's `rows` best candidates, (B, at most `rows`, T), best first, padded; -inf scores of none at all."""
     present = np.flatnonzero((doc_scores > float("-inf")).flatten().cpu().numpy())
     if len(present) < doc_scores.numel():
         kept = torch.from_numpy(present).to(doc_scores.device)
-        contexts = tuple(x[kept] for x in contexts)
-    memory = read(decoder, *contexts)
+        contexts = contexts[0][kept], contexts[1][kept]
+        head_lengths = None if head_lengths is None else head_lengths[present]
+    memory = read(decoder, *contexts, head_lengths, head_cache)
     found = Search(generator, settings, decoder, memory, contexts[0]).run()
     candidates = Candidates.of(found.sequences.cpu().numpy(), present, doc_scores.shape[1], decoder.pad)
     doc_log_probs = log_softmax(doc_scores, -1)
     if thorough:
-        scores = marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos)  # (B, C)
+        is_causal = not generator.config.is_encoder_decoder
+        scores = marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos, is_causal)  # (B, C)
     else:
         scores = beam_scores(candidates, found.log_probs, doc_log_probs)
     return candidates.best(scores, rows, distinct)
 
 
-def read(decoder, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Memory:
+def read(
+    decoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    head_lengths: np.ndarray | None = None,
+    head_cache: HeadCache | None = None,
+) -> Memory:
     """What the decoder reads of contexts (D, S); equal ones are encoded once.
 
     A context holds its question, too, and each of its words is encoded by all others: only where questions are equal,
-    or a question's passages, is there anything to share.
+    or a question's passages, is there anything to share. A language model has read a head before the question comes.
     """
+    if isinstance(decoder, CausalDecoder):
+        return decoder.read(input_ids, attention_mask, head_lengths, head_cache)
     rows = torch.cat([input_ids, attention_mask], 1).cpu().numpy()
     places = distinct_rows(rows)
     if len(places[0]) == len(rows):

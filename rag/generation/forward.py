@@ -1,11 +1,11 @@
 """A RAG model's generator in training: contexts to the decoder's last hidden states, without padding where it can be.
 
-    encoded = encode_contexts(model.generator, contexts.input_ids, contexts.attention_mask)
-    hidden, answers = decode_answers(model.generator, encoded, decoder_input_ids, lengths)            # (R, d)
+    hidden, answers = answer_states(model.generator, input_ids, attention_mask, decoder_input_ids)          # (R, d)
     nll = rag_sequence_nll(hidden, output_layer(model.generator), doc_scores, targets, pad_token_id, answers=answers)
 
 Contexts of BART and T5 lie in one packed row, and so do the answers: one pass over each, whatever their lengths. Other
-families run as transformers wrote them, padded. Logits are left to `rag.training.loss`, which never holds all of them.
+encoder-decoders run as transformers wrote them, padded. A language model reads prompts and answers in one row
+(causal.py). Logits are left to `rag.training.loss`, which never holds all of them.
 `scaled` and `output_layer` serve decoding, too, and `full_precision` serves the loss.
 """
 
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rag.generation.causal import states_of_answers
 from rag.generation.stacks import stack_of
-from rag.packing import Packing, right_padded_lengths
+from rag.packing import Heads, Packing, right_padded_lengths
 
 # Rows of the output matrix in one pass over the vocabulary: their logits stay in a processor's cache.
 CHUNK_VOCABULARY = 8192
@@ -39,6 +40,30 @@ class EncodedContexts:
     hidden: torch.Tensor
     attention_mask: torch.Tensor
     packing: Packing | None
+
+
+def answer_states(
+    generator, input_ids: torch.Tensor, attention_mask: torch.Tensor, decoder_input_ids: torch.Tensor, *,
+    lengths: np.ndarray | None = None, heads: Heads | None = None, decoder_lengths: np.ndarray | None = None,
+) -> tuple[torch.Tensor, Packing | None]:  # fmt: skip
+    """What the output layer reads behind contexts (N, S), of the decoder's inputs (B, T), each for N / B in a row.
+
+    Args:
+        lengths: (N) of the contexts, on the host, where it is known that padding is on the right; else the device is
+            asked.
+        heads: which contexts of a language model begin alike: each beginning is computed once.
+        decoder_lengths: (B) of the decoder's inputs, on the host; None for T each.
+
+    Returns:
+        (R, d) and where the N answers' tokens lie in it; of an encoder-decoder's padded contexts (N, T, d) and None.
+    """
+    if generator.config.is_encoder_decoder:
+        encoded = encode_contexts(generator, input_ids, attention_mask, lengths)
+        return decode_answers(generator, encoded, decoder_input_ids, decoder_lengths)
+    hidden, answers = states_of_answers(
+        generator, input_ids, attention_mask, decoder_input_ids, lengths, heads, decoder_lengths
+    )
+    return scaled(hidden, generator.config), answers
 
 
 def encode_contexts(
@@ -90,14 +115,21 @@ def decode_answers(
 
 
 def scaled(hidden: torch.Tensor, config) -> torch.Tensor:
-    """The decoder's last hidden states as the output layer reads them: a T5 whose embeddings are tied scales them."""
+    """The last hidden states as the output layer reads them: a T5 whose embeddings are tied scales them, and so do some
+    language models their logits."""
     if getattr(config, "scale_decoder_outputs", False) or (config.model_type == "umt5" and config.tie_word_embeddings):
         return hidden * config.d_model**-0.5
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        return hidden / config.logits_scaling
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        return hidden * config.logit_scale
     return hidden
 
 
 def output_layer(generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (V, d) and bias (V) of the layer that makes logits of the decoder's hidden states."""
-    weight = generator.get_output_embeddings().weight
+    """Weight (V, d) and bias (V) of the layer that makes logits of the last hidden states."""
+    layer = generator.get_output_embeddings()
+    if getattr(layer, "bias", None) is not None:  # Phi's
+        return layer.weight, layer.bias
     bias = getattr(generator, "final_logits_bias", None)  # BART's: a buffer, never trained
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias[0]
+    return layer.weight, layer.weight.new_zeros(len(layer.weight)) if bias is None else bias[0]

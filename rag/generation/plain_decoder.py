@@ -7,6 +7,7 @@ Each way from the root of a tree to one of its leaves is decoded as a sequence o
 
 import torch
 
+from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.families import require_family
 from rag.generation.forward import scaled
 from rag.generation.pace import pace_of
@@ -75,12 +76,16 @@ def _first_places(mask: torch.Tensor, count: int) -> torch.Tensor:
     return (~mask).int().argsort(dim=-1, stable=True)[..., :count]
 
 
-def decoder_of(generator) -> TreeDecoder | PlainDecoder:
+def decoder_of(generator) -> TreeDecoder | PlainDecoder | CausalDecoder:
     """What decodes for a generator: over trees where its family's decoder is known, else by its own modules.
+
+    A causal language model of any family decodes over trees.
 
     Raises:
         UserError: its family cannot be a RAG model's.
     """
+    if not generator.config.is_encoder_decoder:
+        return CausalDecoder(generator)
     require_family(generator.config, "the generator")
     use_packed_rows(generator)
     return DECODERS.get(generator.config.model_type, PlainDecoder)(generator)

@@ -50,7 +50,10 @@ class Search:
         self.config = _generation_config(owner, settings, self.device)
         start = self.config.decoder_start_token_id
         self.start_token_id = self.config.bos_token_id if start is None else start
-        self.stops = _stopping_criteria(self.config, getattr(owner.config, "max_position_embeddings", None))
+        positions = getattr(owner.config, "max_position_embeddings", None)
+        if positions is not None and not owner.config.is_encoder_decoder:
+            positions -= memory.mask.shape[-1]  # the contexts have theirs before the answers
+        self.stops = _stopping_criteria(self.config, positions)
         self.past = Past(decoder.depth, capacity=1 + self.config.num_beams * (self.config.max_length - 1))
         self.ancestors: torch.Tensor | None = None  # (I, N, tokens in self.past)
         self.own = {n: torch.eye(n, dtype=torch.bool, device=self.device) for n in {1, self.config.num_beams}}

@@ -126,7 +126,7 @@ STACKS: dict[str, type[Stack]] = {"bart": BartStack, "t5": T5Stack, "mt5": T5Sta
 
 def use_packed_rows(generator: PreTrainedModel) -> None:
     """Have a generator run over packed rows, where its family can and nobody chose another attention for it."""
-    if generator.config.model_type in STACKS:
+    if generator.config.model_type in STACKS or not generator.config.is_encoder_decoder:
         accept_packed_rows(generator)
 
 

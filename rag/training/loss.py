@@ -29,7 +29,7 @@ def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[
         decoder_input_ids (B, T') and targets (B, T'), the inputs moved one to the left and padded; T' is T or T + 1.
     """
     start = generator_config.decoder_start_token_id
-    if not (labels[:, 0] == start).all():
+    if not generator_config.is_encoder_decoder or not (labels[:, 0] == start).all():
         labels = torch.cat([labels.new_full((len(labels), 1), start), labels], dim=1)
     targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), generator_config.pad_token_id)], dim=1)
     return labels, targets
@@ -48,7 +48,7 @@ def rag_sequence_nll(
 
     Args:
         hidden: (B * n_docs, T, d) the decoder's last hidden states, the documents of an example in a row; or (R, d).
-        output_layer: weight (V, d) and bias (V) that make logits of them; the bias gets no gradient.
+        output_layer: weight (V, d) and bias (V) that make logits of them.
         doc_scores: (B, n_docs), -inf for a document that is to have no probability.
         targets: (B, T) int64, right-padded.
         pad_token_id: positions with this target count nothing.
@@ -147,7 +147,7 @@ def target_logprobs(hidden, weight, bias, targets, answers: Packing | None = Non
     Args:
         hidden: (N, T, d), or (R, d) where `answers` says which.
         weight: (V, d).
-        bias: (V); it gets no gradient.
+        bias: (V).
         targets: (N, T) int64.
     """
     own_targets = targets.flatten() if answers is None else answers.pack(targets)
@@ -189,15 +189,18 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
         hidden_gradient = full_precision(torch.zeros_like(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         for logits, place, is_here, words in _parts_of_logits(hidden, weight, bias, targets):
             probabilities = logits.sub_(normalizer.unsqueeze(1)).exp_()
             gradient = probabilities.mul_((normalizer_gradient - logprob_gradient).unsqueeze(1))
             gradient.scatter_add_(1, place, logprob_gradient.masked_fill(~is_here, 0.0).unsqueeze(1))
+            if bias_gradient is not None:
+                bias_gradient[words] = gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
             hidden_gradient += gradient @ weight[words]
             if weight_gradient is not None:
                 torch.mm(gradient.T, hidden, out=weight_gradient[words])
-        return hidden_gradient.to(hidden.dtype), weight_gradient, None, None
+        return hidden_gradient.to(hidden.dtype), weight_gradient, bias_gradient, None
 
 
 def words_at_a_time(rows: int, device: torch.device) -> int:

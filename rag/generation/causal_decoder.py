@@ -1,0 +1,221 @@
+"""Any causal language model as a decoder over trees of tokens that hang on prompts; the model runs as it is.
+
+    decoder = CausalDecoder(generator)      # called as token_trees.TreeDecoder is
+    memory = decoder.read(context_input_ids, context_attention_mask, head_lengths, cache)
+    hidden = decoder.decode(tokens, depths, ancestors, memory, past)
+
+A context is a prompt without its last token, which is the decoder's first one: the root of every tree. Memory is each
+layer's keys and values of the contexts. A token attends to its whole context and to its ancestors; its position is the
+context's length and its depth. Query heads that share a key head stand beside each other in one product, so that keys
+and values are never repeated.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from rag.generation.causal_cache import HeadCache
+from rag.generation.forward import scaled
+from rag.generation.pace import pace_of
+from rag.generation.token_trees import Memory, Past, TokenScores, attention_bias
+from rag.packing import LayerAttention, Packing, accept_packed_rows, accepts_packed_rows, masked_by, to_device
+
+
+class CausalDecoder(TokenScores):
+    def __init__(self, generator):
+        super().__init__(generator)
+        accept_packed_rows(generator)
+        assert accepts_packed_rows(generator), "another attention was chosen for this model"
+        self.model, self.config = generator.base_model, generator.config
+
+    @property
+    def depth(self) -> int:
+        return self.config.num_hidden_layers
+
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        head_lengths: np.ndarray | None = None,
+        cache: HeadCache | None = None,
+    ) -> Memory:
+        """Keys and values of contexts (D, S), padded on either side; memory is padded on the right.
+
+        Args:
+            head_lengths: (D) tokens of each context's own that others may begin with, too; equal heads are read once.
+            cache: where heads are looked for, and put.
+        """
+        is_token = attention_mask.bool().cpu().numpy()
+        lengths = is_token.sum(1)
+        borders = np.zeros_like(lengths) if head_lengths is None else head_lengths
+        contexts = [row[own] for row, own in zip(input_ids.cpu().numpy(), is_token, strict=True)]
+        begun = [row[:border] for row, border in zip(contexts, borders, strict=True)]
+        rests = [row[border:] for row, border in zip(contexts, borders, strict=True)]
+        device = input_ids.device
+        of_heads = self._read_heads(begun, device, cache)
+        parts = []
+        for block in _blocks(lengths - borders, pace_of(device).chunk_tokens):
+            read_before = _memory_of(of_heads[block], borders[block])
+            kept = self._prefill(rests[block], device, borders[block], read_before)
+            parts += [[*head, rest] for head, rest in zip(of_heads[block], kept, strict=True)]
+        memory = _memory_of(parts, lengths)
+        assert memory is not None, "contexts have tokens"
+        return memory
+
+    def _read_heads(
+        self, heads: list[np.ndarray], device: torch.device, cache: HeadCache | None
+    ) -> list[list[torch.Tensor]]:
+        """Keys and values (layers, 2, key heads, tokens, head size) of each head, or none of an empty one."""
+        distinct = {head.tobytes(): head for head in heads if len(head)}
+        found = {} if cache is None else {key: kept for key in distinct if (kept := cache.get(key)) is not None}
+        missing = [head for key, head in distinct.items() if key not in found]
+        for block in _blocks(np.array([len(head) for head in missing]), pace_of(device).chunk_tokens):
+            for head, kept in zip(missing[block], self._prefill(missing[block], device), strict=True):
+                found[head.tobytes()] = kept
+                if cache is not None:
+                    cache.put(head.tobytes(), kept)
+        return [[found[head.tobytes()]] if len(head) else [] for head in heads]
+
+    def _prefill(
+        self,
+        pieces: list[np.ndarray],
+        device: torch.device,
+        begins: np.ndarray | None = None,
+        memory: Memory | None = None,
+    ) -> list[torch.Tensor]:
+        """Keys and values (layers, 2, key heads, tokens, head size) of each of n pieces of text.
+
+        Args:
+            begins: (n) the position at which each begins; 0 where it is not given.
+            memory: of what stands before the pieces.
+        """
+        packing = Packing(np.array([len(piece) for piece in pieces]), device)
+        place = torch.arange(packing.longest, device=device)[None]
+        past = Past(self.depth, packing.longest)
+        past.grow(place)
+        attention = _TreeAttention(place, place, place[..., None] >= place[:, None], memory, past, packing)
+        attention.last_layer = self.depth - 1
+        positions = packing.positions
+        if begins is not None:
+            positions = positions + to_device(begins.repeat(packing.lengths), device)
+        with suppress(_AllKept):
+            self._run(to_device(np.concatenate(pieces), device), positions, attention)
+        assert past.kept is not None, "every layer keeps its own"
+        return [past.kept[:, :, i, :, : len(piece)] for i, piece in enumerate(pieces)]
+
+    def decode(self, tokens, depths, ancestors, memory: Memory, past: Past | None = None) -> torch.Tensor:
+        """As `TreeDecoder.decode`: last hidden states (D, N, d) of tokens (D, N) that hang on D contexts."""
+        key_depths = depths
+        if past is not None:
+            past.grow(depths)
+            key_depths = past.depths
+        attention = _TreeAttention(depths, key_depths, ancestors, memory, past)
+        positions = memory.mask.sum(-1).flatten(1) + depths
+        return self._run(tokens.flatten(), positions.expand(tokens.shape).flatten(), attention).view(*tokens.shape, -1)
+
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, attention: LayerAttention) -> torch.Tensor:
+        """What the output layer reads, of tokens (T) in a row, (T, d)."""
+        with masked_by(attention):
+            hidden = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)[0][0]
+        return scaled(hidden, self.config)
+
+
+class _AllKept(Exception):
+    """The last layer's keys and values are there: nobody asks for what it makes of them."""
+
+
+class _TreeAttention(LayerAttention):
+    """What tokens (D, N) in a row attend to: their contexts in `memory`, and ancestors in `past` and among themselves.
+
+    Args:
+        depths: (D or 1, N) of the tokens.
+        key_depths: (D or 1, keys) of the tokens in `past` and these.
+        ancestors: (D or 1, N, keys).
+        packing: where the tokens lie in the row if some of the N are padding.
+    """
+
+    last_layer: int | None = None  # behind whose keys and values nothing is wanted
+
+    def __init__(self, depths, key_depths, ancestors, memory: Memory | None, past: Past | None, packing=None):
+        self.depths, self.key_depths, self.ancestors = depths, key_depths, ancestors
+        self.memory, self.past, self.packing = memory, past, packing
+        self._biases: dict[int | None, torch.Tensor] = {}
+
+    def of_layer(self, layer, query, key, value, dropout, scale, window):
+        query, new = self._padded(query), torch.stack([self._padded(key), self._padded(value)]).transpose(2, 3)
+        pieces = [new.unbind() if self.past is None else self.past.append(layer, new)]
+        if layer == self.last_layer:
+            raise _AllKept
+        if self.memory is not None:
+            pieces.insert(0, self.memory.layers[layer])
+        key_heads, sharing = new.shape[2], query.shape[2] // new.shape[2]
+        query = query.unflatten(2, (key_heads, sharing)).transpose(1, 2)  # (D, key heads, N, sharing, head size)
+        attended = _attend(query.flatten(2, 3), pieces, self._bias(window, sharing, query.dtype), scale)
+        attended = attended.unflatten(2, (-1, sharing)).transpose(1, 2).flatten(2, 3)  # (D, N, heads, head size)
+        return (attended.flatten(0, 1) if self.packing is None else self.packing.pack(attended))[None]
+
+    def _padded(self, row: torch.Tensor) -> torch.Tensor:
+        """(1, heads, T, head size) to (D, N, heads, head size)."""
+        row = row[0].transpose(0, 1)
+        return row.unflatten(0, (-1, self.depths.shape[1])) if self.packing is None else self.packing.unpack(row)
+
+    def _bias(self, window: int | None, sharing: int, dtype: torch.dtype) -> torch.Tensor:
+        """What attention adds, (D or 1, 1, N * sharing, places in memory and keys); one for all layers of a window."""
+        if window not in self._biases:
+            attends, distances = self.ancestors, self.depths[..., None] - self.key_depths[:, None]
+            if self.memory is not None:
+                mask = self.memory.mask[:, 0]  # (D, 1, S)
+                positions = mask.sum(-1, keepdim=True) + self.depths[..., None]  # (D, N, 1)
+                of_memory = positions - torch.arange(mask.shape[-1], device=mask.device)
+                documents, tokens = of_memory.shape[:2]
+                attends = torch.cat([mask.expand(-1, tokens, -1), attends.expand(documents, -1, -1)], -1)
+                distances = torch.cat([of_memory, distances.expand(documents, -1, -1)], -1)
+            if window is not None:
+                attends = attends & (distances < window)
+            self._biases[window] = attention_bias(attends.repeat_interleave(sharing, 1)[:, None], dtype)
+        return self._biases[window]
+
+
+def _attend(query, pieces, bias, scale: float | None) -> torch.Tensor:
+    """Attention (D, key heads, M, head size) of queries of that shape to keys that lie in one or two pieces."""
+    if len(pieces) == 1:
+        keys, values = pieces[0]
+        return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.cat([query @ keys.mT for keys, _ in pieces], -1).add_(bias)
+    shares = scores.softmax(-1).split([keys.shape[2] for keys, _ in pieces], -1)
+    return shares[0] @ pieces[0][1] + shares[1] @ pieces[1][1]
+
+
+def _memory_of(parts: list[list[torch.Tensor]], lengths: np.ndarray) -> Memory | None:
+    """Memory of D contexts whose keys and values (layers, 2, key heads, tokens, head size) come in parts.
+
+    None where there is none of any context.
+    """
+    some = next((part for own in parts for part in own), None)
+    if some is None:
+        return None
+    shape = *some.shape[:2], len(parts), some.shape[2], int(lengths.max()), some.shape[4]
+    kept = some.new_zeros(shape)  # a product with what is masked must be a number
+    for row, own in enumerate(parts):
+        end = 0
+        for part in own:
+            kept[:, :, row, :, end : end + part.shape[3]] = part
+            end += part.shape[3]
+    mask = to_device(np.arange(shape[4]) < lengths[:, None], some.device)[:, None, None]
+    return Memory([(keys, values) for keys, values in kept], mask)
+
+
+def _blocks(lengths: np.ndarray, most: int) -> Iterator[slice]:
+    """Neighbors of `most` tokens together, or one alone that is longer."""
+    first, tokens = 0, 0
+    for place, length in enumerate(lengths):
+        if place > first and tokens + length > most:
+            yield slice(first, place)
+            first, tokens = place, 0
+        tokens += length
+    if first < len(lengths):
+        yield slice(first, len(lengths))
