@@ -10,11 +10,15 @@ Both parts may be local folders or hub names. The generator is an encoder-decode
 Qwen, ...), which reads passages in a prompt (--prompt_template); the question encoder is a DPR encoder, a
 sentence-transformers model (pooled and normalized as its authors meant) or any BERT-like encoder. The folder appears
 only when it is whole and its reload gave back the very weights of the two parts.
+
+    python consolidate_rag_checkpoint.py --merge_adapters output/checkpoint3 --dest path/to/checkpoint
+
+writes whole what a training with --lora_r, --question_encoder_lora_r or --freeze_generator has exported.
 """
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -31,11 +35,14 @@ from rag.outputs import output_folder_problems, writing
 
 @dataclass
 class ConsolidateArguments:
-    generator_name_or_path: str = required_flag(
-        "Folder or hub name of an encoder-decoder or of a causal language model."
-    )
-    question_encoder_name_or_path: str = required_flag("Folder or hub name of an encoder.")
     dest: str = required_flag("Folder to write the checkpoint to; it must not exist or be empty.")
+    generator_name_or_path: str | None = flag(
+        None, "Folder or hub name of an encoder-decoder or of a causal language model; needed, as the encoder is."
+    )
+    question_encoder_name_or_path: str | None = flag(None, "Folder or hub name of an encoder.")
+    merge_adapters: str | None = flag(
+        None, "In place of the two parts: a checkpoint of a training with --lora_r, to be written with merged weights."
+    )
     model_type: Literal["rag_sequence", "rag_token"] = flag("rag_sequence", "Which RAG model to make.")
     generator_tokenizer_name_or_path: str | None = flag(None, "Tokenizer of the generator, where it is not beside it.")
     question_encoder_tokenizer_name_or_path: str | None = flag(
@@ -75,11 +82,19 @@ def main(args: ConsolidateArguments) -> Path:
     Raises:
         UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
     """
-    raise_problems(output_folder_problems("--dest", args.dest) + _scale_problems(args.question_encoder_scale))
+    raise_problems(
+        output_folder_problems("--dest", args.dest)
+        + _scale_problems(args.question_encoder_scale)
+        + _choice_problems(args)
+    )
     allow_code(args.trust_remote_code)
     dest = Path(args.dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
+
+    if args.merge_adapters is not None:
+        return merge(args.merge_adapters, dest)
+    assert args.generator_name_or_path is not None and args.question_encoder_name_or_path is not None
 
     from transformers import RagTokenizer
     from transformers.utils import logging
@@ -146,6 +161,33 @@ def main(args: ConsolidateArguments) -> Path:
     return dest
 
 
+def merge(path: str, dest: Path) -> Path:
+    """Write a checkpoint of adapters, or of a frozen generator, whole: as any other, without its base.
+
+    Raises:
+        UserError: it is no such checkpoint, or cannot be read.
+    """
+    from transformers.utils import logging
+
+    from rag.models.bases import read_base
+    from rag.models.checkpoints import load_model, load_tokenizer, save_model, weights_digest
+    from rag.models.loading import load_config
+
+    logging.disable_progress_bar()
+    load_config(path, flag="--merge_adapters")
+    if (base := read_base(path, flag="--merge_adapters")) is None:
+        raise UserError(f"--merge_adapters {path} is a whole checkpoint, and has nothing to merge; use it as it is")
+    model = load_model(path, flag="--merge_adapters")
+    with writing("--dest", dest), atomic_folder(dest) as folder:
+        save_model(model, folder, load_tokenizer(path, flag="--merge_adapters"))
+        assert weights_digest(load_model(str(folder))) == weights_digest(model), "the reload changed weights"
+    print(
+        f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters: those of {base.name_or_path}"
+        f" and what {path} has learned; the reload gives the same."
+    )
+    return dest
+
+
 def consolidate(
     model_type: str,
     generator_name_or_path: str,
@@ -173,6 +215,17 @@ def _scale_problems(scale: float | None) -> list[str]:
     if scale is None or 0 < scale < math.inf:
         return []
     return [f"--question_encoder_scale {scale:g} must be a number above 0; 1 leaves scores as they are"]
+
+
+def _choice_problems(args: ConsolidateArguments) -> list[str]:
+    """Two parts, or one checkpoint."""
+    parts = ("generator_name_or_path", "question_encoder_name_or_path")
+    if args.merge_adapters is None:
+        missing = " and ".join(f"--{name}" for name in parts if getattr(args, name) is None)
+        return [f"{missing} must be given: a folder or a hub name (or --merge_adapters CHECKPOINT)"] if missing else []
+    others = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    given = sorted(others - {"merge_adapters", "dest", "trust_remote_code"})
+    return [f"--merge_adapters writes a checkpoint as it is; leave --{' and --'.join(given)} out"] if given else []
 
 
 def _require_parts(args: ConsolidateArguments) -> None:

@@ -37,6 +37,8 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
+from rag.models.adapters import merge_adapters
+from rag.models.bases import Base, load_learned, read_base, require_base, save_learned
 from rag.models.causal_rag import CAUSAL_CLASSES
 from rag.models.custom_code import code_beside, code_files, gather_tokenizer_code, is_custom, save_code
 from rag.models.encoders import encoder_dimension
@@ -51,6 +53,7 @@ from rag.models.loading import (
 )
 from rag.models.pooled_encoder import reads_forward
 from rag.models.prompts import with_template
+from rag.models.quantization import quantized_loading
 from rag.models.questions import with_prompt
 from rag.models.sentence_transformers import transformer_folder
 from rag.models.trust import code_is_allowed
@@ -86,8 +89,12 @@ def load_model(
     config_name: str | None = None,
     prepare_config: Callable[[PreTrainedConfig], None] = lambda config: None,
     flag: str = MODEL_FLAG,
+    keep_adapters: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """The checkpoint at `path`, in evaluation mode and float32, its generation settings restored.
+
+    One that holds only what was trained (bases.py) is opened with its base, and adapters are merged into the weights.
 
     `model.generation_config` is, for a RAG model, the same object as `model.generator.generation_config`.
 
@@ -99,6 +106,8 @@ def load_model(
         config_name: folder or hub name of another config to build the model with.
         prepare_config: changes the config further (`SearchArguments.apply_to`).
         flag: the flag that gave `path`, for the messages.
+        keep_adapters: leave them beside the weights, frozen, to be trained on.
+        quantization: "4bit" or "8bit" for a generator, on a GPU, whose linear layers are quantized.
 
     Raises:
         UserError: there is no such checkpoint, or its weights are not exactly those that the model needs.
@@ -115,10 +124,28 @@ def load_model(
                 f"{flag} {path}: contexts are cut at {readable} tokens, all that its generator reads, not at "
                 f"max_combined_length {config.max_combined_length}"
             )
-    model = load_weights(class_of(model_type, config), path, flag, config=config, cache_dir=cache_dir)
+    base = read_base(path, cache_dir, flag)
+    source, loading = path, quantized_loading(quantization, config)
+    if base is not None:
+        require_base(base, path, cache_dir, flag)
+        source, loading = base.name_or_path, loading | ({"revision": base.revision} if base.revision else {})
+    model = load_weights(class_of(model_type, config), source, flag, config=config, cache_dir=cache_dir, **loading)
+    if base is not None:
+        load_learned(model, path, base, cache_dir, flag)
+        if not keep_adapters:
+            _merge(model, base, path, flag)
     restore_generation_settings(model, path, cache_dir, flag)
     _keep_to_search(model.generation_config, path, flag)
     return model
+
+
+def _merge(model: PreTrainedModel, base: Base, path: str, flag: str) -> None:
+    if base.quantization is not None:
+        _warn_once(
+            f"{flag} {path}: its adapters were trained beside weights in {base.quantization}, and are added to those in"
+            " full precision: answers may differ a little from the training's"
+        )
+    merge_adapters(model)
 
 
 def class_of(model_type: str, config: PreTrainedConfig) -> type:
@@ -281,17 +308,25 @@ def _keep_to_search(settings: GenerationConfig, path: str, flag: str) -> None:
         )
 
 
-def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None) -> None:
-    """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all."""
+def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None, base: Base | None = None) -> None:
+    """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all.
+
+    Args:
+        base: that of a model of which not all was trained: only that is written, and `load_model` alone opens it.
+    """
     generator = model.generator if isinstance(model.config, RagConfig) else model
     settings = generator.generation_config
     with atomic_folder(directory) as folder:
-        # transformers reads settings without effect, as a penalty on length without beams, and refuses to write them.
-        model.generation_config = GenerationConfig()
-        try:
-            model.save_pretrained(folder)
-        finally:
-            model.generation_config = settings
+        if base is not None:
+            save_learned(model, folder, base)
+        else:
+            # transformers reads settings without effect, as a penalty on length without beams, and refuses to write
+            # them.
+            model.generation_config = GenerationConfig()
+            try:
+                model.save_pretrained(folder)
+            finally:
+                model.generation_config = settings
         settings.to_json_file(folder / "generation_config.json")
         save_code(model, folder)
         if tokenizer is not None:
