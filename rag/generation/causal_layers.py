@@ -1,4 +1,4 @@
-"""A language model's layers over one row with a backward pass of their own: a fraction of autograd's operators and memory.
+"""A language model's layers over one row, with a backward pass of their own: less memory, fewer operators.
 
     if is_plain(generator):
         hidden = states_of_row(generator, ids, row)                        # (T) ids of a PromptRow to (R, d) of answers
@@ -78,21 +78,23 @@ def states_of_row(generator, ids: Tensor, row: Any) -> Tensor:
 
 
 @dataclass
+class _Adapter:
+    """A (r, inputs) and B (outputs, r), their names in the layer, and what their product is multiplied by."""
+
+    a: Tensor
+    b: Tensor
+    names: tuple[str, str]
+    scale: float
+
+
+@dataclass
 class _Linear:
-    """A linear layer, and the adapter beside it.
+    """A linear layer: weight (outputs, inputs), bias (outputs) or None, their names in the layer, and its adapter."""
 
-    Attributes:
-        names: of weight, bias, adapter's A and B in the layer.
-        weight, bias: (outputs, inputs) and (outputs), or None.
-        a, b, scale: (r, inputs) and (outputs, r), or None, and what their product is multiplied with.
-    """
-
-    names: tuple[str, str, str, str]
     weight: Tensor
     bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    scale: float
+    names: tuple[str, str]
+    adapter: _Adapter | None = None
 
 
 class _Plan:
@@ -160,8 +162,8 @@ class _Blocks:
     def attention(self, hidden: Tensor) -> tuple[Tensor, Callable[[Tensor, bool], Tensor | None]]:
         module, row, plan = self.layer.self_attn, self.plan.row, self.plan
         linears = self._linears("self_attn", ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
-        normed, norm_back = self._norm("input_layernorm", hidden)
-        qkv, qkv_back = self._product(linears, normed().to(plan.dtype))
+        normed, norm_back = self._norm("input_layernorm", hidden, plan.dtype)
+        qkv, qkv_back = self._product(linears, normed())
         qkv = qkv.view(len(hidden), -1, module.head_dim)
         n_keys = module.config.num_key_value_heads
         n_queries = qkv.shape[1] - 2 * n_keys
@@ -179,7 +181,7 @@ class _Blocks:
         attended, attended_back = row.with_backward(query, key, value, module.scaling, _window(module), plan.is_last)
         attended = attended.flatten(1)
         out, out_back = self._product(self._linears("self_attn", ("o_proj",)), attended)
-        out, out_norm_back = self._norm_behind("post_attention_layernorm", out)
+        out, out_norm_back = self._norm_behind("post_attention_layernorm", out, hidden.dtype)
         result = hidden + out
         size = len(qkv)
 
@@ -194,7 +196,7 @@ class _Blocks:
                 _rotate(to_key, cos, -sin)
             to_qkv = torch.cat([query_back(to_query), key_back(to_key), to_value], 1).flatten(1)
             is_wanted = is_wanted or "input_layernorm.weight" in plan.trained
-            to_normed = qkv_back(to_qkv, normed().to(plan.dtype), is_wanted)
+            to_normed = qkv_back(to_qkv, normed(), is_wanted)
             return None if to_normed is None else norm_back(to_normed) + gradient
 
         return result, back
@@ -202,13 +204,13 @@ class _Blocks:
     def feed_forward(self, hidden: Tensor) -> tuple[Tensor, Backward]:
         module, plan = self.layer.mlp, self.plan
         name = "pre_feedforward_layernorm" if self.has_norms_behind else "post_attention_layernorm"
-        normed, norm_back = self._norm(name, hidden)
+        normed, norm_back = self._norm(name, hidden, plan.dtype)
         linears = self._linears("mlp", ("gate_up_proj",), ("gate_proj", "up_proj"))
-        inner, inner_back = self._product(linears, normed().to(plan.dtype))
+        inner, inner_back = self._product(linears, normed())
         gate, up = inner.chunk(2, 1)
         activation = module.act_fn if hasattr(module, "act_fn") else module.activation_fn
         out, product_back = self._product(self._linears("mlp", ("down_proj",)), activation(gate).mul_(up))
-        out, out_norm_back = self._norm_behind("post_feedforward_layernorm", out)
+        out, out_norm_back = self._norm_behind("post_feedforward_layernorm", out, hidden.dtype)
 
         def back(gradient: Tensor) -> Tensor:
             to_out = out_norm_back(gradient).to(plan.dtype)
@@ -218,13 +220,13 @@ class _Blocks:
             to_gate, to_up = to_inner.chunk(2, 1)
             torch.mul(to_product, active, out=to_up)
             _activation_gradient(activation, to_product.mul_(up), gate, to_gate)
-            to_normed = inner_back(to_inner, normed().to(plan.dtype))
+            to_normed = inner_back(to_inner, normed())
             return norm_back(to_normed) + gradient
 
         return hidden + out, back
 
-    def _norm(self, name: str, rows: Tensor) -> tuple[Callable[[], Tensor], Backward]:
-        """RMSNorm over the last dimension, made anew at each call."""
+    def _norm(self, name: str, rows: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Backward]:
+        """RMSNorm over the last dimension, in this dtype, made anew at each call."""
         module = self.layer.get_submodule(name)
         is_gemma = hasattr(module, "eps")  # whose weights are what is added to one
         eps = module.eps if is_gemma else module.variance_epsilon
@@ -240,20 +242,20 @@ class _Blocks:
             along = (gradient * straight).sum(-1, keepdim=True).div_(-size)
             return gradient.addcmul_(straight, along).mul_(scale).to(rows.dtype)
 
-        return lambda: (_full(rows) * scale).mul_(weight).to(rows.dtype), back
+        return lambda: (_full(rows) * scale).mul_(weight).to(dtype), back
 
     def _head_norm(self, name: str, heads: Tensor) -> tuple[Tensor, Backward]:
         """The norm of each head of queries or keys, of the families that have it."""
         if not hasattr(self.layer.self_attn, name.rpartition(".")[2]):
             return heads, lambda gradient: gradient
-        normed, back = self._norm(name, heads)
+        normed, back = self._norm(name, heads, heads.dtype)
         return normed(), back
 
-    def _norm_behind(self, name: str, out: Tensor) -> tuple[Tensor, Backward]:
+    def _norm_behind(self, name: str, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
         """The norm of what a block adds, of the families that have it."""
         if not self.has_norms_behind:
             return out, lambda gradient: gradient
-        normed, back = self._norm(name, out)
+        normed, back = self._norm(name, out, dtype)
         return normed(), back
 
     def _linears(self, owner: str, *choices: tuple[str, ...]) -> list[_Linear]:
@@ -295,24 +297,24 @@ class _Blocks:
 
     def _add_adapters(self, linears: list[_Linear], rows: Tensor, outs: tuple[Tensor, ...]) -> Any:
         """Add to each linear layer's result what its adapter makes of the rows, by one product with all A of them."""
-        places = [n for n, linear in enumerate(linears) if linear.a is not None]
-        if not places:
+        adapters = {n: linear.adapter for n, linear in enumerate(linears) if linear.adapter is not None}
+        if not adapters:
             return lambda parts, rows, to_rows: None
-        adapted = [linears[n] for n in places]
-        first, ranks = torch.cat([linear.a for linear in adapted]).to(rows.dtype), [len(linear.a) for linear in adapted]
+        first = torch.cat([adapter.a for adapter in adapters.values()]).to(rows.dtype)
+        ranks = [len(adapter.a) for adapter in adapters.values()]
         lows = (rows @ first.t()).split(ranks, 1)  # (T, r) each
-        for n, linear, low in zip(places, adapted, lows, strict=True):
-            outs[n].addmm_(low, linear.b.to(rows.dtype).t(), alpha=linear.scale)
+        for (n, adapter), low in zip(adapters.items(), lows, strict=True):
+            outs[n].addmm_(low, adapter.b.to(rows.dtype).t(), alpha=adapter.scale)
 
         def back(parts: tuple[Tensor, ...], rows: Tensor, to_rows: Tensor | None) -> None:
             to_lows = []
-            for linear, part, low in zip(adapted, [parts[n] for n in places], lows, strict=True):
-                to_lows.append(part @ (linear.b * linear.scale).to(rows.dtype))
-                if linear.names[3] in self.plan.trained:  # the narrow side first: half the time on a CPU
-                    self.gradients[linear.names[3]] = weight_gradient(low, part).t() * linear.scale
+            for (n, adapter), low in zip(adapters.items(), lows, strict=True):
+                to_lows.append(parts[n] @ (adapter.b * adapter.scale).to(rows.dtype))
+                # The narrow side first: half the time on a CPU.
+                self.gradients[adapter.names[1]] = weight_gradient(low, parts[n]).t() * adapter.scale
             to_low = torch.cat(to_lows, 1)
-            for linear, own in zip(adapted, weight_gradient(to_low, rows).split(ranks), strict=True):
-                self.gradients[linear.names[2]] = own
+            for adapter, own in zip(adapters.values(), weight_gradient(to_low, rows).split(ranks), strict=True):
+                self.gradients[adapter.names[0]] = own
             if to_rows is not None:
                 to_rows.addmm_(to_low, first)
 
@@ -321,14 +323,14 @@ class _Blocks:
 
 def _linear(module: Any, name: str) -> _Linear:
     if type(module) is nn.Linear:
-        return _Linear((f"{name}.weight", f"{name}.bias", "", ""), module.weight, module.bias, None, None, 1.0)
-    base, (adapter,) = module.base_layer, module.active_adapters
-    names = [f"{name}.base_layer.weight", f"{name}.base_layer.bias"]
-    names += [f"{name}.lora_{letter}.{adapter}.weight" for letter in "AB"]
-    if module.disable_adapters or module.merged or adapter not in module.lora_A:
-        return _Linear(tuple(names), base.weight, base.bias, None, None, 1.0)
-    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return _Linear(tuple(names), base.weight, base.bias, a, b, module.scaling[adapter])
+        return _Linear(module.weight, module.bias, (f"{name}.weight", f"{name}.bias"))
+    base, (key,) = module.base_layer, module.active_adapters
+    adapter = None
+    if not (module.disable_adapters or module.merged) and key in module.lora_A:
+        names = f"{name}.lora_A.{key}.weight", f"{name}.lora_B.{key}.weight"
+        adapter = _Adapter(module.lora_A[key].weight, module.lora_B[key].weight, names, module.scaling[key])
+    names = f"{name}.base_layer.weight", f"{name}.base_layer.bias"
+    return _Linear(base.weight, base.bias, names, adapter)
 
 
 def _window(attention: Any) -> int | None:
@@ -344,7 +346,7 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     cos, sin = cos[..., :size], sin[..., :size]
     one, other = heads[..., :size], heads[..., size : 2 * size]
     turned = one * cos - other * sin
-    other.mul_(cos).add_(one * sin)
+    other.copy_(other * cos + one * sin)  # rounded once where the cosines are of more digits
     one.copy_(turned)
 
 

@@ -13,6 +13,7 @@ from transformers.models.granite import modeling_granite as granite
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
@@ -26,6 +27,7 @@ from tests.conftest import assert_equal_but_for_rounding
 PAD, START, WORDS = 0, 2, 61
 FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
     "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": 5},
@@ -66,7 +68,7 @@ def norms_in_the_weights_precision(monkeypatch):
         eps = norm.eps if is_gemma else norm.variance_epsilon
         return rms_norm(hidden, norm.weight.shape, norm.weight + 1.0 if is_gemma else norm.weight, eps)
 
-    for module in (llama, qwen3, gemma3, mistral, phi3, smollm3, granite):
+    for module in (llama, qwen2, qwen3, gemma3, mistral, phi3, smollm3, granite):
         for name in vars(module):
             if name.endswith("RMSNorm"):
                 monkeypatch.setattr(getattr(module, name), "forward", forward)
@@ -202,7 +204,7 @@ def test_padding_on_either_side_gives_equal_numbers(family, questions):
 def test_checkpointed_layers_have_the_same_gradients(family):
     batch, model = Batch(), language_model(family)
     expected = gradients(model, in_a_row(model, batch, heads=batch.heads))
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     found = gradients(model, in_a_row(model, batch, heads=batch.heads))
     for name, gradient in found.items():
