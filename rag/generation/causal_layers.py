@@ -43,9 +43,10 @@ def is_plain(generator) -> bool:
 
 
 def _is_plain_part(part: Any, home: str) -> bool:
-    if part._compiled_call_impl or "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS):
+    own = vars(part)  # attributes that are not there would cost a module's own search
+    if part._compiled_call_impl or "forward" in own or any(own[hooks] for hooks in HOOKS):
         return False
-    if part.training and (getattr(part, "p", 0.0) > 0.0 or (getattr(part, "attention_dropout", None) or 0.0) > 0.0):
+    if part.training and (own.get("p", 0.0) > 0.0 or (own.get("attention_dropout") or 0.0) > 0.0):
         return False
     return type(part) in KNOWN or type(part).__module__ == home or _is_adapted(part)
 
