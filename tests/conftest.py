@@ -1,5 +1,6 @@
 """Small models and knowledge made on the spot: no hub, no download, fractions of a second each."""
 
+import copy
 import gc
 import os
 import signal
@@ -295,8 +296,6 @@ def flags(csv_path, context_encoder_folder, tmp_path) -> dict:
 
 def make_rag(model_class, question_encoder, generator, knowledge, **config):
     """A RAG model of the given parts, with copies of their weights."""
-    import copy
-
     from transformers import RagConfig
 
     rag_config = RagConfig.from_question_encoder_generator_configs(
@@ -379,11 +378,17 @@ def checkpoint(request, question_encoder, bert_tokenizer, knowledge, tmp_path_fa
     def make(model_type: str = "rag_sequence", generator: str = "bart") -> Path:
         from transformers import RagTokenizer
 
+        from rag.models.causal_rag import CAUSAL_CLASSES
         from rag.models.checkpoints import MODEL_CLASSES, save_model
+        from rag.models.prompts import PLAIN, settle_language_model
 
         folder = tmp_path_factory.mktemp(f"{model_type}_{generator}")
-        tokenizer = RagTokenizer(bert_tokenizer, request.getfixturevalue(f"{generator}_tokenizer"))
-        model = make_rag(MODEL_CLASSES[model_type], question_encoder, request.getfixturevalue(generator), knowledge)
+        part, classes = copy.deepcopy(request.getfixturevalue(generator)), MODEL_CLASSES
+        tokenizer = RagTokenizer(bert_tokenizer, copy.deepcopy(request.getfixturevalue(f"{generator}_tokenizer")))
+        if not part.config.is_encoder_decoder:
+            settle_language_model(part, tokenizer.generator, PLAIN, "--generator_name_or_path x")
+            classes = CAUSAL_CLASSES
+        model = make_rag(classes[model_type], question_encoder, part, knowledge)
         save_model(model, folder, tokenizer)
         return folder
 

@@ -28,13 +28,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rag.errors import UserError
 from rag.files import write_lines
 from rag.generation.answering import answering_model
-from rag.generation.decoding import generate_answers
-from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.decoding import answer_prompts, generate_answers
+from rag.generation.forward import answer_states, output_layer
 from rag.generation.stacks import is_sharded, use_packed_rows
 from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.adapters import has_adapters, learning_summary
 from rag.models.checkpoints import save_model
+from rag.models.prompts import decode_answers
 from rag.models.questions import bare_questions
 from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
@@ -102,7 +103,7 @@ class GenerativeQAModule(BaseTransformer):
         if has_adapters(model) or args.model.freeze_generator:
             self.learn_beside(base_of_run(args))
         self.packs_questions = args.model.attn_implementation == "auto"
-        if self.rag_loss:
+        if self.rag_loss or not self.generator.config.is_encoder_decoder:
             use_packed_rows(self.generator)
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
             self.generator.activation_checkpointing_enable()
@@ -204,7 +205,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def ids_to_clean_text(self, generated_ids: torch.Tensor) -> list[str]:
         """Answers of token ids (B, T), each on one line."""
-        texts = self.answer_tokenizer.batch_decode(generated_ids, skip_special_tokens=True)
+        texts = decode_answers(self.answer_tokenizer, generated_ids)
         return [" ".join(text.split()) for text in texts]
 
     def calc_generative_metrics(self, preds: list[str], target: list[str]) -> dict[str, float]:
@@ -248,7 +249,8 @@ class GenerativeQAModule(BaseTransformer):
             batch = move_data_to_device(batch, self.device)
         decoder_input_ids, targets = batch["decoder_input_ids"], batch["decoder_targets"]
         pad_token_id = self.generator.config.pad_token_id
-        if not self.rag_loss:
+        lengths = batch["decoder_lengths"]
+        if not self.rag_loss and self.generator.config.is_encoder_decoder:
             logits = self.generator(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -256,12 +258,20 @@ class GenerativeQAModule(BaseTransformer):
                 use_cache=False,
             ).logits
             return sequence_nll(logits, targets, pad_token_id, label_smoothing), None
-        contexts = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch)
-        encoded = encode_contexts(self.generator, contexts.input_ids, contexts.attention_mask, contexts.lengths)
-        hidden, answers = decode_answers(self.generator, encoded, decoder_input_ids, batch["decoder_lengths"])
+        contexts, nll = None, rag_sequence_nll
+        if not self.rag_loss:  # a question is its only passage
+            prompts = batch["input_ids"], batch["attention_mask"]
+            hidden, answers = answer_states(self.generator, *prompts, decoder_input_ids, decoder_lengths=lengths)
+            scores = torch.zeros(len(targets), 1, device=targets.device)
+        else:
+            contexts, nll = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch), self.rag_loss
+            hidden, answers = answer_states(
+                self.generator, contexts.input_ids, contexts.attention_mask, decoder_input_ids,
+                lengths=contexts.lengths, heads=contexts.heads, decoder_lengths=lengths,
+            )  # fmt: skip
+            scores = contexts.doc_scores
         layer = output_layer(self.generator)
-        nll = self.rag_loss(hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing, answers)
-        return nll, contexts
+        return nll(hidden, layer, scores, targets, pad_token_id, label_smoothing, answers), contexts
 
     def _step(self, batch: dict) -> tuple[torch.Tensor]:
         """The mean loss over a batch, nats. Collective where the retriever's `retrieve` is."""
@@ -411,6 +421,8 @@ class GenerativeQAModule(BaseTransformer):
         lengths = {"min_length": 1, "max_length": max_length}
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, **lengths, **FLAGS_DECIDE}
         model = self._answering_model()
+        if contexts is None and not model.config.is_encoder_decoder:
+            return answer_prompts(model, batch["input_ids"], batch["attention_mask"], **settings)
         if contexts is None:
             return model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         return generate_answers(
@@ -419,6 +431,7 @@ class GenerativeQAModule(BaseTransformer):
             contexts.attention_mask,
             contexts.doc_scores,
             n_docs=contexts.doc_scores.shape[1],
+            heads=contexts.heads,
             **settings,
         )
 
