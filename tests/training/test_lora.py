@@ -1,11 +1,13 @@
 """LoRA in training: what learns, what checkpoints hold, how a run goes on, and what comes of it in evaluation."""
 
+import copy
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import consolidate_rag_checkpoint
 import finetune_rag
 from rag.errors import UserError
 from rag.files import load_json, read_lines
@@ -308,7 +310,7 @@ def test_two_ranks_are_one_with_a_language_model(words, checkpoint, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     argv = [*words, *flags, "--train_batch_size", "4", "--output_dir", str(one)]
     finetune_rag.main(finetune_rag.parse_args(argv))
-    for end in (3, None):
+    for end in (4, None):
         ends = run_ranks(train, 2, tmp_path, two_ranks(words, two, *flags), two, end, seconds=120)
         if end is not None:
             assert [status for status, _ in ends] == [143, 143]
@@ -374,6 +376,57 @@ def test_a_generator_without_question_encoder_has_no_adapters_of_one(bart_folder
         words = ["--model_name_or_path", bart_folder, "--data_dir", data_dir, "--output_dir", tmp_path / "out"]
         flags = [*words, *SMALL[: SMALL.index("--n_docs")], "--question_encoder_lora_r", 2]
         finetune_rag.main(finetune_rag.parse_args([str(word) for word in flags]))
+
+
+@pytest.fixture
+def wide_checkpoint(request, question_encoder_folder, tmp_path):
+    """Of a generator whose sizes bitsandbytes' kernels can divide."""
+
+    def make(generator: str):
+        part, tokenizer = (request.getfixturevalue(name) for name in (generator, f"{generator}_tokenizer"))
+        config = copy.deepcopy(part.config)
+        sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+        if generator == "llama":
+            sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
+        config.update(sizes | {"init_std": 0.1, "initializer_range": 0.1})
+        torch.manual_seed(3)
+        type(part)(config).save_pretrained(tmp_path / "generator")
+        tokenizer.save_pretrained(tmp_path / "generator")
+        words = ["--generator_name_or_path", tmp_path / "generator", "--dest", tmp_path / "wide"]
+        words = [str(word) for word in [*words, "--question_encoder_name_or_path", question_encoder_folder]]
+        return consolidate_rag_checkpoint.main(consolidate_rag_checkpoint.parse_args(words))
+
+    return make
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("generator", ["llama", "bart"])
+def test_adapters_beside_quantized_weights(
+    bits, generator, wide_checkpoint, knowledge, data_dir, tmp_path, monkeypatch
+):
+    """By bitsandbytes' kernels for CPUs, where it is installed: a run that goes on, and what it exports."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # of these kernels none has a backward pass
+    monkeypatch.setattr("rag.models.quantization.own_gpu", lambda: "cpu")
+    monkeypatch.setattr("lightning_base.quantization_problems", lambda *given: [])
+    base, whole = wide_checkpoint(generator), tmp_path / "whole"
+    search = [word for name, value in knowledge.items() for word in (f"--{name}", value)]
+    flags = [*search, "--max_combined_length", 48, *LORA, f"--load_in_{bits}", "--do_train"]
+    run(base, data_dir, whole, *flags, "--do_predict")
+    assert load_json(whole / "checkpoint1" / "base.json")["quantization"] == bits
+    trained = weights_of(whole / "last.ckpt")
+    assert all(".lora_" in name or "question_encoder" in name for name in trained)
+    merged, before = load_model(str(whole / "checkpoint2")).state_dict(), load_model(str(base)).state_dict()
+    assert merged.keys() == before.keys() and all(weight.dtype == before[name].dtype for name, weight in merged.items())
+    # From an exported checkpoint, which must be read as it was.
+    message = f"was trained beside weights in {bits}; give --load_in_{bits}, or merge"
+    with pytest.raises(UserError, match=message):
+        run(whole / "checkpoint2", data_dir, tmp_path / "other", *search, *LORA)
+    run(whole / "checkpoint2", data_dir, tmp_path / "other", *flags, "--max_steps", 1)
+    resumed = ["--resume_from_checkpoint", whole / "checkpoint1.ckpt", "--do_predict"]
+    run(base, data_dir, tmp_path / "resumed", *flags, *resumed)
+    again = weights_of(tmp_path / "resumed" / "last.ckpt")
+    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
