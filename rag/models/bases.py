@@ -12,7 +12,7 @@ beside other weights means nothing.
 import copy
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from rag.checksums import file_checksum, found_once
 from rag.errors import UserError, raise_problems
 from rag.files import json_digest, save_json
 from rag.models.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     has_adapters,
     is_adapter_weight,
     load_adapters,
@@ -41,6 +43,8 @@ from rag.models.loading import (
 
 BASE_FILE, TRAINED_FILE = "base.json", "trained.safetensors"
 WHOLE_FILES, OF_SHARDS = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # the first that is there is read
+ADAPTER = "_adapter"  # behind the name of a part: the folder of its adapters
+PARTS = (f"generator{ADAPTER}", f"question_encoder{ADAPTER}", TRAINED_FILE)
 SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # in the paths of the hub's cache
 
 
@@ -54,6 +58,7 @@ class Base:
         revision: the commit, where it is from the hub's cache.
         quantization: "4bit" or "8bit", as whose copy its generator was read in training; None for its own precision.
         changed: names of weights that an earlier training changed, which are written again.
+        holds: what lies beside a checkpoint's `base.json`: folders of adapters, and the file of whole weights.
     """
 
     name_or_path: str
@@ -61,6 +66,7 @@ class Base:
     revision: str | None = None
     quantization: str | None = None
     changed: frozenset[str] = frozenset()
+    holds: tuple[str, ...] = ()
 
 
 def base_of(path: str, quantization: str | None = None, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> Base:
@@ -72,7 +78,7 @@ def base_of(path: str, quantization: str | None = None, cache_dir: str | None = 
         UserError: the base cannot be read.
     """
     if (base := read_base(path, cache_dir, flag)) is not None:
-        return Base(base.name_or_path, base.digest, base.revision, quantization, base.changed)
+        return replace(base, quantization=quantization)
     with checkpoint_errors(flag, path):
         files = _weight_files(path, cache_dir, None)
         match = SNAPSHOT.search(files[0])
@@ -92,7 +98,9 @@ def read_base(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -
         return None
     values = {name: content.get(name) for name in ("name_or_path", "digest", "revision", "quantization")}
     texts = [value for name, value in values.items() if value is not None or name in ("name_or_path", "digest")]
-    if not all(isinstance(value, str) and value for value in texts):
+    holds = content.get("holds")
+    are_names = isinstance(holds, list) and all(name in PARTS for name in holds)
+    if not are_names or not all(isinstance(value, str) and value for value in texts):
         raise UserError(
             f"{flag} {path}: {BASE_FILE} does not name its base and the digest of it; give a whole checkpoint"
         )
@@ -101,7 +109,7 @@ def read_base(path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -
         if (file := checkpoint_file(path, TRAINED_FILE, cache_dir)) is not None:
             with safe_open(file, "pt") as trained:
                 changed = frozenset(trained.keys())
-    return Base(**values, changed=changed)
+    return Base(**values, changed=changed, holds=tuple(holds))
 
 
 def require_base(base: Base, path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> None:
@@ -161,9 +169,9 @@ def save_learned(model: PreTrainedModel, folder: Path, base: Base) -> None:
         if hasattr(part, "quantization_config"):  # of how the base was read, whose own weights are not quantized
             del part.quantization_config
     config.save_pretrained(folder)
-    for name, part in parts_of(model).items():
-        if has_adapters(part):
-            save_adapters(part, folder / f"{name}_adapter")
+    adapted = {f"{name}{ADAPTER}": part for name, part in parts_of(model).items() if has_adapters(part)}
+    for name, part in adapted.items():
+        save_adapters(part, folder / name)
     trained = {
         name: weight.detach().cpu().contiguous()
         for name, weight in ((plain_name(name), weight) for name, weight in model.named_parameters())
@@ -172,23 +180,39 @@ def save_learned(model: PreTrainedModel, folder: Path, base: Base) -> None:
     if trained:
         save_file(trained, folder / TRAINED_FILE, metadata={"format": "pt"})
     content = {name: value for name, value in asdict(base).items() if value is not None and name != "changed"}
-    save_json(content, folder / BASE_FILE)
+    save_json(content | {"holds": [*adapted, *([TRAINED_FILE] if trained else [])]}, folder / BASE_FILE)
 
 
-def load_learned(model: PreTrainedModel, path: str, cache_dir: str | None = None, flag: str = MODEL_FLAG) -> None:
+def load_learned(
+    model: PreTrainedModel, path: str, base: Base, cache_dir: str | None = None, flag: str = MODEL_FLAG
+) -> None:
     """Give a model that has its base's weights what the checkpoint at `path` has learned; adapters stay apart.
 
     Raises:
         UserError: it is of another model, or damaged.
     """
     with checkpoint_errors(flag, path):
-        if (file := checkpoint_file(path, TRAINED_FILE, cache_dir)) is not None:
-            trained = load_file(file)
+        files = {name: _held_file(path, name, cache_dir) for name in base.holds}
+        if TRAINED_FILE in files:
+            trained = load_file(files[TRAINED_FILE])
             odd = model.load_state_dict(trained, strict=False).unexpected_keys
             if odd:
                 raise ValueError(f"{TRAINED_FILE} has {len(odd)} weights of another model, such as {odd[0]}")
         for name, part in parts_of(model).items():
-            if (settings := checkpoint_file(path, f"{name}_adapter/adapter_config.json", cache_dir)) is not None:
-                load_adapters(part, Path(settings).parent)
+            if f"{name}{ADAPTER}" in files:
+                load_adapters(part, Path(files[f"{name}{ADAPTER}"]).parent)
         model.eval()
     raise_problems(not_finite_problems(model, path, flag))
+
+
+def _held_file(path: str, name: str, cache_dir: str | None) -> str:
+    """Where a checkpoint's file of whole weights lies, or the settings of its adapters beside these.
+
+    Raises:
+        OSError: one of them is gone.
+    """
+    wanted = [f"{name}/{CONFIG_FILE}", f"{name}/{WEIGHTS_FILE}"] if name.endswith(ADAPTER) else [name]
+    files = [checkpoint_file(path, file, cache_dir) for file in wanted]
+    if None in files:
+        raise OSError(f"{wanted[files.index(None)]} is missing")
+    return str(files[0])

@@ -131,7 +131,7 @@ def load_model(
         source, loading = base.name_or_path, loading | ({"revision": base.revision} if base.revision else {})
     model = load_weights(class_of(model_type, config), source, flag, config=config, cache_dir=cache_dir, **loading)
     if base is not None:
-        load_learned(model, path, cache_dir, flag)
+        load_learned(model, path, base, cache_dir, flag)
         if not keep_adapters:
             _merge(model, base, path, flag)
     restore_generation_settings(model, path, cache_dir, flag)

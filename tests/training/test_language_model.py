@@ -113,8 +113,9 @@ def alone(words, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process(words, alone, tmp_path):
-    argv = two_ranks(words, tmp_path / "out", "--do_train", "--do_predict")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_are_one_process(strategy, words, alone, tmp_path):
+    argv = two_ranks(words, tmp_path / "out", "--do_train", "--do_predict", "--strategy", strategy)
     run_ranks(train, 2, tmp_path, argv, tmp_path / "out", seconds=120)
     assert_same(outcome(tmp_path / "out"), alone, **TOLERANCE)
 
@@ -122,7 +123,7 @@ def test_two_ranks_are_one_process(words, alone, tmp_path):
 @pytest.mark.slow
 def test_ranks_that_were_asked_to_end_go_on_to_the_same_end(words, alone, tmp_path):
     argv = two_ranks(words, tmp_path / "out", "--do_train", "--do_predict")
-    ends = run_ranks(train, 2, tmp_path, argv, tmp_path / "out", 3, seconds=120)
+    ends = run_ranks(train, 2, tmp_path, argv, tmp_path / "out", 2, seconds=120)
     assert [status for status, _ in ends] == [143, 143]
     run_ranks(train, 2, tmp_path, argv, tmp_path / "out", seconds=120)
     assert_same(outcome(tmp_path / "out"), alone, **TOLERANCE)
