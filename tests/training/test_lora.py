@@ -191,6 +191,25 @@ def test_checkpoints_of_other_adapters_or_another_base_are_refused(model_folder,
         run(model_folder, data_dir, tmp_path / "d", *resume, out / "last.ckpt")
 
 
+def test_a_checkpoint_is_loaded_beside_its_own_base(checkpoint, data_dir, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(checkpoint("rag_sequence", "bart"), base)
+    run(base, data_dir, out, *LORA, "--freeze_question_encoder", "--max_steps", 2)
+    module = GenerativeQAModule.load_from_checkpoint(out / "last.ckpt", strict=True)
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    for weight in module.parameters():
+        weight.data.zero_()
+    module.load_hf_checkpoint(out / "checkpoint1")
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+    model = load_model(str(base))
+    model.rag.generator.model.shared.weight.data.add_(0.1)
+    model.save_pretrained(base)
+    with pytest.raises(UserError, match=r"last\.ckpt holds what was trained of another base than .*base"):
+        GenerativeQAModule.load_from_checkpoint(out / "last.ckpt")
+    with pytest.raises(UserError, match="holds adapters of another base"):
+        GenerativeQAModule.load_from_checkpoint(out / "checkpoint1.ckpt")
+
+
 def test_what_is_saved_is_small(model_folder, data_dir, tmp_path):
     run(model_folder, data_dir, tmp_path / "full", "--max_steps", 1)
     run(model_folder, data_dir, tmp_path / "lora", "--max_steps", 1, "--lora_r", 1, "--freeze_question_encoder")
