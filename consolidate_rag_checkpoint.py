@@ -6,15 +6,22 @@
         --question_encoder_name_or_path facebook/dpr-question_encoder-single-nq-base \\
         --dest path/to/checkpoint
 
-Both parts may be local folders or hub names. The generator is any encoder-decoder model; the question encoder is a DPR
-encoder, a sentence-transformers model (pooled and normalized as its authors meant) or any BERT-like encoder. The folder
-appears only when it is whole and its reload gave back the very weights of the two parts.
+Both parts may be local folders or hub names. The generator is an encoder-decoder or a causal language model (Llama,
+Qwen, ...), which reads passages in a prompt (--prompt_template); the question encoder is a DPR encoder, a
+sentence-transformers model (pooled and normalized as its authors meant) or any BERT-like encoder. The folder appears
+only when it is whole and its reload gave back the very weights of the two parts.
+
+    python consolidate_rag_checkpoint.py --merge_adapters output/checkpoint3 --dest path/to/checkpoint
+
+writes whole what a training with --lora_r, --question_encoder_lora_r or --freeze_generator has exported.
 """
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Literal, NoReturn
 
 from rag.command_line.flags import flag, required_flag, trust_flag
@@ -28,9 +35,14 @@ from rag.outputs import output_folder_problems, writing
 
 @dataclass
 class ConsolidateArguments:
-    generator_name_or_path: str = required_flag("Folder or hub name of an encoder-decoder model.")
-    question_encoder_name_or_path: str = required_flag("Folder or hub name of an encoder.")
     dest: str = required_flag("Folder to write the checkpoint to; it must not exist or be empty.")
+    generator_name_or_path: str | None = flag(
+        None, "Folder or hub name of an encoder-decoder or of a causal language model; needed, as the encoder is."
+    )
+    question_encoder_name_or_path: str | None = flag(None, "Folder or hub name of an encoder.")
+    merge_adapters: str | None = flag(
+        None, "In place of the two parts: a checkpoint of a training with --lora_r, to be written with merged weights."
+    )
     model_type: Literal["rag_sequence", "rag_token"] = flag("rag_sequence", "Which RAG model to make.")
     generator_tokenizer_name_or_path: str | None = flag(None, "Tokenizer of the generator, where it is not beside it.")
     question_encoder_tokenizer_name_or_path: str | None = flag(
@@ -47,6 +59,16 @@ class ConsolidateArguments:
     question_encoder_prompt: str | None = flag(
         None, "Text before every question; left out, the one that the encoder's sentence-transformers folder names."
     )
+    question_encoder_scale: float | None = flag(
+        None,
+        "Number above 0 that scores are multiplied by, of any encoder but DPR's: inner products of normalized vectors "
+        "lie between -1 and 1, too close for p(z|x); 10 or more tells passages apart. Left out, the encoder's own, 1.",
+    )
+    prompt_template: str = flag(
+        "plain",
+        "What a causal language model reads: plain; chat, its tokenizer's own; or a file with {title}, {text} and, "
+        "behind these, {question}. The checkpoint keeps it.",
+    )
     trust_remote_code: bool = trust_flag()
 
 
@@ -60,19 +82,28 @@ def main(args: ConsolidateArguments) -> Path:
     Raises:
         UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
     """
-    raise_problems(output_folder_problems("--dest", args.dest))
+    raise_problems(
+        output_folder_problems("--dest", args.dest)
+        + _scale_problems(args.question_encoder_scale)
+        + _choice_problems(args)
+    )
     allow_code(args.trust_remote_code)
     dest = Path(args.dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
 
+    if args.merge_adapters is not None:
+        return merge(args.merge_adapters, dest)
+    assert args.generator_name_or_path is not None and args.question_encoder_name_or_path is not None
+
     from transformers import RagTokenizer
     from transformers.utils import logging
 
-    from rag.models.checkpoints import compose_rag, load_model, save_model, weights_digest
+    from rag.models.checkpoints import compose_rag, is_causal, load_model, save_model, weights_digest
     from rag.models.encoders import describe_encoder, encoder_dimension, load_encoder
     from rag.models.fit import complete_start, generator_problems, require_reading, vocabulary_problems
     from rag.models.limits import most_tokens
+    from rag.models.prompts import read_template, settle_language_model
     from rag.models.questions import with_prompt
 
     logging.disable_progress_bar()
@@ -85,9 +116,16 @@ def main(args: ConsolidateArguments) -> Path:
         args.question_encoder_name_or_path,
         pooling=args.question_encoder_pooling,
         prompt=args.question_encoder_prompt,
+        scale=args.question_encoder_scale,
     )
     generator = load_model(args.generator_name_or_path, flag="--generator_name_or_path")
     sources = [" ".join(_tokenizer_source(args, part)) for part in ("question_encoder", "generator")]
+    if is_causal(generator.config):
+        template = read_template(args.prompt_template, tokenizers.generator, sources[1])
+        settle_language_model(generator, tokenizers.generator, template, sources[1])
+        print(f"Prompt, kept in the checkpoint:\n{indent(template, '  ')}")
+    elif args.prompt_template != "plain":
+        raise UserError(f"--prompt_template {args.prompt_template} is for causal language models; leave it out")
     raise_problems(
         vocabulary_problems(question_encoder, tokenizers.question_encoder, sources[0], "question encoder")
         + vocabulary_problems(generator, tokenizers.generator, sources[1], "generator")
@@ -123,6 +161,33 @@ def main(args: ConsolidateArguments) -> Path:
     return dest
 
 
+def merge(path: str, dest: Path) -> Path:
+    """Write a checkpoint of adapters, or of a frozen generator, whole: as any other, without its base.
+
+    Raises:
+        UserError: it is no such checkpoint, or cannot be read.
+    """
+    from transformers.utils import logging
+
+    from rag.models.bases import read_base
+    from rag.models.checkpoints import load_model, load_tokenizer, save_model, weights_digest
+    from rag.models.loading import load_config
+
+    logging.disable_progress_bar()
+    load_config(path, flag="--merge_adapters")
+    if (base := read_base(path, flag="--merge_adapters")) is None:
+        raise UserError(f"--merge_adapters {path} is a whole checkpoint, and has nothing to merge; use it as it is")
+    model = load_model(path, flag="--merge_adapters")
+    with writing("--dest", dest), atomic_folder(dest) as folder:
+        save_model(model, folder, load_tokenizer(path, flag="--merge_adapters"))
+        assert weights_digest(load_model(str(folder))) == weights_digest(model), "the reload changed weights"
+    print(
+        f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters: those of {base.name_or_path}"
+        f" and what {path} has learned; the reload gives the same."
+    )
+    return dest
+
+
 def consolidate(
     model_type: str,
     generator_name_or_path: str,
@@ -144,6 +209,23 @@ def consolidate(
             config_name_or_path=config_name_or_path,
         )
     )
+
+
+def _scale_problems(scale: float | None) -> list[str]:
+    if scale is None or 0 < scale < math.inf:
+        return []
+    return [f"--question_encoder_scale {scale:g} must be a number above 0; 1 leaves scores as they are"]
+
+
+def _choice_problems(args: ConsolidateArguments) -> list[str]:
+    """Two parts, or one checkpoint."""
+    parts = ("generator_name_or_path", "question_encoder_name_or_path")
+    if args.merge_adapters is None:
+        missing = " and ".join(f"--{name}" for name in parts if getattr(args, name) is None)
+        return [f"{missing} must be given: a folder or a hub name (or --merge_adapters CHECKPOINT)"] if missing else []
+    others = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    given = sorted(others - {"merge_adapters", "dest", "trust_remote_code"})
+    return [f"--merge_adapters writes a checkpoint as it is; leave --{' and --'.join(given)} out"] if given else []
 
 
 def _require_parts(args: ConsolidateArguments) -> None:
@@ -194,7 +276,7 @@ def _tokenizer(args: ConsolidateArguments, part: str):
     from rag.models.checkpoints import load_tokenizer
 
     flag, path = _tokenizer_source(args, part)
-    return load_tokenizer(path, flag=flag)
+    return load_tokenizer(path, flag=flag, pads=part == "question_encoder")
 
 
 def _tokenizer_source(args: ConsolidateArguments, part: str) -> tuple[str, str]:

@@ -61,7 +61,7 @@ __getattr__ = module_getattr(__name__, ELSEWHERE)
 
 CHECKPOINT_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.bin",
-    "*tokenizer*/*", "*tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.py",
+    "*tokenizer*/*", "*tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.py", "base.json", "*_adapter/*",
 )  # fmt: skip
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.

@@ -37,6 +37,7 @@ from rag.distributed.launch import use_rank_launcher
 from rag.distributed.meeting import rank_problems
 from rag.errors import UserError, one_line, raise_problems
 from rag.files import atomic_write
+from rag.models.quantization import quantization_problems
 from rag.public_names import Replaced, module_getattr
 from rag.training.arguments import DataArguments, FinetuneArguments, trainer_kwargs
 from rag.training.base_module import BaseTransformer
@@ -302,6 +303,8 @@ def _hardware_problems(kwargs: dict[str, Any], args: FinetuneArguments) -> list[
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and str(kwargs["precision"]) in ("16", "16-mixed", "16-true"):
         return [f"{half} (float16) needs a GPU; use --bf16, or leave it out on a CPU"]
+    if problems := quantization_problems(args.model.quantization, on_cpu):
+        return problems
     available = torch.cuda.device_count()
     if wants_gpu and isinstance(kwargs["devices"], int) and kwargs["devices"] > available:
         return [f"{flag}: {kwargs['devices']} devices are asked for, torch sees {available}"]

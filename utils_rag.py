@@ -22,6 +22,7 @@ from rag.errors import UserError
 from rag.evaluation.gold import gold_lines, parse_lines, split_qa_line
 from rag.files import atomic_write, load_json, read_lines
 from rag.metrics import calculate_exact_match, exact_match_score, f1_score, normalize_answer
+from rag.models.prompts import encode_answers
 from rag.models.questions import encode_questions
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Seq2SeqDataset:
     def _warn_of_cut_targets(self, type_path: str) -> None:
         """A target beyond the limit trains without its end, and without the end token: worth a word."""
         targets = self.targets if self.answers is None else list(itertools.chain(*self.answers))
-        lengths = [len(ids) for ids in self.target_tokenizer(text_target=targets, verbose=False)["input_ids"]]
+        lengths = [len(ids) for ids in encode_answers(self.target_tokenizer, targets, verbose=False)["input_ids"]]
         cut = sum(length > self.max_target_length for length in lengths)
         if cut:
             logger.warning(
@@ -236,9 +237,7 @@ class Seq2SeqDataset:
         columns = {key: [example[key] for example in batch] for key in batch[0]}
         padded = {"padding": "longest", "padding_side": "right", "return_tensors": "pt"}
         sources = encode_questions(self.tokenizer, columns["source"], self.max_source_length, **padded)
-        targets = self.target_tokenizer(
-            text_target=columns["target"], max_length=self.max_target_length, truncation=True, **padded
-        )
+        targets = encode_answers(self.target_tokenizer, columns["target"], self.max_target_length, **padded)
         return {
             "input_ids": sources["input_ids"],
             "attention_mask": sources["attention_mask"],

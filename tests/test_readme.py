@@ -41,6 +41,13 @@ RUN_ON_EACH_PAGE = {
         "eval_rag",
     ],
     "docs/finetuning.md": ["finetune_rag", "finetune_rag", "consolidate_rag_checkpoint", "finetune_rag"],
+    "docs/language_models.md": [
+        "consolidate_rag_checkpoint",
+        "finetune_rag",
+        "eval_rag",
+        "consolidate_rag_checkpoint",
+        "eval_rag",
+    ],
     "docs/retrievers.md": ["use_own_knowledge_dataset"],
     "docs/knowledge.md": [
         "use_own_knowledge_dataset",
@@ -137,13 +144,16 @@ def write_questions(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def small_world(checkpoint, context_encoder_folder, question_encoder_folder, bart_folder, knowledge, tmp_path_factory):
+def small_world(
+    checkpoint, context_encoder_folder, question_encoder_folder, bart_folder, llama_folder, knowledge, tmp_path_factory
+):
     """Small models under the names of the large ones, and what the quickstart leaves."""
     folder = tmp_path_factory.mktemp("readme")
     rag = checkpoint("rag_sequence", "bart")
     for name, source in {
         "facebook/rag-sequence-nq": rag,
         "facebook/bart-large-cnn": bart_folder,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": llama_folder,
         "facebook/dpr-question_encoder-single-nq-base": question_encoder_folder,
         "facebook/dpr-ctx_encoder-single-nq-base": context_encoder_folder,
         "output/quickstart/checkpoint": rag,

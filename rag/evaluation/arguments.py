@@ -44,8 +44,8 @@ class EvalArguments(SearchArguments):
     model_name_or_path: str = required_flag("Checkpoint to measure: a folder or a name on the hub.")
     evaluation_set: str = required_flag("File of questions, one a line.")
     gold_data_path: str = required_flag("File of the right answers or titles, a line a question.")
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = flag(
-        None, "Left out, it is read from the checkpoint; bart and t5 answer closed-book."
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
+        None, "Left out, it is read from the checkpoint; bart, t5 and causal (a language model) answer closed-book."
     )
     eval_mode: Literal["e2e", "retrieval"] = flag(
         "e2e", "e2e measures answers (EM, F1), retrieval passages (precision@k, MRR)."
@@ -125,7 +125,7 @@ def _range_problems(args: EvalArguments) -> list[str]:
         problems.append(f"--min_length {args.min_length} must be 0 or more")
     if args.min_length > args.max_length:
         problems.append(f"--min_length {args.min_length} is more than --max_length {args.max_length}; lower it")
-    if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "auto"):
+    if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "causal", "auto"):
         problems.append(f"--model_type {args.model_type} retrieves nothing; measure it with --eval_mode e2e")
     if args.eval_mode == "e2e" and args.answers_path is not None:
         problems.append(f"--answers_path {args.answers_path} is for --eval_mode retrieval; leave it out")

@@ -18,15 +18,17 @@ from transformers import PreTrainedConfig, RagConfig
 from rag.errors import UserError
 from rag.evaluation.arguments import AnswerPlan, EvalArguments
 from rag.evaluation.gold import strip_title
-from rag.generation.decoding import generate_answers
+from rag.generation.causal_cache import HeadCache
+from rag.generation.decoding import answer_prompts, generate_answers
 from rag.generation.families import require_family
 from rag.generation.trial import FLAGS_DECIDE, require_runs
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
 from rag.models.checkpoints import load_model, load_tokenizer
-from rag.models.fit import complete_start, require_fit
+from rag.models.fit import complete_start, require_fit, settle_prompt
 from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG, load_config
+from rag.models.prompts import decode_answers
 from rag.models.questions import encode_questions
 from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
 
@@ -60,6 +62,7 @@ def load_predictor(
     source = f"{MODEL_FLAG} {model_name_or_path}"
     if config is None:
         model = load_model(model_name_or_path, model_type).to(where, dtype)
+        settle_prompt(model, tokenizer, source)
         require_fit(model, tokenizer, source)
         complete_start(model, tokenizer, source)
         require_runs(model, tokenizer, source, **generation_kwargs(plan, model))
@@ -78,7 +81,8 @@ def load_predictor(
         return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
     model = model.to(where, dtype)
     require_runs(model, tokenizer, source, **generation_kwargs(plan, model.generator))
-    return partial(answer_from_passages, plan, model, retriever), index
+    head_cache = None if model.generator.config.is_encoder_decoder else HeadCache()
+    return partial(answer_from_passages, plan, model, retriever, head_cache=head_cache), index
 
 
 def rag_config(args: EvalArguments) -> RagConfig:
@@ -113,7 +117,9 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} cannot be used: {error}; leave it out, or give cpu") from error
 
 
-def answer_from_passages(plan: AnswerPlan, model, retriever, questions: list[str], _) -> tuple[list[str], list[dict]]:
+def answer_from_passages(
+    plan: AnswerPlan, model, retriever, questions: list[str], _, head_cache: HeadCache | None = None
+) -> tuple[list[str], list[dict]]:
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, model.device)
     before = _context_counts(retriever)
     contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
@@ -125,6 +131,8 @@ def answer_from_passages(plan: AnswerPlan, model, retriever, questions: list[str
         contexts.doc_scores,
         n_docs=plan.n_docs,
         decoding=plan.decoding,
+        heads=contexts.heads,
+        head_cache=head_cache,
         **generation_kwargs(plan, model.generator),
     )
     answers = decode(retriever.generator_tokenizer, token_ids)
@@ -141,7 +149,8 @@ def _context_counts(retriever) -> tuple[int, int]:
 
 def answer_closed_book(plan: AnswerPlan, model, tokenizer, questions: list[str], _) -> tuple[list[str], list[dict]]:
     tokens = encode(plan, tokenizer, questions, model.device)
-    token_ids = model.generate(tokens.input_ids, attention_mask=tokens.attention_mask, **generation_kwargs(plan, model))
+    answer = model.generate if model.config.is_encoder_decoder else partial(answer_prompts, model)
+    token_ids = answer(tokens.input_ids, attention_mask=tokens.attention_mask, **generation_kwargs(plan, model))
     answers = decode(tokenizer, token_ids)
     return answers, [{"answer": answer} for answer in answers]
 
@@ -190,7 +199,7 @@ def generation_kwargs(plan: AnswerPlan, generator) -> dict[str, Any]:
 
 
 def decode(tokenizer, token_ids) -> list[str]:
-    return [one_line(text).strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+    return [one_line(text).strip() for text in decode_answers(tokenizer, token_ids)]
 
 
 def one_line(text: str) -> str:

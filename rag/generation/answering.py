@@ -23,7 +23,8 @@ def answering_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     # What `deepcopy` finds here it does not copy: neither large tensors twice, nor what is shared at all.
     copies: dict[int, object] = {}
     for weight in generator.parameters():
-        copies[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        is_cast = weight.is_floating_point()  # what is quantized is shared
+        copies[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False) if is_cast else weight
     for buffer in generator.buffers():
         copies[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     if rag is not None:

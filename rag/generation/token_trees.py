@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
 
+from rag.casting import weight_of
 from rag.generation.forward import CHUNK_VOCABULARY, full_precision, output_layer, scaled
 from rag.generation.pace import pace_of
 from rag.generation.stacks import stack_of
@@ -131,16 +132,25 @@ def autocast_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 class Product:
-    """One matrix product in the place of those of several linear layers that read the same."""
+    """One matrix product in the place of those of several linear layers that read the same.
+
+    LoRA's adapters are added to the weights; layers whose weights are quantized are called.
+    """
 
     def __init__(self, *layers: torch.nn.Linear):
-        weights: list[torch.Tensor] = [layer.weight.to(autocast_dtype(layer.weight)) for layer in layers]
+        known = [weight_of(layer) for layer in layers]
+        self.called = layers if any(weight is None for weight in known) else ()
+        if self.called:
+            return
+        weights: list[torch.Tensor] = [weight.to(autocast_dtype(weight)) for weight in known if weight is not None]
         self.weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).t()  # (d, outputs)
         biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases).to(self.weight.dtype) if biases else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(M, d) to (M, outputs)."""
+        if self.called:
+            return torch.cat([layer(x) for layer in self.called], -1)
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 

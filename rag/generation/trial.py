@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, RagConfig
 
 from rag.errors import UserError, one_line
-from rag.generation.decoding import generate_answers
+from rag.generation.decoding import answer_prompts, generate_answers
+from rag.generation.forward import answer_states, full_precision, output_layer
 
 # What a checkpoint's generation settings do not decide here: lengths are the flags', and one answer is wanted.
 FLAGS_DECIDE: dict[str, Any] = {
@@ -54,10 +55,14 @@ def require_runs(
                 ids, mask = _tokens(tokenizer.generator if rag else tokenizer, generator)
                 _require_numbers(~generator(ids, attention_mask=mask, labels=ids).logits.isnan(), "a word's score")
                 model.eval()
+                if not generator.config.is_encoder_decoder:
+                    _require_same_words(generator, ids, mask)
                 if rag:
                     generate_answers(model, ids, mask, torch.zeros(1, 1, device=ids.device), n_docs=1, **settings)
-                else:
+                elif generator.config.is_encoder_decoder:
                     model.generate(ids, attention_mask=mask, **settings)
+                else:
+                    answer_prompts(model, ids, mask, **settings)
     except Exception as error:  # each family and each setting in its own way
         reason = one_line(error, 200) or type(error).__name__
         raise UserError(
@@ -76,6 +81,18 @@ def _tokens(tokenizer: Any, part: PreTrainedModel) -> tuple[torch.Tensor, torch.
     """input_ids and attention_mask, (1, S)."""
     tokens = tokenizer(TEXT, return_tensors="pt").to(part.device)
     return tokens["input_ids"], tokens["attention_mask"]
+
+
+def _require_same_words(generator: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Whether a language model says the same read our way, which has its layers and its output layer in view alone."""
+    expected = full_precision(generator(ids, attention_mask=mask).logits[:, -1])
+    hidden, _ = answer_states(generator, ids[:, :-1], mask[:, :-1], ids[:, -1:])
+    found = full_precision(torch.nn.functional.linear(hidden, *output_layer(generator)))
+    rounding = 0.05 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not torch.allclose(found, expected, rtol=0, atol=rounding * float(expected.abs().max())):
+        raise ValueError(
+            f"a {generator.config.model_type} model scales its scores, or attends, in a way that is not known here"
+        )
 
 
 def _require_numbers(are_numbers: torch.Tensor, what: str) -> None:

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartForConditionalGeneration,
@@ -36,6 +37,9 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
+from rag.models.adapters import merge_adapters
+from rag.models.bases import Base, load_learned, read_base, require_base, save_learned
+from rag.models.causal_rag import CAUSAL_CLASSES
 from rag.models.custom_code import code_beside, code_files, gather_tokenizer_code, is_custom, save_code
 from rag.models.encoders import encoder_dimension
 from rag.models.limits import most_tokens
@@ -47,6 +51,9 @@ from rag.models.loading import (
     load_weights,
     read_json,
 )
+from rag.models.pooled_encoder import reads_forward
+from rag.models.prompts import with_template
+from rag.models.quantization import quantized_loading
 from rag.models.questions import with_prompt
 from rag.models.sentence_transformers import transformer_folder
 from rag.models.trust import code_is_allowed
@@ -58,7 +65,8 @@ MODEL_CLASSES = {
     "rag_token": RagTokenForGeneration,
     "bart": BartForConditionalGeneration,
     "t5": T5ForConditionalGeneration,
-    "auto": AutoModelForSeq2SeqLM,  # any other generator that transformers knows
+    "auto": AutoModelForSeq2SeqLM,  # any other encoder-decoder that transformers knows
+    "causal": AutoModelForCausalLM,
 }
 MOST_GROWTH = 1000  # times; real ones put a character or a few in the place of another
 MOST_ADDED = 100_000  # tokens beside a tokenizer's words: each takes as long as thousands of those
@@ -81,8 +89,12 @@ def load_model(
     config_name: str | None = None,
     prepare_config: Callable[[PreTrainedConfig], None] = lambda config: None,
     flag: str = MODEL_FLAG,
+    keep_adapters: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """The checkpoint at `path`, in evaluation mode and float32, its generation settings restored.
+
+    One that holds only what was trained (bases.py) is opened with its base, and adapters are merged into the weights.
 
     `model.generation_config` is, for a RAG model, the same object as `model.generator.generation_config`.
 
@@ -94,6 +106,8 @@ def load_model(
         config_name: folder or hub name of another config to build the model with.
         prepare_config: changes the config further (`SearchArguments.apply_to`).
         flag: the flag that gave `path`, for the messages.
+        keep_adapters: leave them beside the weights, frozen, to be trained on.
+        quantization: "4bit" or "8bit" for a generator, on a GPU, whose linear layers are quantized.
 
     Raises:
         UserError: there is no such checkpoint, or its weights are not exactly those that the model needs.
@@ -110,10 +124,40 @@ def load_model(
                 f"{flag} {path}: contexts are cut at {readable} tokens, all that its generator reads, not at "
                 f"max_combined_length {config.max_combined_length}"
             )
-    model = load_weights(MODEL_CLASSES[model_type], path, flag, config=config, cache_dir=cache_dir)
+    base = read_base(path, cache_dir, flag)
+    source, loading = path, quantized_loading(quantization, config)
+    if base is not None:
+        require_base(base, path, cache_dir, flag)
+        source, loading = base.name_or_path, loading | ({"revision": base.revision} if base.revision else {})
+    model = load_weights(class_of(model_type, config), source, flag, config=config, cache_dir=cache_dir, **loading)
+    if base is not None:
+        load_learned(model, path, base, cache_dir, flag)
+        if not keep_adapters:
+            _merge(model, base, path, flag)
     restore_generation_settings(model, path, cache_dir, flag)
     _keep_to_search(model.generation_config, path, flag)
     return model
+
+
+def _merge(model: PreTrainedModel, base: Base, path: str, flag: str) -> None:
+    if base.quantization is not None:
+        _warn_once(
+            f"{flag} {path}: its adapters were trained beside weights in {base.quantization}, and are added to those in"
+            " full precision: answers may differ a little from the training's"
+        )
+    merge_adapters(model)
+
+
+def class_of(model_type: str, config: PreTrainedConfig) -> type:
+    """The class of a model; a RAG model's generator is an encoder-decoder or a causal language model."""
+    if model_type in RAG_TYPES and not config.generator.is_encoder_decoder:
+        return CAUSAL_CLASSES[model_type]
+    return MODEL_CLASSES[model_type]
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a config is a causal language model's."""
+    return not config.is_encoder_decoder and reads_forward(config)
 
 
 def fitting_model_type(
@@ -129,15 +173,22 @@ def fitting_model_type(
     if model_type is None:
         return _model_type_of(config, path, flag)
     kind = "rag" if model_type in RAG_TYPES else model_type
-    if kind not in (config.model_type, "auto") or (kind == "auto" and isinstance(config, RagConfig)):
+    fits = {"auto": not isinstance(config, RagConfig), "causal": is_causal(config)}
+    if not fits.get(kind, kind == config.model_type):
         of = "a RAG checkpoint" if isinstance(config, RagConfig) else f"a {config.model_type} checkpoint"
         raise UserError(f"--model_type {model_type} does not fit {flag} {path}, which is {of}; leave --model_type out")
     if kind == "auto":
-        _model_type_of(config, path, flag)  # it has to be a generator
-    trained_as = [name for name in RAG_TYPES if MODEL_CLASSES[name].__name__ in (config.architectures or [])]
+        return "causal" if _model_type_of(config, path, flag) == "causal" else "auto"  # it has to be a generator
+    trained_as = [name for name in RAG_TYPES if _is_named(name, config)]
     if kind == "rag" and trained_as and model_type not in trained_as:
         _warn_once(f"{flag} {path} is a {trained_as[0]} checkpoint and is read as --model_type {model_type}")
     return model_type
+
+
+def _is_named(model_type: str, config: PreTrainedConfig) -> bool:
+    """Whether the config of a RAG model says that it is of this type."""
+    names = (MODEL_CLASSES[model_type].__name__, CAUSAL_CLASSES[model_type].__name__)
+    return any(name in names for name in config.architectures or [])
 
 
 @cache
@@ -153,7 +204,7 @@ def infer_model_type(path: str, cache_dir: str | None = None, flag: str = MODEL_
 def _model_type_of(config: PreTrainedConfig, path: str, flag: str) -> str:
     if isinstance(config, RagConfig):
         for model_type in RAG_TYPES:
-            if MODEL_CLASSES[model_type].__name__ in (config.architectures or []):
+            if _is_named(model_type, config):
                 return model_type
         raise UserError(
             f"{flag} {path} does not say which RAG model it is; give --model_type rag_sequence or rag_token"
@@ -162,7 +213,11 @@ def _model_type_of(config: PreTrainedConfig, path: str, flag: str) -> str:
         return config.model_type
     if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return "auto"
-    raise UserError(f"{flag} {path} is a {config.model_type} model, neither RAG nor an encoder-decoder generator")
+    if is_causal(config):
+        return "causal"
+    raise UserError(
+        f"{flag} {path} is a {config.model_type} model, neither RAG nor an encoder-decoder or causal language model"
+    )
 
 
 def override_config(config: PreTrainedConfig, overrides: dict) -> None:
@@ -217,7 +272,7 @@ def compose_rag(model_type: str, question_encoder, generator, config: RagConfig 
     for name in (*SPECIAL_TOKENS, "vocab_size"):
         setattr(config, name, getattr(generator.config, name, None))
     _complete(config)
-    model = MODEL_CLASSES[model_type](config=config, question_encoder=question_encoder, generator=generator)
+    model = class_of(model_type, config)(config=config, question_encoder=question_encoder, generator=generator)
     model.generation_config = generator.generation_config
     return model.eval()
 
@@ -253,17 +308,25 @@ def _keep_to_search(settings: GenerationConfig, path: str, flag: str) -> None:
         )
 
 
-def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None) -> None:
-    """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all."""
+def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None, base: Base | None = None) -> None:
+    """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all.
+
+    Args:
+        base: that of a model of which not all was trained: only that is written, and `load_model` alone opens it.
+    """
     generator = model.generator if isinstance(model.config, RagConfig) else model
     settings = generator.generation_config
     with atomic_folder(directory) as folder:
-        # transformers reads settings without effect, as a penalty on length without beams, and refuses to write them.
-        model.generation_config = GenerationConfig()
-        try:
-            model.save_pretrained(folder)
-        finally:
-            model.generation_config = settings
+        if base is not None:
+            save_learned(model, folder, base)
+        else:
+            # transformers reads settings without effect, as a penalty on length without beams, and refuses to write
+            # them.
+            model.generation_config = GenerationConfig()
+            try:
+                model.save_pretrained(folder)
+            finally:
+                model.generation_config = settings
         settings.to_json_file(folder / "generation_config.json")
         save_code(model, folder)
         if tokenizer is not None:
@@ -271,11 +334,18 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=N
             gather_tokenizer_code(folder)
 
 
-def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | None = None, flag: str = MODEL_FLAG):
+def load_tokenizer(
+    path: str,
+    model_type: str | None = None,
+    cache_dir: str | None = None,
+    flag: str = MODEL_FLAG,
+    pads: bool = True,
+):
     """A `RagTokenizer` (its .question_encoder and .generator) for a RAG checkpoint, else an `AutoTokenizer`.
 
     Args:
         model_type: a key of MODEL_CLASSES; None looks at the checkpoint's config, which a bare tokenizer need not have.
+        pads: whether it must have a padding token; a causal language model's may lack one (`settle_language_model`).
     """
     if model_type is None and (read_json(path, "config.json", cache_dir, flag) or {}).get("model_type") == "rag":
         model_type = "rag_sequence"
@@ -289,11 +359,14 @@ def load_tokenizer(path: str, model_type: str | None = None, cache_dir: str | No
         }
         tokenizers = {name: _load_tokenizer(path, cache_dir, flag, part) for name, part in parts.items()}
         with_prompt(tokenizers["question_encoder"], config.question_encoder)
+        with_template(tokenizers["generator"], config.generator)
         return RagTokenizer(**tokenizers)
-    return _load_tokenizer(transformer_folder(path, cache_dir, flag), cache_dir, flag, {})
+    return _load_tokenizer(
+        transformer_folder(path, cache_dir, flag), cache_dir, flag, {}, pads and model_type != "causal"
+    )
 
 
-def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
+def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict, pads: bool = True):
     access = {"cache_dir": cache_dir, **hub_access(path)}
     run = code_is_allowed()
     folder = f"{part['subfolder']}/" if part else ""
@@ -316,7 +389,7 @@ def _load_tokenizer(path: str, cache_dir: str | None, flag: str, part: dict):
             raise OSError("it holds no tokenizer")
         tokenizer("a ?")  # some faults of its files show only here
         tokenizer("a word of many " * 20 + "?")  # and patterns without end only in a longer text
-        if tokenizer.pad_token_id is None:
+        if pads and tokenizer.pad_token_id is None:
             raise ValueError("its tokenizer has no padding token")
     return tokenizer
 

@@ -37,6 +37,7 @@ def load_encoder(
     cache_dir: str | None = None,
     flag: str = "--question_encoder_name_or_path",
     prompt: str | None = None,
+    scale: float | None = None,
 ) -> PreTrainedModel:
     """The encoder at `path`, whose output [0] is (B, d), in evaluation mode and float32.
 
@@ -46,19 +47,24 @@ def load_encoder(
         pooling: "auto" takes a DPR or pooled encoder as it is, a sentence-transformers folder as its authors meant it
             and any other encoder by its first token; "cls", "mean", "max" and "last" pool so, without normalizing.
         prompt: text before every question, or passage, in place of the one that the folder names.
+        scale: what a question's vector is multiplied by; None for the encoder's own. A passage's never is.
 
     Raises:
         UserError: there is no such encoder, it lacks weights, or it cannot be pooled so.
     """
     config, card = read_encoder_config(path, cache_dir, flag)
     if config.model_type == "dpr":
-        return _load_dpr(path, role, pooling, cache_dir, flag, prompt, config)
-    prompts = {} if prompt is None else {PROMPTS[role]: prompt}
+        return _load_dpr(path, role, pooling, cache_dir, flag, prompt, scale, config)
+    given: dict[str, Any] = {} if prompt is None else {PROMPTS[role]: prompt}
+    if role == "context":
+        given["scale"] = 1.0  # the folder may be a question encoder's
+    elif scale is not None:
+        given["scale"] = scale
     if config.model_type == "pooled_encoder":
         if pooling != "auto":
             config.pooling, config.normalize, config.dense = pooling, False, None
         _require_pooling(config.backbone, config.pooling, path, flag)
-        for name, value in prompts.items():
+        for name, value in given.items():
             setattr(config, name, value)
         return load_weights(PooledEncoder, path, flag, config=config, cache_dir=cache_dir)
     transformer = path if card is None else card.folder
@@ -73,7 +79,7 @@ def load_encoder(
     if pooling != "auto":
         settings = settings | {"pooling": pooling, "normalize": False, "dense": None}
     plain: dict[str, Any] = {"pooling": "cls", "normalize": False}
-    settings = plain | settings | prompts
+    settings = plain | settings | given
     _require_pooling(config, settings["pooling"], path, flag)
     backbone = load_weights(
         custom or half or AutoModel, transformer, flag, without_heads=True, config=config, cache_dir=cache_dir
@@ -87,7 +93,7 @@ def load_encoder(
     return encoder.eval()
 
 
-def _load_dpr(path, role, pooling, cache_dir, flag, prompt, config) -> PreTrainedModel:
+def _load_dpr(path, role, pooling, cache_dir, flag, prompt, scale, config) -> PreTrainedModel:
     dpr_class = DPR_CLASSES[role]
     if dpr_class.__name__ not in (config.architectures or [dpr_class.__name__]):
         raise UserError(f"{flag} {path} is a {config.architectures[0]}; give a {dpr_class.__name__}")
@@ -97,6 +103,8 @@ def _load_dpr(path, role, pooling, cache_dir, flag, prompt, config) -> PreTraine
         raise UserError(
             f"{flag} {path} is a DPR encoder, which was trained without prompts; leave the prompt {prompt!r} out"
         )
+    if scale not in (None, 1):
+        raise UserError(f"{flag} {path} is a DPR encoder, whose scores are not scaled; leave the scale {scale:g} out")
     return load_weights(dpr_class, path, flag, config=config, cache_dir=cache_dir)
 
 
@@ -119,6 +127,7 @@ def describe_encoder(encoder: PreTrainedModel) -> str:
     parts += ["normalized"] if config.normalize else []
     parts += [f"{config.max_seq_length} tokens"] if config.max_seq_length else []
     parts += ["lower-cased"] if config.lower_case else []
+    parts += [f"scale {config.scale:g}"] if config.scale != 1 else []
     parts += [f"{name} {value!r}" for name in PROMPTS.values() if (value := getattr(config, name))]
     return ", ".join(parts)
 

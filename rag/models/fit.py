@@ -3,6 +3,7 @@
 require_fit(model, tokenizer, flags)        # a UserError where ids would be looked up wrongly
 require_reading(encoder, read, flags)       # a UserError where an encoder tells no text from another
 complete_start(model, tokenizer, flags)     # mBART's decoder begins with the language code
+settle_prompt(model, tokenizer, flags)      # a bare language model's begins behind a prompt
 """
 
 import logging
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, RagConfig
 
 from rag.errors import UserError, one_line, raise_problems
 from rag.models.custom_code import code_files
+from rag.models.prompts import read_template, settle_language_model
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,22 @@ def _unknown_tokens(generator: PreTrainedModel, source: str) -> list[str]:
                 if rows is not None and token is not None and not (type(token) is int and 0 <= token < rows):
                     problems[name] = f"{source}: the generator's {name} is {token!r}, of {rows} tokens; mend its config"
     return list(problems.values())
+
+
+def settle_prompt(model: PreTrainedModel, tokenizer: Any, source: str, template: str | None = None) -> None:
+    """Give a bare causal language model the prompt that it reads questions in, and its tokenizer; others stay as is.
+
+    Args:
+        template: as `read_template`'s name; None for the one that its checkpoint keeps, else "plain".
+        source: the flag that named the tokenizer, and its value.
+    """
+    config = model.config
+    if config.is_encoder_decoder:
+        return
+    text = getattr(config, "prompt_template", None) if template is None else None
+    if text is None:
+        text = read_template(template or "plain", tokenizer, source, closed_book=True)
+    settle_language_model(model, tokenizer, text, source)
 
 
 def complete_start(model: PreTrainedModel, tokenizer: Any, source: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig, RagConfig
 
 from rag.errors import UserError
+from rag.models.prompts import template_problem
 
 # Families whose positions begin behind the padding id, so that the table of positions is longer than any text.
 BEHIND_PADDING = {
@@ -93,6 +94,12 @@ def require_sound(config: PreTrainedConfig, path: str, flag: str) -> None:
         if (value := getattr(config, name)) is not None and not _may_be_a_path(value):
             _refuse(path, flag, name, repr(value)[:80], "no file has such a name")
     for part in parts_of(config):
+        template = getattr(part, "prompt_template", None)
+        problem = "it must be a text" if not isinstance(template, str | None) else None
+        if isinstance(template, str):
+            problem = template_problem(template, closed_book=part is config)
+        if problem is not None:
+            _refuse(path, flag, "prompt_template", repr(template)[:80], problem)
         if not isinstance(part.architectures, list | None):
             _refuse(path, flag, "architectures", part.architectures, "it must be a list of names")
         if not isinstance(part.name_or_path, str | None):

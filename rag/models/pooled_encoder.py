@@ -42,6 +42,8 @@ class PooledEncoderConfig(PreTrainedConfig):
         passage_prompt: text that stands before every passage.
         max_seq_length: tokens of a text that are read; None for as many as the encoder can.
         lower_case: whether texts are lower-cased first.
+        scale: number above 0 that the vector is multiplied by. That of a question: inner products of normalized
+            vectors lie between -1 and 1, and p(z|x), their softmax, would be nearly flat. Rankings stay as they are.
     """
 
     model_type = "pooled_encoder"
@@ -55,6 +57,7 @@ class PooledEncoderConfig(PreTrainedConfig):
     passage_prompt: str = ""
     max_seq_length: int | None = None
     lower_case: bool = False
+    scale: float = 1.0
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone, dict):
@@ -64,6 +67,7 @@ class PooledEncoderConfig(PreTrainedConfig):
         else:  # a live model's config stays its own: transformers resets the attention of a config's parts
             self.backbone = copy.deepcopy(self.backbone)
         assert self.pooling in POOLINGS, self.pooling
+        assert self.scale > 0, self.scale
         super().__post_init__(**kwargs)
 
     @property
@@ -104,10 +108,12 @@ class PooledEncoder(PreTrainedModel):
         return DPRQuestionEncoderOutput(vectors, outputs.hidden_states, outputs.attentions)
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
-        """What stands behind the pooling: dense layers and the scaling; (B, hidden size) to (B, d)."""
+        """What stands behind the pooling: dense layers, length and scale; (B, hidden size) to (B, d)."""
         for layer, settings in zip(self.dense, self.config.dense or [], strict=True):
             pooled = ACTIVATIONS[settings["activation"]]()(layer(pooled))
-        return torch.nn.functional.normalize(pooled, dim=-1) if self.config.normalize else pooled
+        if self.config.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        return pooled if self.config.scale == 1 else pooled * self.config.scale
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,19 +7,14 @@
 BM25, the contexts and the generator see the bare question. Nothing heavy is imported.
 """
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-from rag.errors import UserError, is_failure, one_line
+from rag.errors import UserError
+from rag.models.prompts import encode_closed_book, template_of
+from rag.models.tokens import reading
 
 # Attributes that `with_prompt` gives a tokenizer: the text before a question, the most tokens, whether case is dropped.
 PROMPT, LIMIT, LOWER_CASE = "question_prompt", "question_limit", "question_lower_case"
-
-# Threads that read contexts, and how many of these are worth a thread.
-MOST_THREADS, FEW_TEXTS = 8, 8
 
 
 def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
@@ -46,10 +41,14 @@ def with_prompt(tokenizer: Any, encoder_config: Any) -> Any:
 def encode_questions(tokenizer: Any, questions: list[str], max_length: int | None = None, **kwargs: Any) -> Any:
     """The tokens of questions behind the prompt, if there is one; a tokenizer that knows of none is simply called.
 
+    A language model's without retrieval gives the whole prompt.
+
     Args:
         max_length: tokens of a question that are kept, the prompt's not counted; fewer where the encoder reads no more.
         kwargs: of the tokenizer's call.
     """
+    if template_of(tokenizer) is not None:
+        return encode_closed_book(tokenizer, questions, max_length, **kwargs)
     prompt, limit = getattr(tokenizer, PROMPT, ""), getattr(tokenizer, LIMIT, None)
     if getattr(tokenizer, LOWER_CASE, False):
         questions = [question.lower() for question in questions]
@@ -60,39 +59,6 @@ def encode_questions(tokenizer: Any, questions: list[str], max_length: int | Non
     texts = [prompt + question for question in questions]
     with reading(tokenizer):
         return tokenizer(texts, max_length=max_length, truncation=True, **kwargs)
-
-
-@contextmanager
-def reading(tokenizer: Any) -> Iterator[None]:
-    """Turn what a tokenizer raises at a text into one line; no one checks its files, which may be a stranger's."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_failure(error):  # a pattern that has no end makes the library panic
-            raise
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} cannot read a text ({one_line(error, 120)}); give a checkpoint "
-            "with the tokenizer that belongs to it"
-        ) from error
-
-
-def encode_in_threads(tokenizer: Any, texts: list[str], threads: int | None = None) -> list[Any]:
-    """The encodings of texts, in order, without the GIL: a GPU waits for those of a whole batch.
-
-    The library's own threads are off: they would not outlive the forks of data-loading workers.
-
-    Args:
-        tokenizer: a fast one.
-        threads: None for half of the cores, up to `MOST_THREADS`.
-    """
-    threads = min(len(os.sched_getaffinity(0)) // 2, MOST_THREADS) if threads is None else threads
-    encode = tokenizer.backend_tokenizer.encode_batch_fast
-    size = max(FEW_TEXTS, -(-len(texts) // max(threads, 1)))
-    if size >= len(texts):
-        return encode(texts)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(encode, (texts[i : i + size] for i in range(0, len(texts), size)))
-        return [encoding for part in parts for encoding in part]
 
 
 def bare_questions(tokenizer: Any, input_ids: Any) -> list[str]:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import RagConfig, RagRetriever
 from transformers.models.rag.retrieval_rag import Index
-from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from rag.errors import UserError
 from rag.index.arguments import INDEX_FLAGS
@@ -26,8 +25,10 @@ from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens, settle_vector_size
 from rag.models.loading import MODEL_FLAG
 from rag.models.packed_encoder import can_pack, encode_packed
-from rag.models.questions import bare_questions, encode_in_threads, reading, with_prompt
-from rag.packing import Packing, right_padded_lengths, to_device
+from rag.models.prompts import encode_prompts, template_of, with_template
+from rag.models.questions import bare_questions, with_prompt
+from rag.models.tokens import token_rows
+from rag.packing import Heads, Packing, right_padded_lengths, to_device
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -85,6 +86,7 @@ class RagKnowledgeRetriever(RagRetriever):
     def _tokenizers(retriever_name_or_path, config: RagConfig):
         tokenizer = load_tokenizer(str(retriever_name_or_path), "rag_sequence")
         with_prompt(tokenizer.question_encoder, config.question_encoder)
+        with_template(tokenizer.generator, config.generator)
         return tokenizer.question_encoder, tokenizer.generator
 
     @classmethod
@@ -148,6 +150,8 @@ class RagKnowledgeRetriever(RagRetriever):
     def postprocess_docs(self, docs, input_strings, prefix, n_docs, return_tensors=None):
         """Generator inputs "prefix title / text // question", (B * n_docs, S), a question's documents in a row.
 
+        A causal language model's are those of its template.
+
         Args:
             docs: B dicts of the lists "title" and "text".
             input_strings: B questions.
@@ -164,41 +168,55 @@ class RagKnowledgeRetriever(RagRetriever):
         """
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f'return_tensors {return_tensors!r} is none of "pt", "np" and None')
+        if template_of(self.generator_tokenizer) is None:
+            input_ids, mask = self._contexts(docs, input_strings, prefix or "", n_docs)
+        else:
+            input_ids, mask, _ = self.prompts(docs, input_strings, n_docs)
+        if return_tensors is None:
+            return input_ids.tolist(), mask.tolist()
+        return (torch.from_numpy(input_ids), torch.from_numpy(mask)) if return_tensors == "pt" else (input_ids, mask)
+
+    def prompts(self, docs: list[dict], questions: list[str], n_docs: int) -> tuple[np.ndarray, np.ndarray, Heads]:
+        """What a causal language model reads, as `postprocess_docs` returns it, and which prompts begin alike."""
+        passages = [
+            (title, text)
+            for doc in docs
+            for title, text in zip(map(bare_title, doc["title"][:n_docs]), doc["text"][:n_docs], strict=True)
+        ]
+        asked = [question for question in questions for _ in range(n_docs)]
+        rows, lengths, cut = encode_prompts(self.generator_tokenizer, passages, asked, self.context_length)
+        self.cut_contexts += cut
+        firsts: dict[tuple[int, ...], int] = {}
+        first = [firsts.setdefault(tuple(row[:n]), i) for i, (row, n) in enumerate(zip(rows, lengths, strict=True))]
+        return *self._as_arrays(rows), Heads(np.array(lengths), np.array(first))
+
+    def _contexts(
+        self, docs: list[dict], input_strings: list[str], prefix: str, n_docs: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What an encoder-decoder reads."""
         contexts = [
-            self._context(title, text, question, prefix or "")
+            self._context(title, text, question, prefix)
             for question, passages in zip(input_strings, docs, strict=True)
             for title, text in zip(passages["title"][:n_docs], passages["text"][:n_docs], strict=True)
         ]
         max_length = self.context_length
-        rows = self._tokenize(contexts)
+        rows = token_rows(self.generator_tokenizer, contexts)
         for row, ids in enumerate(rows):
             if len(ids) > max_length:
                 rows[row] = self._cut(contexts[row], input_strings[row // n_docs], max_length)
                 self.cut_contexts += 1
+        return self._as_arrays(rows)
+
+    def _as_arrays(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         self.contexts += len(rows)
         # 300 is no multiple of 8
-        input_ids, mask = _padded(rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, max_length))
-        if return_tensors is None:
-            return input_ids.tolist(), mask.tolist()
-        return (torch.from_numpy(input_ids), torch.from_numpy(mask)) if return_tensors == "pt" else (input_ids, mask)
+        return _padded(rows, self.generator_tokenizer.pad_token_id, gcd(CONTEXT_MULTIPLE, self.context_length))
 
     @property
     def context_length(self) -> int:
         """Tokens of a context: the config's `max_combined_length`, or fewer where the generator reads no more."""
         readable = most_tokens(self.config.generator)
         return self.config.max_combined_length if readable is None else min(self.config.max_combined_length, readable)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, in whole. A fast tokenizer gives ids alone: all else takes as long again."""
-        tokenizer = self.generator_tokenizer
-        if not tokenizer.is_fast:
-            return tokenizer(texts, verbose=False)["input_ids"]
-        tokenizer.set_truncation_and_padding(
-            padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
-            max_length=None, stride=0, pad_to_multiple_of=None, padding_side=None,
-        )  # fmt: skip
-        with reading(tokenizer):
-            return [encoding.ids for encoding in encode_in_threads(tokenizer, texts)]
 
     def _cut(self, context: str, question: str, max_length: int) -> list[int]:
         """The tokens of a context that is too long, with fewer of its title and passage.
@@ -209,7 +227,7 @@ class RagKnowledgeRetriever(RagRetriever):
         tail = (self.config.doc_sep + question).replace("  ", " ").lstrip(" ")
         start = len(context) - len(tail)
         if tokenizer.is_fast:
-            encoding = tokenizer.backend_tokenizer.encode(context)  # untruncated, as `_tokenize` has set it
+            encoding = tokenizer.backend_tokenizer.encode(context)  # untruncated, as `token_rows` has set it
             special = encoding.special_tokens_mask
             words = [n for n, is_special in enumerate(special) if not is_special]
             before, after = encoding.ids[: words[0]], encoding.ids[words[-1] + 1 :]
@@ -228,9 +246,13 @@ class RagKnowledgeRetriever(RagRetriever):
         return [*before, *head, *tail_ids[:room], *after][:max_length]
 
     def _context(self, title: str, text: str, question: str, prefix: str) -> str:
-        title = title.removeprefix('"').removesuffix('"')
-        context = prefix + title + self.config.title_sep + text + self.config.doc_sep + question
+        context = prefix + bare_title(title) + self.config.title_sep + text + self.config.doc_sep + question
         return context.replace("  ", " ")
+
+
+def bare_title(title: str) -> str:
+    """Without the quotation marks around it."""
+    return title.removeprefix('"').removesuffix('"')
 
 
 def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,6 +309,7 @@ class RetrievedContexts:
         docs: B dicts of the passages' columns, among them the lists "title" and "text".
         lengths: (B * n_docs) tokens of each context, on the host; None where padding stands before or between them.
         n_tokens: of all contexts.
+        heads: which contexts of a causal language model begin alike; None of an encoder-decoder's.
     """
 
     input_ids: torch.Tensor
@@ -296,6 +319,7 @@ class RetrievedContexts:
     docs: list[dict]
     lengths: np.ndarray | None
     n_tokens: int
+    heads: Heads | None = None
 
 
 def retrieve_contexts(
@@ -328,8 +352,13 @@ def retrieve_contexts(
     doc_embeds, doc_ids, docs = retriever.retrieve(
         queries.detach().to("cpu", torch.float32).numpy(), n_docs
     )  # (B, n_docs, d), (B, n_docs)
-    prefix = getattr(rag.generator.config, "prefix", None)
-    context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
+    heads = None
+    if template_of(retriever.generator_tokenizer) is None:
+        prefix = getattr(rag.generator.config, "prefix", None)
+        context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
+    else:
+        *arrays, heads = retriever.prompts(docs, questions, n_docs)
+        context_ids, context_mask = map(torch.from_numpy, arrays)
 
     doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), device)
     doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
@@ -342,4 +371,5 @@ def retrieve_contexts(
         docs=docs,
         lengths=right_padded_lengths(context_mask),
         n_tokens=int(context_mask.cpu().numpy().sum()),
+        heads=heads,
     )

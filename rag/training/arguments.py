@@ -19,7 +19,7 @@ from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
 from rag.distributed.meeting import node_problems, port_problems, rank_problems
 from rag.errors import UserError, raise_problems
 from rag.index.arguments import SearchArguments
-from rag.training.flag_problems import contradictions, range_problems, run_problems
+from rag.training.flag_problems import contradictions, package_problems, range_problems, run_problems
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,10 @@ class ModelArguments:
 
     _argument_group_name = "model"
     model_name_or_path: str = required_flag("Checkpoint to start from: a folder or a name on the hub.")
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "auto"] | None = flag(
-        None, "Left out, it is read from the checkpoint's config; bart and t5 train a bare, closed-book generator."
+    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
+        None,
+        "Left out, it is read from the checkpoint's config; bart, t5 and causal (a language model) train a bare, "
+        "closed-book generator.",
     )
     config_name: str | None = flag(None, "Config to use instead of the checkpoint's: a folder or a name.")
     tokenizer_name: str | None = flag(None, "Tokenizer to use instead of the checkpoint's: a folder or a name.")
@@ -42,7 +44,29 @@ class ModelArguments:
     attention_dropout: float | None = flag(None, "Dropout probability of its attention; left out, the checkpoint's.")
     label_smoothing: float = flag(0.0, "Share of the probability spread over the vocabulary; 0 is the plain loss.")
     freeze_question_encoder: bool = flag(False, "Leave the question encoder as it is: a remedy for collapse.")
+    freeze_generator: bool = flag(
+        False, "Leave the generator as it is, without dropout: the question encoder alone learns, through it."
+    )
     freeze_embeds: bool = flag(False, "Leave the generator's word and position embeddings as they are.")
+    lora_r: int | None = flag(
+        None,
+        "Train low-rank adapters of this rank beside the generator's linear layers (LoRA, by peft), which are frozen; "
+        "left out, all of the generator. 8 to 64 are usual, at 10 times the learning rate.",
+    )
+    lora_alpha: float | None = flag(
+        None, "Adapters are multiplied by alpha / r; left out, twice the rank: so the rank changes no learning rate."
+    )
+    lora_dropout: float = flag(0.0, "Dropout probability of what adapters read; few epochs need none.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Layers of the generator that get adapters, by the ends of their names; all linear ones but the output's."
+    )
+    question_encoder_lora_r: int | None = flag(
+        None, "The same for all linear layers of the question encoder; left out, all of it is trained."
+    )
+    load_in_4bit: bool = flag(
+        False, "Hold the generator's frozen weights in 4 bits (bitsandbytes' NF4); with --lora_r, and on a GPU."
+    )
+    load_in_8bit: bool = flag(False, "Hold them in 8 bits (LLM.int8()); with --lora_r, and on a GPU.")
     gradient_checkpointing: bool = flag(
         False, "Recompute the generator's activations in the backward pass: less memory."
     )
@@ -54,6 +78,11 @@ class ModelArguments:
         "auto reads all passages of a batch in one row without padding where the generator's family can (BART, T5); "
         "the others are transformers' own, over padded batches.",
     )
+
+    @property
+    def quantization(self) -> str | None:
+        """In how many bits the generator's frozen weights are held; None for their own precision."""
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
 
 @dataclass
@@ -218,7 +247,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 def require_sound(args: FinetuneArguments) -> None:
     """Raise one `UserError` for all settings that are out of range or contradict each other."""
-    raise_problems(range_problems(args) + contradictions(args) + run_problems(args.run))
+    raise_problems(range_problems(args) + contradictions(args) + package_problems(args.model) + run_problems(args.run))
     raise_problems(_launch_problems(args))
     for name, given in _flags_without_effect(args).items():
         logger.warning(f"--{name} {given} has no effect; see --help")

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from rag.errors import UserError
+from rag.models.adapters import has_adapters
+from rag.models.bases import Base
 from rag.models.checkpoints import load_model
 from rag.public_names import Replaced, replaced_method, warn_of_uncalled_methods
 from rag.training.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainingArguments
@@ -63,6 +67,9 @@ class BaseTransformer(pl.LightningModule):
         self.optimizer_step_so_far, self.pending_steps = OptimizerStep(), PendingSteps()
         self.skipped_steps = 0  # whose loss or gradients were not finite
         self.left_out: str | None = None  # the first that the device left out and that is to stop the training
+        # Of a model whose other weights stay a base's: what learns, which is all that checkpoints hold.
+        self.base: Base | None = None
+        self.learned: frozenset[str] | None = None  # names of weights
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,7 +94,33 @@ class BaseTransformer(pl.LightningModule):
 
     def load_hf_checkpoint(self, path: str | os.PathLike) -> None:
         """Take over the weights of a Hugging Face checkpoint of the same shapes; `self.model` stays the same object."""
-        self.model.load_state_dict(load_model(str(path)).state_dict())
+        self.model.load_state_dict(load_model(str(path), keep_adapters=has_adapters(self.model)).state_dict())
+
+    def learn_beside(self, base: Base) -> None:
+        """Have checkpoints hold what learns alone, as it is frozen now; the rest is the base's.
+
+        Raises:
+            UserError: nothing learns.
+        """
+        learned = [name for name, weight in self.named_parameters() if weight.requires_grad]
+        if not learned:
+            raise UserError("nothing would learn: all parts of the model are frozen; leave one of the --freeze_... out")
+        self.base, self.learned = base, frozenset(learned)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; where checkpoints hold what learns alone, exactly that, or everything.
+
+        Raises:
+            ValueError: other weights are missing.
+        """
+        if self.learned is None or self.state_dict().keys() == state_dict.keys():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if strict and (odd := sorted(self.learned ^ state_dict.keys())):
+            missing = len(self.learned - state_dict.keys())
+            raise ValueError(
+                f"it lacks {missing} of the weights that learn here and has {len(odd) - missing} others: {odd[0]}, ..."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def get_dataset(self, type_path: str) -> Any:
         """The dataset of a split ("train", "val", "test"); what a subclass returns is what is trained or measured on.
@@ -250,8 +283,19 @@ class BaseTransformer(pl.LightningModule):
         """
         self.judge_pending_steps()
         checkpoint["skipped_steps"], checkpoint["left_out"] = self.skipped_steps, self.left_out
+        if self.base is not None and self.learned is not None:
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weight for name, weight in weights.items() if name in self.learned}
+            checkpoint["base"] = self.base.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the run goes on with.
+
+        Raises:
+            ValueError: it was trained beside other weights.
+        """
+        if self.base is not None and checkpoint.get("base", self.base.digest) != self.base.digest:
+            raise ValueError(f"its adapters are of another base: {self.base.name_or_path} has other weights")
         self.skipped_steps, self.left_out = checkpoint.get("skipped_steps", 0), checkpoint.get("left_out")
 
     def gather_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

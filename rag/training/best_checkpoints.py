@@ -138,15 +138,16 @@ class BestCheckpoints(Checkpoint):
             with trainer.strategy.holding(weights):
                 self._export(pl_module, kept)
             return
-        own = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
+        own = {name: weight.clone() for name, weight in pl_module.state_dict().items() if name in weights}
         pl_module.load_state_dict(weights)
         self._export(pl_module, kept)
         pl_module.load_state_dict(own)
 
     def _space_problems(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Whether the disk has room for the checkpoints that the training will certainly keep."""
-        weights = sum(weight.nbytes for weight in pl_module.parameters())
         trained = sum(weight.nbytes for weight in pl_module.parameters() if weight.requires_grad)
+        holds_all = getattr(pl_module, "learned", None) is None
+        weights = sum(weight.nbytes for weight in pl_module.parameters()) if holds_all else trained
         moments = 2 * trained if any(isinstance(one, torch.optim.Adam) for one in trainer.optimizers) else 0
         a_checkpoint = weights + moments + (weights if hasattr(pl_module, "export") else 0)
         may_end_early = trainer.max_steps > 0 or trainer.early_stopping_callback or trainer.max_epochs is None

@@ -16,7 +16,7 @@ from rag.command_line.trainer_flags import TrainerArguments
 from rag.distributed.meeting import timeout_problems
 
 if TYPE_CHECKING:
-    from rag.training.arguments import FinetuneArguments, RetrievalArguments, RunArguments
+    from rag.training.arguments import FinetuneArguments, ModelArguments, RetrievalArguments, RunArguments
 
 LARGEST_NUMBER = 2**31 - 1  # of anything counted: libraries in C take no larger one
 LARGEST_SEED = 2**32 - 1  # numpy's generator takes no larger one
@@ -45,6 +45,7 @@ def _are_devices(value: Any) -> bool:
     return value == "auto" or all(part.strip().isdigit() for part in value.strip("[], ").split(","))
 
 
+CLOSED_BOOK = ("bart", "t5", "causal")  # types of bare generators
 LAYERS_LEFT_OUT = "no rank knows which layers another leaves out"
 BATCHES = "must be a number of batches from 1 on, or a share of them above 0 and up to 1.0"
 # Names of settings, what a good value is, and what the message says of another.
@@ -52,7 +53,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         """num_retrieval_workers max_source_length max_target_length num_processes train_batch_size eval_batch_size
         num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length num_nodes
-        check_val_every_n_epoch""",
+        check_val_every_n_epoch lora_r question_encoder_lora_r""",
         lambda value: value >= 1,
         "must be 1 or more",
     ),
@@ -74,10 +75,11 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("seed", lambda value: 0 <= value <= LARGEST_SEED, f"must be 0 or more, and {LARGEST_SEED} or less"),
     (
-        "encoder_layerdrop decoder_layerdrop dropout attention_dropout label_smoothing",
+        "encoder_layerdrop decoder_layerdrop dropout attention_dropout lora_dropout label_smoothing",
         lambda value: 0 <= value < 1,
         "must be a probability, from 0 to below 1",
     ),
+    ("lora_alpha", lambda value: value > 0, "must be more than 0; left out, it is twice --lora_r"),
     ("early_stopping_patience num_sanity_val_steps", lambda value: value >= -1, "must be -1 or more"),
     ("n_train n_val n_test", lambda value: value == -1 or value >= 1, "must be -1 (all) or 1 or more"),
     ("max_steps", lambda value: value == -1 or value >= 1, "must be -1 (no limit) or 1 or more"),
@@ -121,6 +123,7 @@ def contradictions(args: "FinetuneArguments") -> list[str]:
     precisions += [f"--precision {trainer.precision}"] if trainer.precision is not None else []
     if len(precisions) > 1:
         problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
+    problems += _adapter_contradictions(args)
     problems += _length_contradictions(args)
     problems += _sharding_contradictions(args)
     return problems + _gpu_contradictions(run, trainer) + _lightning_1_contradictions(run, trainer)
@@ -148,6 +151,61 @@ def _sharding_contradictions(args: "FinetuneArguments") -> list[str]:
     if training.fp16 or str(args.trainer.precision) in ("16", "16-mixed", "16-true"):
         problems.append(f"--strategy fsdp and {precision} (float16) contradict each other; give --bf16")
     return problems
+
+
+def _adapter_contradictions(args: "FinetuneArguments") -> list[str]:
+    """Flags of adapters that have none to be about, and what would leave nothing to learn."""
+    model, problems = args.model, []
+    quantized = [f"--load_in_{bits}" for bits in ("4bit", "8bit") if getattr(model, f"load_in_{bits}")]
+    if len(quantized) > 1:
+        problems.append(f"{' and '.join(quantized)} contradict each other; give one of them")
+    if quantized and model.lora_r is None and not model.freeze_generator:
+        problems.append(
+            f"{quantized[0]}: what is quantized cannot be trained; give --lora_r 16 to train adapters beside it, or "
+            "--freeze_generator"
+        )
+    if model.lora_r is None:
+        given = [f"--{name}" for name in ("lora_alpha", "lora_target_modules") if getattr(model, name) is not None]
+        given += ["--lora_dropout"] if model.lora_dropout and model.question_encoder_lora_r is None else []
+        problems += [f"{name} is for adapters; give --lora_r, or leave it out" for name in given]
+    if model.lora_r is not None and model.freeze_generator:
+        problems.append("--lora_r and --freeze_generator contradict each other; give one of them")
+    if model.question_encoder_lora_r is not None and model.freeze_question_encoder:
+        problems.append(
+            "--question_encoder_lora_r and --freeze_question_encoder contradict each other; give one of them"
+        )
+    problems += _nothing_learns(args)
+    if args.trainer.strategy == "fsdp" and (flag := _flag_of_frozen_parts(model)) is not None:
+        problems.append(
+            f"--strategy fsdp shares out what learns, and {flag} leaves little of that; give --strategy ddp or leave "
+            "it out"
+        )
+    return problems
+
+
+def _nothing_learns(args: "FinetuneArguments") -> list[str]:
+    model = args.model
+    if not model.freeze_generator:
+        return []
+    others = {
+        "--freeze_question_encoder": model.freeze_question_encoder,
+        "--index_name bm25 (which asks no question encoder)": args.retrieval.index_name == "bm25",
+        f"--model_type {model.model_type} (which has no question encoder)": model.model_type in CLOSED_BOOK,
+    }
+    return [
+        f"--freeze_generator with {other}: nothing would learn; leave one out"
+        for other, is_so in others.items()
+        if is_so
+    ]
+
+
+def _flag_of_frozen_parts(model: "ModelArguments") -> str | None:
+    """A flag that leaves whole parts of a model as they are in checkpoints of what was trained alone."""
+    if model.lora_r is not None:
+        return f"--lora_r {model.lora_r}"
+    if model.question_encoder_lora_r is not None:
+        return f"--question_encoder_lora_r {model.question_encoder_lora_r}"
+    return "--freeze_generator" if model.freeze_generator else None
 
 
 def _length_contradictions(args: "FinetuneArguments") -> list[str]:
@@ -220,6 +278,14 @@ def _retrieval_contradictions(retrieval: "RetrievalArguments") -> list[str]:
             "them; give --retrieval_worker_gpus 1"
         ]
     return []
+
+
+def package_problems(model: "ModelArguments") -> list[str]:
+    """The package that adapters need, if it is missing."""
+    given = [name for name in ("lora_r", "question_encoder_lora_r") if getattr(model, name) is not None]
+    if not given or importlib.util.find_spec("peft") is not None:
+        return []
+    return [f"--{given[0]} needs a package that is not installed: pip install peft"]
 
 
 def run_problems(run: "RunArguments") -> list[str]:

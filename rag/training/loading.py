@@ -21,15 +21,25 @@ from rag.errors import UserError, one_line, raise_problems
 from rag.files import load_json
 from rag.generation.families import require_family
 from rag.generation.trial import require_runs
-from rag.models.checkpoints import load_model, load_tokenizer
-from rag.models.fit import complete_start, require_fit
+from rag.models.adapters import (
+    LoraPlan,
+    add_adapters,
+    has_adapters,
+    is_adapter_weight,
+    parts_of,
+    plan_of,
+    require_plan,
+)
+from rag.models.bases import Base, base_of, read_base
+from rag.models.checkpoints import fitting_model_type, load_model, load_tokenizer
+from rag.models.fit import complete_start, require_fit, settle_prompt
 from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG
 from rag.models.precision import dtype_of
 from rag.models.questions import with_prompt
 from rag.packing import PADDED
 from rag.retrieval.retriever import RagKnowledgeRetriever
-from rag.training.arguments import FinetuneArguments
+from rag.training.arguments import FinetuneArguments, ModelArguments
 from rag.training.namespaces import group_settings
 from rag.training.run_folder import begun_precision, is_rank_zero
 from rag.training.seals import is_whole
@@ -56,11 +66,15 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
         model_args.cache_dir,
         config_name=model_args.config_name,
         prepare_config=prepare,
+        keep_adapters=_trains_adapters(args),
+        quantization=model_args.quantization,
     )
+    adapt(model, args)
     name = model_args.tokenizer_name
     tokenizer_path, flag = (path, MODEL_FLAG) if name is None else (name, "--tokenizer_name")
-    model_type = model_args.model_type or ("rag_sequence" if model.config.model_type == "rag" else "auto")
+    model_type = fitting_model_type(model.config, path, model_args.model_type)
     tokenizer = load_tokenizer(tokenizer_path, model_type, model_args.cache_dir, flag)
+    settle_prompt(model, tokenizer, f"{flag} {tokenizer_path}")
     require_fit(model, tokenizer, f"{flag} {tokenizer_path}")
     complete_start(model, tokenizer, source)
     if model_args.attn_implementation != "auto":
@@ -69,6 +83,70 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
     if isinstance(model.config, RagConfig):  # --tokenizer_name may be of an encoder with another prompt
         with_prompt(tokenizer.question_encoder, model.config.question_encoder)
     return model, tokenizer
+
+
+def _trains_adapters(args: FinetuneArguments) -> bool:
+    """Whether those of the checkpoint, if it has any, stay apart: a test of a checkpoint alone reads them merged."""
+    model = args.model
+    return args.run.do_train or model.lora_r is not None or model.question_encoder_lora_r is not None
+
+
+def lora_plans(model_args: ModelArguments) -> dict[str, LoraPlan]:
+    """What the flags say of the adapters of each part of a model."""
+    plans, r, encoder_r = {}, model_args.lora_r, model_args.question_encoder_lora_r
+    if r is not None:
+        alpha, targets = model_args.lora_alpha, model_args.lora_target_modules
+        plans["generator"] = LoraPlan(
+            r, 2 * r if alpha is None else alpha, model_args.lora_dropout, None if targets is None else tuple(targets)
+        )
+    if encoder_r is not None:
+        plans["question_encoder"] = LoraPlan(encoder_r, 2 * encoder_r, model_args.lora_dropout)
+    return plans
+
+
+def adapt(model: PreTrainedModel, args: FinetuneArguments) -> None:
+    """Add the adapters that the flags ask for; those that the checkpoint brought are trained on.
+
+    Raises:
+        UserError: the model has no such layers or parts, or its adapters are not those that the flags ask for.
+    """
+    plans, source = lora_plans(args.model), f"{MODEL_FLAG} {args.model.model_name_or_path}"
+    for name, part in parts_of(model).items():
+        flags = "lora" if name == "generator" else "question_encoder_lora"
+        plan = plans.pop(name, None)
+        if has_adapters(part):
+            if plan is None:
+                r = plan_of(part).r
+                raise UserError(
+                    f"{source} has adapters of its {name.replace('_', ' ')}; give --{flags}_r {r} to train them on, or "
+                    "merge them first (consolidate_rag_checkpoint.py --merge_adapters)"
+                )
+            require_plan(part, plan, source, flags)
+            for weight_name, weight in part.named_parameters():
+                weight.requires_grad_(is_adapter_weight(weight_name))
+        elif plan is not None:
+            add_adapters(part, plan)
+    if plans:
+        raise UserError(
+            f"--question_encoder_lora_r: {source[len(MODEL_FLAG) + 1 :]} has no question encoder; leave it out"
+        )
+
+
+def base_of_run(args: FinetuneArguments) -> Base:
+    """The checkpoint whose weights are those that a run does not train.
+
+    Raises:
+        UserError: it cannot be read, or an earlier training began beside weights that were quantized otherwise.
+    """
+    path, cache_dir, kind = args.model.model_name_or_path, args.model.cache_dir, args.model.quantization
+    earlier = read_base(path, cache_dir)
+    if earlier is not None and earlier.quantization != kind:
+        remedy = f"give --load_in_{earlier.quantization}" if kind is None else f"leave --load_in_{kind} out"
+        raise UserError(
+            f"{MODEL_FLAG} {path} was trained beside weights in {earlier.quantization or 'full precision'}; {remedy}, "
+            "or merge its adapters first (consolidate_rag_checkpoint.py --merge_adapters)"
+        )
+    return base_of(path, kind, cache_dir)
 
 
 def _choose_attention(model: PreTrainedModel, name: str) -> None:

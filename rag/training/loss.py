@@ -29,7 +29,7 @@ def decoder_inputs_and_targets(labels: torch.Tensor, generator_config) -> tuple[
         decoder_input_ids (B, T') and targets (B, T'), the inputs moved one to the left and padded; T' is T or T + 1.
     """
     start = generator_config.decoder_start_token_id
-    if not (labels[:, 0] == start).all():
+    if not generator_config.is_encoder_decoder or not (labels[:, 0] == start).all():
         labels = torch.cat([labels.new_full((len(labels), 1), start), labels], dim=1)
     targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), generator_config.pad_token_id)], dim=1)
     return labels, targets

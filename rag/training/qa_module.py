@@ -25,14 +25,17 @@ from pytorch_lightning.plugins import MixedPrecision
 from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rag.errors import UserError
 from rag.files import write_lines
 from rag.generation.answering import answering_model
-from rag.generation.decoding import generate_answers
-from rag.generation.forward import decode_answers, encode_contexts, output_layer
+from rag.generation.decoding import answer_prompts, generate_answers
+from rag.generation.forward import answer_states, output_layer
 from rag.generation.stacks import is_sharded, use_packed_rows
 from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
+from rag.models.adapters import has_adapters, learning_summary
 from rag.models.checkpoints import save_model
+from rag.models.prompts import decode_answers
 from rag.models.questions import bare_questions
 from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
@@ -40,6 +43,8 @@ from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_cont
 from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
 from rag.training.loading import (
+    adapt,
+    base_of_run,
     load_model_and_tokenizer,
     load_trained_parts,
     open_retriever,
@@ -79,6 +84,8 @@ class GenerativeQAModule(BaseTransformer):
         if model is None:
             model, tokenizer = load_model_and_tokenizer(args)
             retriever = retriever or open_retriever(model, tokenizer)
+        else:
+            adapt(model, args)
         self.model = model
         self.rag_loss = next((loss for kind, loss in RAG_LOSSES.items() if isinstance(model, kind)), None)
         assert (self.rag_loss is None) == (retriever is None)
@@ -93,8 +100,10 @@ class GenerativeQAModule(BaseTransformer):
             args.model.freeze_question_encoder or reads_text(retriever)
         )
         self._freeze()
+        if has_adapters(model) or args.model.freeze_generator:
+            self.learn_beside(base_of_run(args))
         self.packs_questions = args.model.attn_implementation == "auto"
-        if self.rag_loss:
+        if self.rag_loss or not self.generator.config.is_encoder_decoder:
             use_packed_rows(self.generator)
         if args.model.gradient_checkpointing:  # of the generator, which reads n_docs contexts where a question is read
             self.generator.activation_checkpointing_enable()
@@ -140,7 +149,10 @@ class GenerativeQAModule(BaseTransformer):
         args, weights = read_lightning_checkpoint(checkpoint_path, hparams_file, **changes)
         model, tokenizer = load_trained_parts(checkpoint_path, args, model, tokenizer)
         module = cls(args, model=model, tokenizer=tokenizer, retriever=retriever or open_retriever(model, tokenizer))
-        module.load_state_dict(weights, strict=strict is not False)
+        try:
+            module.load_state_dict(weights, strict=strict is not False)
+        except ValueError as error:
+            raise UserError(f"{checkpoint_path} does not fit its model: {error}") from error
         return module if map_location is None else module.to(map_location)
 
     @staticmethod
@@ -162,6 +174,8 @@ class GenerativeQAModule(BaseTransformer):
     def _freeze(self) -> None:
         if self.question_encoder_is_frozen:
             self.model.rag.question_encoder.requires_grad_(False)
+        if self.args.model.freeze_generator:
+            self.generator.requires_grad_(False)
         if self.args.model.freeze_embeds:
             for name, module in self.generator.named_modules():
                 if name.rpartition(".")[2] in EMBEDDINGS:
@@ -171,14 +185,18 @@ class GenerativeQAModule(BaseTransformer):
         """Open the index. Collective where the retriever's `init_retrieval` is; a second call does nothing."""
         if stage == "fit":
             self.train()  # transformers loads models in evaluation mode, which Lightning leaves as it is
+            if self.learned is not None and self.trainer.is_global_zero:
+                print(learning_summary(self.model), flush=True)
         if self.retriever is not None:
             self.retriever.init_retrieval()
 
     def train(self, mode: bool = True):
-        """A frozen question encoder asks without dropout, so that a question finds the same passages each time."""
+        """What is frozen works without dropout: a question finds the same passages each time."""
         super().train(mode)
         if self.question_encoder_is_frozen:
             self.model.rag.question_encoder.eval()
+        if self.args.model.freeze_generator:
+            self.generator.eval()
         return self
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any):
@@ -187,7 +205,7 @@ class GenerativeQAModule(BaseTransformer):
 
     def ids_to_clean_text(self, generated_ids: torch.Tensor) -> list[str]:
         """Answers of token ids (B, T), each on one line."""
-        texts = self.answer_tokenizer.batch_decode(generated_ids, skip_special_tokens=True)
+        texts = decode_answers(self.answer_tokenizer, generated_ids)
         return [" ".join(text.split()) for text in texts]
 
     def calc_generative_metrics(self, preds: list[str], target: list[str]) -> dict[str, float]:
@@ -231,7 +249,8 @@ class GenerativeQAModule(BaseTransformer):
             batch = move_data_to_device(batch, self.device)
         decoder_input_ids, targets = batch["decoder_input_ids"], batch["decoder_targets"]
         pad_token_id = self.generator.config.pad_token_id
-        if not self.rag_loss:
+        lengths = batch["decoder_lengths"]
+        if not self.rag_loss and self.generator.config.is_encoder_decoder:
             logits = self.generator(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -239,12 +258,20 @@ class GenerativeQAModule(BaseTransformer):
                 use_cache=False,
             ).logits
             return sequence_nll(logits, targets, pad_token_id, label_smoothing), None
-        contexts = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch)
-        encoded = encode_contexts(self.generator, contexts.input_ids, contexts.attention_mask, contexts.lengths)
-        hidden, answers = decode_answers(self.generator, encoded, decoder_input_ids, batch["decoder_lengths"])
+        contexts, nll = None, rag_sequence_nll
+        if not self.rag_loss:  # a question is its only passage
+            prompts = batch["input_ids"], batch["attention_mask"]
+            hidden, answers = answer_states(self.generator, *prompts, decoder_input_ids, decoder_lengths=lengths)
+            scores = torch.zeros(len(targets), 1, device=targets.device)
+        else:
+            contexts, nll = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch), self.rag_loss
+            hidden, answers = answer_states(
+                self.generator, contexts.input_ids, contexts.attention_mask, decoder_input_ids,
+                lengths=contexts.lengths, heads=contexts.heads, decoder_lengths=lengths,
+            )  # fmt: skip
+            scores = contexts.doc_scores
         layer = output_layer(self.generator)
-        nll = self.rag_loss(hidden, layer, contexts.doc_scores, targets, pad_token_id, label_smoothing, answers)
-        return nll, contexts
+        return nll(hidden, layer, scores, targets, pad_token_id, label_smoothing, answers), contexts
 
     def _step(self, batch: dict) -> tuple[torch.Tensor]:
         """The mean loss over a batch, nats. Collective where the retriever's `retrieve` is."""
@@ -394,6 +421,8 @@ class GenerativeQAModule(BaseTransformer):
         lengths = {"min_length": 1, "max_length": max_length}
         settings: dict[str, Any] = {"num_beams": self.args.data.num_beams, **lengths, **FLAGS_DECIDE}
         model = self._answering_model()
+        if contexts is None and not model.config.is_encoder_decoder:
+            return answer_prompts(model, batch["input_ids"], batch["attention_mask"], **settings)
         if contexts is None:
             return model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         return generate_answers(
@@ -402,6 +431,7 @@ class GenerativeQAModule(BaseTransformer):
             contexts.attention_mask,
             contexts.doc_scores,
             n_docs=contexts.doc_scores.shape[1],
+            heads=contexts.heads,
             **settings,
         )
 
@@ -427,10 +457,12 @@ class GenerativeQAModule(BaseTransformer):
     def export(self, folder: str | Path) -> None:
         """Write model and tokenizer in Hugging Face format, for `from_pretrained` and `eval_rag.py`.
 
+        Of a model with adapters, or with a frozen generator, what learned alone (`rag.models.bases`), for `load_model`.
+
         A fast tokenizer also saves how it padded and cut last, which is no property of the model: that is left out.
         """
         for tokenizer in (self.question_tokenizer, self.answer_tokenizer):
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
                 backend.no_padding()
                 backend.no_truncation()
-        save_model(self.model, folder, self.tokenizer)
+        save_model(self.model, folder, self.tokenizer, self.base)

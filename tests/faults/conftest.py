@@ -34,20 +34,25 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(checkpoint, knowledge, bart_folder, question_encoder_folder, context_encoder_folder, tmp_path_factory):
+def world(
+    checkpoint, knowledge, bart_folder, llama, llama_tokenizer, llama_folder, question_encoder_folder,
+    context_encoder_folder, tmp_path_factory,
+):  # fmt: skip
     folder = tmp_path_factory.mktemp("faults") / "world"
     for source, name in (
+        (llama_folder, "llama"), (checkpoint("rag_sequence", "llama"), "llama_rag"),
         (checkpoint(), "rag"), (checkpoint("rag_token"), "rag_token"), (bart_folder, "generator"),
         (question_encoder_folder, "question_encoder"), (context_encoder_folder, "context_encoder"),
         (knowledge["passages_path"], "passages"),
     ):  # fmt: skip
         shutil.copytree(source, folder / name)
     shutil.copy(knowledge["index_path"], folder / "index.faiss")
-    for name in ("rag", "rag_token"):
+    for name in ("rag", "rag_token", "llama_rag"):
         path = folder / name / "config.json"
         config = json.loads(path.read_text())
         config |= {"passages_path": str(folder / "passages"), "index_path": str(folder / "index.faiss")}
         path.write_text(json.dumps(config))
+    save_adapters_of(folder / "llama_rag", folder / "llama_lora")
     data = folder / "data"
     data.mkdir()
     for split in ("train", "val", "test"):
@@ -59,6 +64,21 @@ def world(checkpoint, knowledge, bart_folder, question_encoder_folder, context_e
     records = [{"question": question, "positive_ctxs": [{"title": answer}]} for question, answer in QUESTIONS]
     (folder / "dpr.json").write_text(json.dumps(records))
     return World(folder, FLAGS)
+
+
+def save_adapters_of(base: Path, folder: Path) -> None:
+    """What a run with LoRA exports that starts from a RAG checkpoint."""
+    from rag.models.adapters import LoraPlan, add_adapters
+    from rag.models.bases import base_of, save_learned
+    from rag.models.checkpoints import load_model, load_tokenizer
+
+    model = load_model(str(base))
+    model.requires_grad_(False)
+    add_adapters(model.generator, LoraPlan(r=2, alpha=4))
+    folder.mkdir()
+    save_learned(model, folder, base_of(str(base)))
+    model.generation_config.to_json_file(folder / "generation_config.json")
+    load_tokenizer(str(base)).save_pretrained(folder)
 
 
 FLAGS = {

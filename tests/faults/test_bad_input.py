@@ -300,6 +300,78 @@ for name, content in {
     "a megabyte": b"a\t" + b"the " * 250_000 + b"\n",
 }.items():
     works(KNOWLEDGE, f"documents with {name}", {"--csv_path": File(content)})
+
+# --- Language models --------------------------------------------------------------------------------------------------
+
+LLAMA, BARE = {"--generator_name_or_path": "{world}/llama"}, "--generator_name_or_path"
+RAG_LLAMA, LORA = {"--model_name_or_path": "{world}/llama_rag"}, {"--model_name_or_path": "{world}/llama_lora"}
+works(CONSOLIDATE, "a language model", LLAMA, "Title: {title}", short=True)
+refused(
+    CONSOLIDATE, "chat without a chat template", LLAMA | {"--prompt_template": "chat"}, "has no chat template", True
+)
+refused(CONSOLIDATE, "a template of an encoder-decoder", {"--prompt_template": "chat"}, "--prompt_template")
+refused(
+    CONSOLIDATE, "a template that is not there", LLAMA | {"--prompt_template": "none.txt"}, "--prompt_template none"
+)
+for content in (b"", b"nothing", b"{text}", b"{question}:", b"{text} {question}", b"{question} {text}:", b"\xff\xfe"):
+    template = LLAMA | {"--prompt_template": File(content)}
+    refused(
+        CONSOLIDATE, f"a template {content[:24]!r}", template, "--prompt_template|in.txt", short=content == b"{text}"
+    )
+for kind in ("fifo", "device", "folder", "link"):
+    refused(CONSOLIDATE, f"a template {kind}", LLAMA | {"--prompt_template": Special(kind)}, "--prompt_template")
+works(CONSOLIDATE, "a template of one's own", LLAMA | {"--prompt_template": File(b"the {text} where {question} :")})
+NO_END = {name: settings(eos_token_id=None) for name in ("config.json", "generation_config.json")}
+NO_END |= {"tokenizer_config.json": settings(eos_token=None, pad_token=None)}
+refused(CONSOLIDATE, "no end token", {BARE: Copy("llama", NO_END)}, "end token")
+NO_OTHER = {"tokenizer_config.json": settings(unk_token=None, bos_token=None)}
+refused(CONSOLIDATE, "nothing to pad with", {BARE: Copy("llama", NO_OTHER)}, "pad")
+for text in ("{text}", "", 7, "{question}:"):
+    changed = {"config.json": inside("generator", prompt_template=text)}
+    for script in (EVAL, FINETUNE):
+        refused(
+            script, f"a kept template {text!r}", {"--model_name_or_path": Copy("llama_rag", changed)}, "prompt_template"
+        )
+for script in (EVAL, FINETUNE):
+    works(script, "a RAG model with a language model", RAG_LLAMA)
+    refused(
+        script, "causal of a BART", {"--model_name_or_path": "{world}/generator", "--model_type": "causal"}, "causal"
+    )
+    refused(script, "causal of a RAG model", RAG_LLAMA | {"--model_type": "causal"}, "--model_type causal")
+    for file in ("base.json", "generator_adapter/adapter_config.json", "generator_adapter/adapter_model.safetensors"):
+        for name, change in {"cut": cut(0.5), "empty": b"", "a list": b"[1]", "gone": None}.items():
+            if change is None and file == "base.json":
+                continue
+            damaged = {"--model_name_or_path": Copy("llama_lora", {file: change}), "--lora_r": 2}
+            if script == EVAL:
+                del damaged["--lora_r"]
+            refused(script, f"adapters whose {file} is {name}", damaged, "llama_lora", short=name == "cut")
+    other = {"--model_name_or_path": Copy("llama_lora", {"base.json": settings(digest="0" * 32)})}
+    refused(
+        script,
+        "adapters of another base",
+        other | ({"--lora_r": 2} if script == FINETUNE else {}),
+        "another base",
+        True,
+    )
+    gone = {"--model_name_or_path": Copy("llama_lora", {"base.json": settings(name_or_path="/none")})}
+    refused(script, "a base that is gone", gone | ({"--lora_r": 2} if script == FINETUNE else {}), "base")
+works(EVAL, "a language model alone", {"--model_name_or_path": "{world}/llama", "--model_type": "causal"})
+works(EVAL, "adapters", LORA)
+works(FINETUNE, "adapters that are trained on", LORA | {"--lora_r": 2})
+works(FINETUNE, "adapters", RAG_LLAMA | {"--lora_r": 2}, "LoRA r 2", short=True)
+works(FINETUNE, "adapters of an encoder-decoder and an encoder", {"--lora_r": 2, "--question_encoder_lora_r": 2})
+refused(FINETUNE, "adapters of another rank", LORA | {"--lora_r": 3}, "--lora_r")
+refused(FINETUNE, "4 bits on a CPU", RAG_LLAMA | {"--lora_r": 2, "--load_in_4bit": "true"}, "--load_in_4bit.*GPU", True)
+refused(FINETUNE, "8 bits on a CPU", RAG_LLAMA | {"--lora_r": 2, "--load_in_8bit": "true"}, "--load_in_8bit.*GPU")
+for changes in (
+    {"--lora_r": 0}, {"--lora_alpha": 4}, {"--lora_r": 2, "--lora_dropout": 1}, {"--lora_r": 2, "--lora_alpha": "nan"},
+    {"--lora_r": 2, "--lora_target_modules": "none"}, {"--load_in_4bit": "true"}, {"--question_encoder_lora_r": -1},
+    {"--freeze_generator": "true", "--freeze_question_encoder": "true"}, {"--freeze_generator": "true", "--lora_r": 2},
+):  # fmt: skip
+    refused(FINETUNE, f"adapters by {changes}", RAG_LLAMA | changes, "--(lora|load|question|freeze)")
+refused(CONSOLIDATE, "merging a whole checkpoint", {"--merge_adapters": "{world}/llama_rag"}, "--merge_adapters")
+
 NO_RECORDS = [
     b"{}", b"[3]", b"[null]", b'[{"question": null}]', b'[{"question": "q", "positive_ctxs": "abc"}]', b"[" * 100_000,
     b'[{"question": "', b'[{"id": ' + b"9" * 100_000 + b"}]", b"[] x",

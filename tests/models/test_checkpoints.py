@@ -157,7 +157,9 @@ def test_overrides_go_where_the_setting_is(rag_sequence, t5_folder, tmp_path):
         load_model(str(t5_folder), config_overrides={"attention_dropout": 0.1})
 
 
-def test_model_types_are_inferred(rag_sequence, rag_token, bart_folder, t5_folder, question_encoder_folder, tmp_path):
+def test_model_types_are_inferred(
+    llama_folder, rag_sequence, rag_token, bart_folder, t5_folder, question_encoder_folder, tmp_path
+):
     rag_sequence.save_pretrained(tmp_path / "sequence")
     rag_token.save_pretrained(tmp_path / "token")
     PegasusForConditionalGeneration(
@@ -179,6 +181,7 @@ def test_model_types_are_inferred(rag_sequence, rag_token, bart_folder, t5_folde
         "bart": bart_folder,
         "t5": t5_folder,
         "auto": tmp_path / "pegasus",
+        "causal": llama_folder,
     }
     assert {name: infer_model_type(str(folder)) for name, folder in folders.items()} == {n: n for n in MODEL_CLASSES}
     assert type(load_model(str(tmp_path / "pegasus"))) is PegasusForConditionalGeneration

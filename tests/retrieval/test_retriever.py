@@ -12,7 +12,7 @@ from transformers import RagRetriever
 from rag.errors import UserError
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.models.checkpoints import load_tokenizer
-from rag.models.questions import encode_in_threads
+from rag.models.tokens import encode_in_threads
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, assert_equal_but_for_rounding, in_float64
 

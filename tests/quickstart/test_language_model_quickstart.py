@@ -1,0 +1,32 @@
+"""The quickstart with a language model runs in small, and a second run finds its work done."""
+
+import json
+
+import pytest
+
+from quickstart import language_model, weights
+from tests.quickstart.test_weights import needs_weights
+
+
+@pytest.mark.slow
+@needs_weights(weights.MINILM_PACKAGE, weights.LANGUAGE_MODEL_PACKAGE)
+def test_quickstart_in_small(tmp_path, capsys):
+    args = language_model.parse_args(["--smoke", "--output_dir", str(tmp_path)])
+    results = language_model.main(args)
+    assert json.loads((tmp_path / "quickstart_llm_results.json").read_text()) == results
+    assert list(results) == [
+        "em_closed_book", "em_zero_shot", "em_after", "f1_after", "precision_at_1", "training_seconds", "seconds",
+        "peak_memory_mb",
+    ]  # fmt: skip
+    assert results["precision_at_1"] >= 0.75
+    assert 0 < results["training_seconds"] < results["seconds"]
+    assert 0 < results["peak_memory_mb"] < 8192
+    printed = capsys.readouterr().out
+    assert printed.count("Q: ") == 5
+    assert "$ python finetune_rag.py --" in printed and "closed-book" in printed
+
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = language_model.main(args)  # its memory is this process's, which only grows
+    assert {**again, "peak_memory_mb": 0} == {**results, "peak_memory_mb": 0}
+    assert capsys.readouterr().out.count("(done in an earlier run)") == 8
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
