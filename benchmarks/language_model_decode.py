@@ -73,6 +73,7 @@ class Setting:
     def contexts(self, number: int, question: str | None = None):
         """ids and mask (N_DOCS, S), doc_scores (1, N_DOCS) and heads: the gold passage and others."""
         import numpy as np
+
         from rag.packing import Heads
 
         asked, random = self.questions[number], np.random.default_rng(number)
