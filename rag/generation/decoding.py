@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 
-from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs
+from rag.generation.bounds import States, may_be_best
+from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs, memory_of
 from rag.generation.causal_cache import HeadCache
 from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.plain_decoder import decoder_of
@@ -132,15 +133,28 @@ def _sequence_answers(
         contexts = contexts[0][kept], contexts[1][kept]
         head_lengths = None if head_lengths is None else head_lengths[present]
     memory = read(decoder, *contexts, head_lengths, head_cache)
-    found = Search(generator, settings, decoder, memory, contexts[0]).run()
-    candidates = Candidates.of(found.sequences.cpu().numpy(), present, doc_scores.shape[1], decoder.pad)
     doc_log_probs = log_softmax(doc_scores, -1)
-    if thorough:
-        is_causal = not generator.config.is_encoder_decoder
-        scores = marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos, is_causal)  # (B, C)
-    else:
-        scores = beam_scores(candidates, found.log_probs, doc_log_probs)
-    return candidates.best(scores, rows, distinct)
+    states = States() if thorough and isinstance(decoder, CausalDecoder) else None
+    found = Search(generator, settings, decoder, memory, contexts[0], states=states).run()
+    candidates = Candidates.of(found.sequences.cpu().numpy(), present, doc_scores.shape[1], decoder.pad)
+    if not thorough:
+        return candidates.best(beam_scores(candidates, found.log_probs, doc_log_probs), rows, distinct)
+    if states is None:
+        return candidates.best(marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos), rows, distinct)
+    candidates = candidates.only(may_be_best(candidates, states, decoder, doc_log_probs, rows))
+    return candidates.best(_scores_of_several(decoder, memory, candidates, doc_log_probs), rows, distinct)
+
+
+def _scores_of_several(decoder, memory: Memory, candidates: Candidates, doc_log_probs: torch.Tensor) -> torch.Tensor:
+    """A language model's scores of the candidates (Q, C) where a question has more than one; 0 of a single one."""
+    scores = doc_log_probs.new_zeros(candidates.lengths.shape)
+    questions = np.flatnonzero((candidates.lengths > 0).sum(1) > 1)
+    if len(questions):
+        several, documents = candidates.of_questions(questions)
+        own = torch.from_numpy(questions).to(scores.device)
+        memory = memory_of(memory, documents)
+        scores[own] = marginal_log_probs(decoder, memory, several, doc_log_probs[own], None, weighs_empty=True)
+    return scores.masked_fill(torch.from_numpy(candidates.lengths == 0).to(scores.device), float("-inf"))
 
 
 def read(
