@@ -232,8 +232,8 @@ def main(args: BenchmarkArguments) -> dict:
     model = "random weights of SmolLM2-135M's sizes" if args.random else "SmolLM2-135M-Instruct"
     print(
         f"{header('torch', 'transformers', 'peft', threads=torch.get_num_threads())}\n"
-        f"{f'4 layers of {model}' if args.short else model}, {args.questions} question(s), {args.n_docs} passages each, "
-        f"adapters of rank {args.lora_r}",
+        f"{f'4 layers of {model}' if args.short else model}, {args.questions} question(s), {args.n_docs} passages "
+        f"each, adapters of rank {args.lora_r}",
         flush=True,
     )
     return PARTS[args.part](args)
