@@ -10,6 +10,8 @@ results and gradients are those of one pass a context. Only the answers' hidden 
 import numpy as np
 import torch
 
+from rag.generation.causal_layers import is_plain, states_of_row
+from rag.generation.stacks import is_sharded
 from rag.packing import Attention, Heads, LayerAttention, Packing, accepts_packed_rows, masked_by, to_device
 
 
@@ -18,7 +20,7 @@ class PromptRow(LayerAttention):
 
     Args:
         prompts: (N) tokens of each.
-        answers: (N) tokens of each, at least one.
+        answers: those of each, at least one token.
         heads: of the prompts; None where none are shared.
 
     Attributes:
@@ -31,8 +33,9 @@ class PromptRow(LayerAttention):
         answer_places: (R) int64, where the answers' tokens lie in the row.
     """
 
-    def __init__(self, prompts: np.ndarray, answers: np.ndarray, heads: Heads | None, device: torch.device):
-        self.whole = Packing(prompts + answers, device)
+    def __init__(self, prompts: np.ndarray, answers: Packing, heads: Heads | None):
+        device = answers.device
+        self.whole, self.answers = Packing(prompts + answers.lengths, device), answers
         own = np.arange(len(prompts))
         first, lengths = (own, np.zeros_like(own)) if heads is None else (heads.first, heads.lengths)
         is_shared = (np.bincount(first, minlength=len(own))[first] > 1) & (lengths > 0)
@@ -50,8 +53,9 @@ class PromptRow(LayerAttention):
             starts = np.stack([np.concatenate([np.zeros_like(owners), head_starts]), self.queries.first[:-1]], 1)
             self.key_places = to_device(spans(starts.ravel(), np.stack([offsets, sizes], 1).ravel()), device)
         self.positions = self.queries.positions + to_device(offsets.repeat(sizes), device)
-        self.answer_places = to_device(spans(self.queries.first[len(owners) + 1 :] - answers, answers), device)
-        self._attention: dict[int | None, Attention] = {}
+        ends = self.queries.first[len(owners) + 1 :]
+        self.answer_places = to_device(spans(ends - answers.lengths, answers.lengths), device)
+        self._attention: dict[tuple[int | None, bool], Attention] = {}
 
     def of_layer(self, layer, query, key, value, dropout, scale, window):
         query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -59,12 +63,33 @@ class PromptRow(LayerAttention):
             key, value = (tensor.index_select(0, self.key_places) for tensor in (key, value))
         return self.attention(window)(query, key, value, dropout, scale).unsqueeze(0)
 
-    def attention(self, window: int | None) -> Attention:
+    def with_backward(self, query, key, value, scale: float | None, window: int | None, answers_alone: bool):
+        """The same of (T, heads, head size) without autograd or dropout: the result, and from its gradient the three's.
+
+        Args:
+            answers_alone: the queries are the answers' tokens, (R, heads, head size).
+        """
+        places, size = self.key_places, len(key)
+        if places is not None:
+            places = places[-self.whole.tokens :] if answers_alone else places
+            key, value = (tensor.index_select(0, places) for tensor in (key, value))
+        attended, back = self.attention(window, answers_alone).with_backward(query, key, value, 0.0, scale)
+
+        def back_to_row(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            to_query, *others = back(gradient)
+            if places is not None:  # a head's keys are read by all who share it
+                others = [part.new_zeros(size, *part.shape[1:]).index_add_(0, places, part) for part in others]
+            return to_query, *others
+
+        return attended, back_to_row
+
+    def attention(self, window: int | None, answers_alone: bool = False) -> Attention:
         if window is not None and window >= self.keys.longest:
             window = None
-        if window not in self._attention:
-            self._attention[window] = Attention(self.queries, self.keys, causal=True, window=window)
-        return self._attention[window]
+        if (window, answers_alone) not in self._attention:
+            sides = (self.answers, self.whole) if answers_alone else (self.queries, self.keys)
+            self._attention[window, answers_alone] = Attention(*sides, causal=True, window=window)
+        return self._attention[window, answers_alone]
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -88,11 +113,13 @@ def states_of_answers(
     prompts, places = _tokens(attention_mask, lengths)
     answers = Packing(decoder_lengths.repeat(n_docs), device)
     is_packed = accepts_packed_rows(generator)
-    row = PromptRow(prompts, answers.lengths, heads if is_packed and not _drops_out(generator) else None, device)
+    row = PromptRow(prompts, answers, heads if is_packed and not _drops_out(generator) else None)
     starts = np.stack([prompts.cumsum() - prompts, len(places) + np.arange(batch).repeat(n_docs) * width], 1)
     whole = spans(starts.ravel(), np.stack([prompts, answers.lengths], 1).ravel())
     places = np.concatenate([places, input_ids.numel() + np.arange(batch * width)])[whole[row.token_places]]
     ids = torch.cat([input_ids.flatten(), decoder_input_ids.flatten()]).index_select(0, to_device(places, device))
+    if is_packed and is_plain(generator) and not is_sharded(generator):
+        return states_of_row(generator, ids, row), answers
     hidden = _run(generator, ids, row) if is_packed else _run_padded(generator, ids, row)
     return hidden.index_select(0, row.answer_places), answers
 

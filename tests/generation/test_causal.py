@@ -13,19 +13,21 @@ from transformers.models.granite import modeling_granite as granite
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from rag.generation.causal import PromptRow, states_of_answers
 from rag.generation.forward import answer_states, output_layer
 from rag.generation.stacks import use_packed_rows
-from rag.packing import Heads
+from rag.packing import Heads, Packing
 from rag.training.loss import rag_sequence_nll, rag_token_nll
 from tests.conftest import assert_equal_but_for_rounding
 
 PAD, START, WORDS = 0, 2, 61
 FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
     "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": 5},
@@ -66,7 +68,7 @@ def norms_in_the_weights_precision(monkeypatch):
         eps = norm.eps if is_gemma else norm.variance_epsilon
         return rms_norm(hidden, norm.weight.shape, norm.weight + 1.0 if is_gemma else norm.weight, eps)
 
-    for module in (llama, qwen3, gemma3, mistral, phi3, smollm3, granite):
+    for module in (llama, qwen2, qwen3, gemma3, mistral, phi3, smollm3, granite):
         for name in vars(module):
             if name.endswith("RMSNorm"):
                 monkeypatch.setattr(getattr(module, name), "forward", forward)
@@ -202,7 +204,7 @@ def test_padding_on_either_side_gives_equal_numbers(family, questions):
 def test_checkpointed_layers_have_the_same_gradients(family):
     batch, model = Batch(), language_model(family)
     expected = gradients(model, in_a_row(model, batch, heads=batch.heads))
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     found = gradients(model, in_a_row(model, batch, heads=batch.heads))
     for name, gradient in found.items():
@@ -258,7 +260,7 @@ def test_what_is_shared_passes_the_layers_once():
 
 def test_a_row_says_where_its_tokens_lie():
     heads = Heads(np.array([3, 2, 3, 0]), np.array([0, 1, 0, 3]))
-    row = PromptRow(np.array([4, 2, 5, 1]), np.array([2, 1, 1, 1]), heads, torch.device("cpu"))
+    row = PromptRow(np.array([4, 2, 5, 1]), Packing(np.array([2, 1, 1, 1]), torch.device("cpu")), heads)
     assert row.queries.lengths.tolist() == [3, 3, 3, 3, 2] and row.keys.lengths.tolist() == [3, 6, 3, 6, 2]
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1]
     assert row.key_places.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 9, 10, 11, 12, 13]
