@@ -12,8 +12,16 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from rag.generation import causal_decoder, decoding
+from rag.generation.answering import answering_model
+from rag.generation.causal_cache import HeadCache
 from rag.generation.decoding import answer_prompts, generate_answers
+from rag.generation.pace import PACES, Pace
+from rag.generation.plain_decoder import decoder_of
+from rag.generation.search import Search
+from rag.generation.token_trees import Past
 from rag.packing import Heads
+from tests.conftest import assert_equal_but_for_rounding
 from tests.generation.test_decoding import make_rag
 
 VOCABULARY, PAD, START = 24, 0, 7
@@ -189,9 +197,9 @@ def test_rag_sequence_is_generate_and_full_passes(family, num_beams):
     for seed, side in enumerate(("right", "left")):
         ids, mask, doc_scores, heads = make_contexts(seed, side)
         doc_scores[0, 1:] = doc_scores[1, 0] = float("-inf")
-        for decoding in ("thorough", "fast"):
-            expected = sequence_reference(lm, ids, mask, doc_scores, num_beams, decoding == "thorough")
-            settings = {"num_beams": num_beams, "decoding": decoding}
+        for way in ("thorough", "fast"):
+            expected = sequence_reference(lm, ids, mask, doc_scores, num_beams, way == "thorough")
+            settings = {"num_beams": num_beams, "decoding": way}
             assert answers_of(model, ids, mask, doc_scores, **settings) == expected
             assert answers_of(model, ids, mask, doc_scores, **settings, heads=heads) == expected
             several |= {tuple(answer) for answer in expected}
@@ -209,3 +217,176 @@ def test_rag_token_is_a_search_over_the_means(family, num_beams):
     assert answers_of(model, ids, mask, doc_scores, num_beams=num_beams) == expected
     assert answers_of(model, ids, mask, doc_scores, num_beams=num_beams, heads=heads) == expected
     assert len({tuple(answer) for answer in expected}) > 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 3},
+        {"num_return_sequences": 3, "do_deduplication": False},
+        {"min_length": 6},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+        {"length_penalty": 2.0, "early_stopping": "never"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_what_cannot_be_the_best_is_left_out_and_nothing_else(family, settings, monkeypatch):
+    """With bounds and without the same rows, in the same order, whatever the rules of the search."""
+    model = make_rag(RagSequenceForGeneration, make_lm(family))
+    left_out, may_be_best = [], decoding.may_be_best
+
+    def noted(candidates, *args):
+        kept = may_be_best(candidates, *args)
+        left_out.append(int((candidates.lengths > 0).sum() - kept.sum()))
+        return kept
+
+    for seed in range(3):
+        ids, mask, doc_scores, _ = make_contexts(seed)
+        doc_scores[0, 1:] = doc_scores[1, 0] = float("-inf")
+        contexts = ids, mask, doc_scores
+        monkeypatch.setattr(decoding, "may_be_best", noted)
+        found = answers_of(model, *contexts, num_beams=4, **settings)
+        monkeypatch.setattr(decoding, "may_be_best", lambda candidates, *args: candidates.lengths > 0)
+        assert answers_of(model, *contexts, num_beams=4, **settings) == found
+    assert sum(left_out) > 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_is_each_of_its_ways(family):
+    """Hidden states of a tree's tokens, read in one pass and in two, are those of full passes over each way."""
+    lm = make_lm(family)
+    decoder = decoder_of(lm)
+    ids, mask, _, heads = make_contexts(side="left")
+    memory = decoder.read(ids, mask, heads.lengths)
+    tokens = torch.tensor([[START, 9, 10, 11, 12]]).repeat(len(ids), 1)
+    parents, depths = [0, 0, 0, 1, 3], torch.tensor([[0, 1, 1, 2, 3]])
+    ancestors = torch.eye(5, dtype=torch.bool)[None]
+    for node, parent in list(enumerate(parents))[1:]:
+        ancestors[0, node] |= ancestors[0, parent]
+    whole = decoder.decode(tokens, depths, ancestors, memory)
+    past = Past(decoder.depth, capacity=5)
+    steps = [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5)]
+    parts = [
+        decoder.decode(tokens[:, own], depths[:, own], ancestors[:, own, : own.stop], memory, past) for own in steps
+    ]
+    assert_equal_but_for_rounding(torch.cat(parts, 1).float(), whole.float())
+    for row, prompt in enumerate(prompts_of(ids, mask)):
+        for node in range(5):
+            way = prompt[:-1] + tokens[row, ancestors[0, node]].tolist()
+            expected = lm(torch.tensor([way])).logits[0, -1]
+            # Norms and positions are float32's whatever the weights are.
+            assert_equal_but_for_rounding(decoder.logits(whole[row, node]).float(), expected.float())
+
+
+def test_another_start_token_than_the_configs():
+    lm = make_lm("llama")
+    ids, mask, _, _ = make_contexts()
+    found = answer_prompts(lm, ids, mask, max_length=MAX_LENGTH, min_length=0, decoder_start_token_id=9)
+    prompts = [[*prompt[:-1], 9] for prompt in prompts_of(ids, mask)]
+    assert trim(found) == [beams_of(lm, prompt, 4)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("pace", [Pace(16, 64, 2**20, False), Pace(16, 64, 50, True)])
+@pytest.mark.parametrize("model_class", [RagSequenceForGeneration, RagTokenForGeneration])
+def test_the_pace_changes_nothing(pace, model_class, monkeypatch):
+    model = make_rag(model_class, make_lm("llama"))
+    ids, mask, doc_scores, heads = make_contexts(2)
+    expected = answers_of(model, ids, mask, doc_scores, heads=heads)
+    monkeypatch.setitem(PACES, "cpu", pace)
+    assert answers_of(model, ids, mask, doc_scores, heads=heads) == expected
+    assert answers_of(model, ids, mask, doc_scores) == expected
+
+
+@contextmanager
+def pieces_read(monkeypatch):
+    """The texts that are read while it is open."""
+    pieces, prefill = [], causal_decoder.CausalDecoder._prefill
+
+    def noted(self, own, *args, **kwargs):
+        pieces.extend(tuple(piece.tolist()) for piece in own)
+        return prefill(self, own, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_decoder.CausalDecoder, "_prefill", noted)
+        yield pieces
+
+
+@pytest.mark.parametrize("model_class", [RagSequenceForGeneration, RagTokenForGeneration])
+def test_a_head_is_read_once_a_batch_and_with_a_cache_once_at_all(model_class, monkeypatch):
+    model, cache = make_rag(model_class, make_lm("qwen3")), HeadCache()
+    ids, mask, doc_scores, heads = make_contexts(0)
+    own = {tuple(row[seen == 1][:length].tolist()) for row, seen, length in zip(ids, mask, heads.lengths, strict=True)}
+    expected = answers_of(model, ids, mask, doc_scores)
+    for times in (1, 0):
+        with pieces_read(monkeypatch) as pieces:
+            assert answers_of(model, ids, mask, doc_scores, heads=heads, head_cache=cache) == expected
+        assert [pieces.count(head) for head in own] == [times] * len(own) and len(own) < len(ids)
+    other_ids, other_mask, other_scores, other_heads = make_contexts(0)
+    other_ids[other_ids == 9] = 10  # other questions, and some of the passages
+    expected = answers_of(model, other_ids, other_mask, other_scores)
+    settings = {"heads": other_heads, "head_cache": cache}
+    assert answers_of(model, other_ids, other_mask, other_scores, **settings) == expected
+
+
+def test_the_cache_is_bounded_and_the_head_longest_unused_goes_first():
+    cache = HeadCache(most_bytes=3 * 8 * 10)
+    heads = {name: torch.full((10,), float(number)).double() for number, name in enumerate((b"a", b"b", b"c", b"d"))}
+    for name in (b"a", b"b", b"c"):
+        cache.put(name, heads[name])
+    assert cache.get(b"a") is not None and len(cache) == 3
+    cache.put(b"d", heads[b"d"])
+    assert cache.get(b"b") is None and cache.used_bytes == 3 * 80
+    assert all(torch.equal(cache.get(name), heads[name]) for name in (b"a", b"c", b"d"))
+    cache.put(b"large", torch.zeros(31).double())
+    assert cache.get(b"large") is None and len(cache) == 3
+    free = HeadCache()
+    free.put(b"a", heads[b"a"])
+    assert 2**20 < free.most_bytes <= 4 * 2**30
+
+
+def test_a_small_cache_changes_nothing():
+    model = make_rag(RagSequenceForGeneration, make_lm("mistral"))
+    ids, mask, doc_scores, heads = make_contexts(0)
+    expected = answers_of(model, ids, mask, doc_scores)
+    head = 3 * 2 * 2 * 8 * 8  # bytes of a token: layers, keys and values, key heads, head size, float64
+    cache = HeadCache(most_bytes=10 * head)
+    for _ in range(2):
+        assert answers_of(model, ids, mask, doc_scores, heads=heads, head_cache=cache) == expected
+        assert 0 < cache.used_bytes <= 10 * head
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_float32_and_below(family):
+    lm = make_lm(family).float()
+    model = make_rag(RagSequenceForGeneration, lm)
+    ids, mask, doc_scores, heads = make_contexts(0)
+    doc_scores = doc_scores.float()
+    expected = sequence_reference(lm, ids, mask, doc_scores, 4)
+    assert answers_of(model, ids, mask, doc_scores, heads=heads) == expected
+    half = answering_model(model, torch.bfloat16)
+    expected = answers_of(half, ids, mask, doc_scores, heads=heads)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert answers_of(half, ids, mask, doc_scores, heads=heads) == expected
+        assert len(answers_of(model, ids, mask, doc_scores, heads=heads)) == QUESTIONS
+
+
+@torch.no_grad()
+def test_positions_that_the_prompt_takes_are_not_the_answers():
+    lm = make_lm("llama")
+    ids, mask, _, _ = make_contexts()
+    decoder = decoder_of(lm)
+    search = Search(lm, {"max_length": MAX_LENGTH}, decoder, decoder.read(ids, mask), ids)
+    assert search.stops[0].max_position_embeddings == 64 - int(mask.sum(1).max())
+
+
+def test_adapters_run_as_modules():
+    peft = pytest.importorskip("peft")
+    lm = make_lm("llama")
+    model = make_rag(RagSequenceForGeneration, lm)
+    ids, mask, doc_scores, heads = make_contexts(0)
+    before = answers_of(model, ids, mask, doc_scores)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), lm)
+    expected = sequence_reference(lm.double(), ids, mask, doc_scores, 4)
+    assert answers_of(model, ids, mask, doc_scores, heads=heads) == expected != before
