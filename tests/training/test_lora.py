@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import consolidate_rag_checkpoint
+import eval_rag
 import finetune_rag
 from rag.errors import UserError
 from rag.files import load_json, read_lines
@@ -84,9 +85,12 @@ def test_a_question_encoder_that_learns_in_full_is_beside_the_adapters(model_fol
     assert all(torch.equal(own[name], weight) for name, weight in best.items())
 
 
-def test_a_frozen_generator_works_without_dropout_and_is_not_saved(model_folder, data_dir, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(model_folder, data_dir, out, "--freeze_generator", "--dropout", 0.5)
+@pytest.mark.parametrize(("generator", "flags"), [("bart", ["--dropout", 0.5]), ("llama", ["--bf16"])])
+def test_a_frozen_generator_works_without_dropout_and_is_not_saved(
+    generator, flags, checkpoint, data_dir, tmp_path, capsys
+):
+    model_folder, out = checkpoint("rag_sequence", generator), tmp_path / "out"
+    run(model_folder, data_dir, out, "--freeze_generator", *flags)
     assert capsys.readouterr().out.count("parameters learn") == 1
     trained = weights_of(out / "last.ckpt")
     assert trained and all("question_encoder." in name for name in trained)
@@ -107,6 +111,26 @@ def test_a_bare_generator_learns_by_adapters(generator, request, data_dir, tmp_p
     finetune_rag.main(finetune_rag.parse_args([str(word) for word in words]))
     assert all(".lora_" in name for name in weights_of(out / "last.ckpt"))
     assert not has_adapters(load_model(str(out / "checkpoint1")))
+
+
+def test_eval_rag_measures_adapters_and_tells_them_apart(checkpoint, data_dir, knowledge, tmp_path):
+    """The answers of the training's test; predictions of other adapters are not continued."""
+    base, out, lines = checkpoint("rag_sequence", "bart"), tmp_path / "out", tmp_path / "lines.txt"
+    run(base, data_dir, out, *LORA, "--do_train", "--do_predict")
+    best = max(load_json(out / "metrics.json")["val"], key=lambda row: (row["val_em"], row["step"]))["step"] // 2
+    shutil.copytree(out / f"checkpoint{best}", tmp_path / "copy")
+    flags = {
+        "evaluation_set": data_dir / "test.source", "gold_data_path": data_dir / "test.target",
+        "gold_data_mode": "ans", "predictions_path": lines, "n_docs": 2, "num_beams": 1, "max_length": 25,
+        "model_name_or_path": tmp_path / "copy", **knowledge,
+    }  # fmt: skip
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    eval_rag.main(eval_rag.parse_args(words))
+    assert read_lines(lines) == read_lines(out / "test_generations.txt")
+    path = tmp_path / "copy" / "generator_adapter" / "adapter_model.safetensors"
+    save_file({name: weight * 2 for name, weight in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=r"model_name_or_path"):
+        eval_rag.main(eval_rag.parse_args(words))
 
 
 @pytest.mark.parametrize(
@@ -350,6 +374,7 @@ def test_two_ranks_are_one_with_a_language_model(words, checkpoint, tmp_path):
         ("--lora_target_modules q_proj", "--lora_target_modules is for adapters; give --lora_r"),
         ("--lora_r 4 --freeze_generator", "--lora_r and --freeze_generator contradict each other"),
         ("--question_encoder_lora_r 4 --freeze_question_encoder", "contradict each other"),
+        ("--question_encoder_lora_r 4 --index_name bm25 --passages_path x", "and --index_name bm25 contradict"),
         ("--freeze_generator --freeze_question_encoder", "nothing would learn"),
         ("--freeze_generator --index_name bm25 --passages_path x", "nothing would learn"),
         ("--freeze_generator --model_type bart", "nothing would learn"),
