@@ -154,9 +154,8 @@ class CausalDecoder(TokenScores):
         key_depths = depths
         if past is not None:
             is_first = past.kept is None
-            if is_first:  # a search goes on where the contexts end
-                past.kept, past.length = memory.own(), memory.mask.shape[-1]
-                past.capacity += past.length
+            if is_first:
+                past.begin_behind(memory.own(), memory.mask.shape[-1])
             past.grow(depths)
             key_depths = past.depths
             if is_first and bool((tokens == self.start).all()):

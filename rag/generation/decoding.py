@@ -8,6 +8,10 @@ tree that hangs on it: a token attends to its ancestors, so that neither beams n
 Beam search (search.py) grows the trees of all documents by `num_beams` tokens a step. RAG-Sequence's scoring
 (candidates.py) lays the candidates of a question out as one tree, in which common beginnings stand once, and decodes
 those of all questions and documents in a single pass.
+
+A causal language model's contexts are prompts without their last token, which is the decoder's start token. It keeps
+their keys and values, those of a passage once for all prompts that begin with it. Its candidates are scored where the
+search itself does not tell already which one is the best (bounds.py).
 """
 
 from collections.abc import Iterator
@@ -64,7 +68,9 @@ def generate_answers(
             "fast" takes the beams' own scores, and 0 for a document whose beams did not find the candidate.
         heads: of the contexts of a causal language model: equal ones are read once.
         head_cache: of that model: what it holds is not read again.
-        generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...).
+        generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...). Of a
+            language model, too, lengths and rules on tokens are the answer's alone, from the start token on: `generate`
+            would have them hold for the prompt.
     """
     assert decoding in ("thorough", "fast"), decoding
     assert doc_scores.shape == (len(context_input_ids) // n_docs, n_docs), doc_scores.shape

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from benchmarks import language_model, language_model_decode
 from rag.generation import causal_decoder, decoding
 from rag.generation.answering import answering_model
 from rag.generation.causal_cache import HeadCache
@@ -390,3 +391,14 @@ def test_adapters_run_as_modules():
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), lm)
     expected = sequence_reference(lm.double(), ids, mask, doc_scores, 4)
     assert answers_of(model, ids, mask, doc_scores, heads=heads) == expected != before
+
+
+def test_benchmark_compares_and_ends_where_answers_differ(monkeypatch):
+    monkeypatch.setattr(language_model, "SMALL", {"vocab_size": 500, "num_hidden_layers": 2, "intermediate_size": 64})
+    args = language_model.parse_args(["--part", "decode", "--short", "--n_docs", "3"])
+    result = language_model.main(args)
+    assert (result["same"], result["asked"]) == (1, 1) and result["speed"] > 0 < result["second"]
+    ours = language_model_decode.Sides.ours
+    monkeypatch.setattr(language_model_decode.Sides, "ours", lambda *given: ours(*given)[:-1])
+    with pytest.raises(SystemExit, match="in float64 too"):
+        language_model.main(args)
