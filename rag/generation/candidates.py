@@ -7,7 +7,7 @@ The candidates of a question are one tree, in which common beginnings stand once
 probabilities of its edges, the steps from a token to the next. Trees are laid out by NumPy, while no device waits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -69,6 +69,23 @@ class Candidates:
         proposals = np.full((questions * n_docs, beams), -1, dtype=np.int64)
         proposals[slots] = place_of[inverse].reshape(-1, beams)
         return cls(tokens[..., : lengths.max()], lengths, proposals.reshape(questions, -1), slots, n_docs, pad_token_id)
+
+    def only(self, is_kept: np.ndarray) -> "Candidates":
+        """Those of (Q, C) that are kept, in their order."""
+        order = np.argsort(~is_kept, axis=1, kind="stable")[:, : is_kept.sum(1).max()]
+        place_of = np.where(is_kept, np.cumsum(is_kept, 1) - 1, -1)
+        proposals = np.where(self.proposals < 0, -1, np.take_along_axis(place_of, self.proposals, 1))
+        lengths = np.take_along_axis(self.lengths * is_kept, order, 1)
+        tokens = np.take_along_axis(self.tokens, order[..., None], 1)
+        return replace(self, tokens=tokens, lengths=lengths, proposals=proposals)
+
+    def of_questions(self, questions: np.ndarray) -> tuple["Candidates", np.ndarray]:
+        """Those of some questions, ascending, and which of the D documents are theirs."""
+        documents = np.flatnonzero(np.isin(self.slots // self.n_docs, questions))
+        own = self.slots[documents]
+        slots = np.searchsorted(questions, own // self.n_docs) * self.n_docs + own % self.n_docs
+        parts = {name: getattr(self, name)[questions] for name in ("tokens", "lengths", "proposals")}
+        return replace(self, slots=slots, **parts), documents
 
     def best(self, scores: torch.Tensor, rows: int, distinct: bool) -> np.ndarray:
         """The tokens of the `rows` candidates of the best scores (Q, C), best first, (Q, rows or fewer, T).
@@ -229,12 +246,12 @@ def edge_log_probs(decoder, memory: Memory, trees: Trees, candidates: Candidates
         tokens, depths, ancestors, kept, places, targets, rows, columns = (
             to_device(np.ascontiguousarray(array), device) for array in arrays
         )
-        hidden = decoder.decode(tokens, depths, ancestors, _memory_of(memory, documents))
+        hidden = decoder.decode(tokens, depths, ancestors, memory_of(memory, documents))
         found[rows, columns] = decoder.token_log_probs(hidden.flatten(0, 1)[kept], places, targets)
     return found.unflatten(0, (-1, candidates.n_docs))
 
 
-def _memory_of(memory: Memory, documents: np.ndarray) -> Memory:
+def memory_of(memory: Memory, documents: np.ndarray) -> Memory:
     """The memory of some documents, ascending; without a copy where they stand in a row."""
     first, last = int(documents[0]), int(documents[-1])
     if last - first + 1 == len(documents):

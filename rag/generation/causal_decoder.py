@@ -7,11 +7,12 @@
 A context is a prompt without its last token, which is the decoder's first one: the root of every tree. Memory is each
 layer's keys and values of the contexts. A token attends to its whole context and to its ancestors; its position is the
 context's length and its depth. Query heads that share a key head stand beside each other in one product, so that keys
-and values are never repeated.
+and values are never repeated. The start token is read with the contexts, and a search keeps its tokens behind them.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,15 +22,44 @@ from rag.generation.causal_cache import HeadCache
 from rag.generation.forward import scaled
 from rag.generation.pace import pace_of
 from rag.generation.token_trees import Memory, Past, TokenScores, attention_bias
-from rag.packing import LayerAttention, Packing, accept_packed_rows, accepts_packed_rows, masked_by, to_device
+from rag.packing import LayerAttention, Packing, accept_packed_rows, accepting_packed_rows, masked_by, to_device
+
+ROOM = 64  # tokens of a search: four beams of 15 and the start token; with more of them it makes itself room
+
+
+class ContextMemory(Memory):
+    """Keys and values of D contexts, and of the start token behind each.
+
+    Attributes:
+        kept: (layers, 2, D', key heads, S + ROOM, head size), the start token's at S, of these and other contexts.
+        mask: (D, 1, 1, S) bool.
+        root: (D, d) what the output layer reads of the start token.
+        numbers: (D) of the contexts in `kept`; None for all. Nothing is copied until it is asked for.
+    """
+
+    def __init__(self, kept: torch.Tensor, mask: torch.Tensor, root: torch.Tensor, numbers: torch.Tensor | None = None):
+        self.kept, self.mask, self.root, self.numbers = kept, mask, root, numbers
+
+    @cached_property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
+        kept = self.own()[..., : self.mask.shape[-1], :]
+        return [(keys, values) for keys, values in kept]
+
+    def own(self) -> torch.Tensor:
+        """What is kept of these contexts, with the room behind them."""
+        return self.kept if self.numbers is None else self.kept[:, :, self.numbers]
+
+    def select(self, documents):
+        numbers = torch.arange(len(self.mask), device=self.mask.device) if self.numbers is None else self.numbers
+        return ContextMemory(self.kept, self.mask[documents], self.root[documents], numbers[documents])
 
 
 class CausalDecoder(TokenScores):
     def __init__(self, generator):
         super().__init__(generator)
         accept_packed_rows(generator)
-        assert accepts_packed_rows(generator), "another attention was chosen for this model"
         self.model, self.config = generator.base_model, generator.config
+        self.start = generator.config.decoder_start_token_id
 
     @property
     def depth(self) -> int:
@@ -41,7 +71,7 @@ class CausalDecoder(TokenScores):
         attention_mask: torch.Tensor,
         head_lengths: np.ndarray | None = None,
         cache: HeadCache | None = None,
-    ) -> Memory:
+    ) -> ContextMemory:
         """Keys and values of contexts (D, S), padded on either side; memory is padded on the right.
 
         Args:
@@ -53,17 +83,23 @@ class CausalDecoder(TokenScores):
         borders = np.zeros_like(lengths) if head_lengths is None else head_lengths
         contexts = [row[own] for row, own in zip(input_ids.cpu().numpy(), is_token, strict=True)]
         begun = [row[:border] for row, border in zip(contexts, borders, strict=True)]
-        rests = [row[border:] for row, border in zip(contexts, borders, strict=True)]
+        rests = [np.append(row[border:], self.start) for row, border in zip(contexts, borders, strict=True)]
         device = input_ids.device
         of_heads = self._read_heads(begun, device, cache)
-        parts = []
+        parts, roots = [], []
         for block in _blocks(lengths - borders, pace_of(device).chunk_tokens):
-            read_before = _memory_of(of_heads[block], borders[block])
-            kept = self._prefill(rests[block], device, borders[block], read_before)
-            parts += [[*head, rest] for head, rest in zip(of_heads[block], kept, strict=True)]
-        memory = _memory_of(parts, lengths)
-        assert memory is not None, "contexts have tokens"
-        return memory
+            before = _joined(of_heads[block], borders[block].max())
+            mask = _mask(borders[block], device)
+            memory = None if before is None else Memory([(keys, values) for keys, values in before], mask)
+            of_rests, hidden = self._prefill(rests[block], device, borders[block], memory)
+            parts += [[*head, rest] for head, rest in zip(of_heads[block], of_rests, strict=True)]
+            roots.append(hidden)
+        longest = int(lengths.max())
+        starts = [own[-1][..., -1:, :] for own in parts]
+        kept = _joined([[*own[:-1], own[-1][..., :-1, :]] for own in parts], longest + ROOM)
+        assert kept is not None, "each context has a part"
+        kept[..., longest : longest + 1, :] = torch.stack(starts, 2)
+        return ContextMemory(kept, _mask(lengths, device), torch.cat(roots))
 
     def _read_heads(
         self, heads: list[np.ndarray], device: torch.device, cache: HeadCache | None
@@ -73,7 +109,8 @@ class CausalDecoder(TokenScores):
         found = {} if cache is None else {key: kept for key in distinct if (kept := cache.get(key)) is not None}
         missing = [head for key, head in distinct.items() if key not in found]
         for block in _blocks(np.array([len(head) for head in missing]), pace_of(device).chunk_tokens):
-            for head, kept in zip(missing[block], self._prefill(missing[block], device), strict=True):
+            parts, _ = self._prefill(missing[block], device, keys_alone=True)
+            for head, kept in zip(missing[block], parts, strict=True):
                 found[head.tobytes()] = kept
                 if cache is not None:
                     cache.put(head.tobytes(), kept)
@@ -85,40 +122,52 @@ class CausalDecoder(TokenScores):
         device: torch.device,
         begins: np.ndarray | None = None,
         memory: Memory | None = None,
-    ) -> list[torch.Tensor]:
+        keys_alone: bool = False,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Keys and values (layers, 2, key heads, tokens, head size) of each of n pieces of text.
 
         Args:
             begins: (n) the position at which each begins; 0 where it is not given.
             memory: of what stands before the pieces.
+            keys_alone: nobody asks for more.
+
+        Returns:
+            The keys and values, and what the output layer reads of each piece's last token, (n, d).
         """
-        packing = Packing(np.array([len(piece) for piece in pieces]), device)
+        packing, hidden = Packing(np.array([len(piece) for piece in pieces]), device), torch.empty(0)
         place = torch.arange(packing.longest, device=device)[None]
         past = Past(self.depth, packing.longest)
         past.grow(place)
         attention = _TreeAttention(place, place, place[..., None] >= place[:, None], memory, past, packing)
-        attention.last_layer = self.depth - 1
+        attention.last_layer = self.depth - 1 if keys_alone else None
         positions = packing.positions
         if begins is not None:
             positions = positions + to_device(begins.repeat(packing.lengths), device)
         with suppress(_AllKept):
-            self._run(to_device(np.concatenate(pieces), device), positions, attention)
+            hidden = self._run(to_device(np.concatenate(pieces), device), positions, attention)
+            hidden = hidden[to_device(packing.first[1:] - 1, device)]
         assert past.kept is not None, "every layer keeps its own"
-        return [past.kept[:, :, i, :, : len(piece)] for i, piece in enumerate(pieces)]
+        return [past.kept[:, :, i, :, : len(piece)] for i, piece in enumerate(pieces)], hidden
 
-    def decode(self, tokens, depths, ancestors, memory: Memory, past: Past | None = None) -> torch.Tensor:
+    def decode(self, tokens, depths, ancestors, memory: ContextMemory, past: Past | None = None) -> torch.Tensor:
         """As `TreeDecoder.decode`: last hidden states (D, N, d) of tokens (D, N) that hang on D contexts."""
         key_depths = depths
         if past is not None:
+            is_first = past.kept is None
+            if is_first:
+                past.begin_behind(memory.own(), memory.mask.shape[-1])
             past.grow(depths)
             key_depths = past.depths
+            if is_first and bool((tokens == self.start).all()):
+                return memory.root[:, None]
         attention = _TreeAttention(depths, key_depths, ancestors, memory, past)
+        attention.is_joined = past is not None
         positions = memory.mask.sum(-1).flatten(1) + depths
         return self._run(tokens.flatten(), positions.expand(tokens.shape).flatten(), attention).view(*tokens.shape, -1)
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, attention: LayerAttention) -> torch.Tensor:
         """What the output layer reads, of tokens (T) in a row, (T, d)."""
-        with masked_by(attention):
+        with accepting_packed_rows(self.model), masked_by(attention):
             hidden = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)[0][0]
         return scaled(hidden, self.config)
 
@@ -138,6 +187,7 @@ class _TreeAttention(LayerAttention):
     """
 
     last_layer: int | None = None  # behind whose keys and values nothing is wanted
+    is_joined = False  # whether `past` begins with the contexts
 
     def __init__(self, depths, key_depths, ancestors, memory: Memory | None, past: Past | None, packing=None):
         self.depths, self.key_depths, self.ancestors = depths, key_depths, ancestors
@@ -149,7 +199,7 @@ class _TreeAttention(LayerAttention):
         pieces = [new.unbind() if self.past is None else self.past.append(layer, new)]
         if layer == self.last_layer:
             raise _AllKept
-        if self.memory is not None:
+        if self.memory is not None and not self.is_joined:
             pieces.insert(0, self.memory.layers[layer])
         key_heads, sharing = new.shape[2], query.shape[2] // new.shape[2]
         query = query.unflatten(2, (key_heads, sharing)).transpose(1, 2)  # (D, key heads, N, sharing, head size)
@@ -190,23 +240,29 @@ def _attend(query, pieces, bias, scale: float | None) -> torch.Tensor:
     return shares[0] @ pieces[0][1] + shares[1] @ pieces[1][1]
 
 
-def _memory_of(parts: list[list[torch.Tensor]], lengths: np.ndarray) -> Memory | None:
-    """Memory of D contexts whose keys and values (layers, 2, key heads, tokens, head size) come in parts.
+def _joined(parts: list[list[torch.Tensor]], width: int) -> torch.Tensor | None:
+    """Of D contexts whose keys and values (layers, 2, key heads, tokens, head size) come in parts: in one tensor.
 
-    None where there is none of any context.
+    Returns:
+        (layers, 2, D, key heads, width, head size), zero behind the ends: a product with what is masked must be a
+        number. None where there is no part of any context.
     """
     some = next((part for own in parts for part in own), None)
     if some is None:
         return None
-    shape = *some.shape[:2], len(parts), some.shape[2], int(lengths.max()), some.shape[4]
-    kept = some.new_zeros(shape)  # a product with what is masked must be a number
+    layers, two, heads, _, size = some.shape
+    kept = some.new_zeros(layers, two, len(parts), heads, width, size)
     for row, own in enumerate(parts):
         end = 0
         for part in own:
             kept[:, :, row, :, end : end + part.shape[3]] = part
             end += part.shape[3]
-    mask = to_device(np.arange(shape[4]) < lengths[:, None], some.device)[:, None, None]
-    return Memory([(keys, values) for keys, values in kept], mask)
+    return kept
+
+
+def _mask(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
+    """(D, 1, 1, longest) bool."""
+    return to_device(np.arange(lengths.max()) < lengths[:, None], device)[:, None, None]
 
 
 def _blocks(lengths: np.ndarray, most: int) -> Iterator[slice]:

@@ -8,6 +8,10 @@ tree that hangs on it: a token attends to its ancestors, so that neither beams n
 Beam search (search.py) grows the trees of all documents by `num_beams` tokens a step. RAG-Sequence's scoring
 (candidates.py) lays the candidates of a question out as one tree, in which common beginnings stand once, and decodes
 those of all questions and documents in a single pass.
+
+A causal language model's contexts are prompts without their last token, which is the decoder's start token. It keeps
+their keys and values, those of a passage once for all prompts that begin with it. Its candidates are scored where the
+search itself does not tell already which one is the best (bounds.py).
 """
 
 from collections.abc import Iterator
@@ -19,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 
-from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs
+from rag.generation.bounds import States, may_be_best
+from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs, memory_of
 from rag.generation.causal_cache import HeadCache
 from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.plain_decoder import decoder_of
@@ -63,7 +68,9 @@ def generate_answers(
             "fast" takes the beams' own scores, and 0 for a document whose beams did not find the candidate.
         heads: of the contexts of a causal language model: equal ones are read once.
         head_cache: of that model: what it holds is not read again.
-        generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...).
+        generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...). Of a
+            language model, too, lengths and rules on tokens are the answer's alone, from the start token on: `generate`
+            would have them hold for the prompt.
     """
     assert decoding in ("thorough", "fast"), decoding
     assert doc_scores.shape == (len(context_input_ids) // n_docs, n_docs), doc_scores.shape
@@ -132,15 +139,28 @@ def _sequence_answers(
         contexts = contexts[0][kept], contexts[1][kept]
         head_lengths = None if head_lengths is None else head_lengths[present]
     memory = read(decoder, *contexts, head_lengths, head_cache)
-    found = Search(generator, settings, decoder, memory, contexts[0]).run()
-    candidates = Candidates.of(found.sequences.cpu().numpy(), present, doc_scores.shape[1], decoder.pad)
     doc_log_probs = log_softmax(doc_scores, -1)
-    if thorough:
-        is_causal = not generator.config.is_encoder_decoder
-        scores = marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos, is_causal)  # (B, C)
-    else:
-        scores = beam_scores(candidates, found.log_probs, doc_log_probs)
-    return candidates.best(scores, rows, distinct)
+    states = States() if thorough and isinstance(decoder, CausalDecoder) else None
+    found = Search(generator, settings, decoder, memory, contexts[0], states=states).run()
+    candidates = Candidates.of(found.sequences.cpu().numpy(), present, doc_scores.shape[1], decoder.pad)
+    if not thorough:
+        return candidates.best(beam_scores(candidates, found.log_probs, doc_log_probs), rows, distinct)
+    if states is None:
+        return candidates.best(marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos), rows, distinct)
+    candidates = candidates.only(may_be_best(candidates, states, decoder, doc_log_probs, rows))
+    return candidates.best(_scores_of_several(decoder, memory, candidates, doc_log_probs), rows, distinct)
+
+
+def _scores_of_several(decoder, memory: Memory, candidates: Candidates, doc_log_probs: torch.Tensor) -> torch.Tensor:
+    """A language model's scores of the candidates (Q, C) where a question has more than one; 0 of a single one."""
+    scores = doc_log_probs.new_zeros(candidates.lengths.shape)
+    questions = np.flatnonzero((candidates.lengths > 0).sum(1) > 1)
+    if len(questions):
+        several, documents = candidates.of_questions(questions)
+        own = torch.from_numpy(questions).to(scores.device)
+        memory = memory_of(memory, documents)
+        scores[own] = marginal_log_probs(decoder, memory, several, doc_log_probs[own], None, weighs_empty=True)
+    return scores.masked_fill(torch.from_numpy(candidates.lengths == 0).to(scores.device), float("-inf"))
 
 
 def read(

@@ -36,11 +36,14 @@ class Search:
 
     An item is a document (RAG-Sequence) or, where `doc_log_probs` (B, n_docs) are given, a question (RAG-Token), whose
     next token's probability is the mean over its documents.
+
+    Args:
+        states: where to note what is known of each document's beginnings; None for nowhere.
     """
 
-    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None):
+    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None, states=None):
         self.owner, self.decoder, self.memory, self.context_input_ids = owner, decoder, memory, context_input_ids
-        self.doc_log_probs = doc_log_probs
+        self.doc_log_probs, self.states = doc_log_probs, states
         self.documents = 1 if doc_log_probs is None else doc_log_probs.shape[1]  # of an item
         self.items = len(context_input_ids) // self.documents
         self.device = context_input_ids.device
@@ -85,6 +88,7 @@ class Search:
             item_of = torch.arange(len(self.memory.mask), device=self.device) // self.documents
             tokens, own = tokens[item_of], own[item_of]
         hidden = self.decoder.decode(tokens, depths, own, self.memory, self.past)
+        self.hidden = hidden
         logits = self.decoder.logits(hidden)  # (I * documents, N, vocabulary)
         return logits if self.doc_log_probs is None else self._over_documents(logits)
 
@@ -131,8 +135,10 @@ class Search:
         over = torch.zeros_like(alive, dtype=torch.bool)
         for length in range(1, self.config.max_length):
             prefixes = sequences[alive, :length]
-            scores = self._step(prefixes[:, -1:], torch.zeros_like(alive)[:, None]).squeeze(1)  # (I, vocabulary)
-            scores = self.processors(prefixes, scores)
+            scores = self._step(prefixes[:, -1:], torch.zeros_like(alive)[:, None])
+            if self.states is not None:
+                self.states.note(alive, prefixes[:, None], self.hidden, scores, log_softmax(scores, -1))
+            scores = self.processors(prefixes, scores.squeeze(1))  # (I, vocabulary)
             tokens = scores.argmax(-1)
             sequences[alive, length] = tokens.masked_fill(over, self.decoder.pad)
             gained = log_softmax(scores, -1).gather(1, tokens[:, None]).squeeze(1)
@@ -162,7 +168,9 @@ class Search:
             prefixes = beams.running[:, :nodes, :length]
             scores = self._step(prefixes[..., -1], beams.parents[:, :nodes])
             if self.doc_log_probs is None:
-                scores = log_softmax(scores, -1)
+                logits, scores = scores, log_softmax(scores, -1)
+                if self.states is not None:
+                    self.states.note(beams.item, prefixes, self.hidden, logits, scores)
             scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
             beams = search.advance(beams, scores, length, self.stops)
             if (rows := self._rows_left(search.is_over(beams))) is None:

@@ -65,6 +65,10 @@ class Past:
         self.slots: tuple[torch.Tensor, ...] = ()  # of each layer, where this step's keys and values go
         self.present: tuple[torch.Tensor, ...] = ()  # keys of all tokens and their values, of each layer
 
+    def begin_behind(self, kept: torch.Tensor, length: int) -> None:
+        """Have the first step's tokens stand behind `length` others, in what holds theirs already."""
+        self.kept, self.length, self.capacity = kept, length, self.capacity + length
+
     def grow(self, depths: torch.Tensor) -> None:
         """Begin a step of new tokens, whose depths are (1, N)."""
         self.steps += 1

@@ -1,0 +1,217 @@
+"""The part `decode` of language_model.py: answers of RAG-Sequence beside the plain loop over `generate`."""
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rag.errors import UserError
+
+BEAMS, MAX_LENGTH, WORDS = 4, 16, (80, 120)
+HEAD, QUESTION, END = "Title: {title}\nPassage: {text}", "\nQuestion: {question}", "\nAnswer:"
+
+
+@dataclass
+class Prompts:
+    """Token ids of questions and passages."""
+
+    heads: list[list[int]]
+    questions: list[list[int]]
+    gold: list[int]  # the head of each question
+    end: list[int]
+    line_end: int  # untrained, a model ends its answers with a line
+    text_of: Callable[[list[int]], str]
+
+    def contexts(self, number: int, n_docs: int, asked: int | None = None) -> tuple:
+        """ids and mask (n_docs, S), doc_scores (1, n_docs) and heads, of a question's passages.
+
+        Args:
+            asked: another question on the same passages.
+        """
+        import numpy as np
+        import torch
+
+        from rag.packing import Heads
+
+        random = np.random.default_rng(number)
+        others = [head for head in random.permutation(len(self.heads)) if head != self.gold[number]]
+        heads = [self.heads[head] for head in (self.gold[number], *others[: n_docs - 1])]
+        rest = self.questions[number if asked is None else asked] + self.end[:-1]
+        rows = [torch.tensor(head + rest) for head in heads]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).long()
+        doc_scores = torch.from_numpy(2 * random.standard_normal((1, n_docs))).float().sort(descending=True).values
+        return ids, mask, doc_scores, Heads(np.array([len(head) for head in heads]), np.arange(n_docs))
+
+
+def real_prompts(folder: Path, data: Path) -> Prompts:
+    """People's questions, and passages of about 100 words, as nq_gold has them."""
+    from transformers import AutoTokenizer
+
+    if not (data / "questions.jsonl").is_file():
+        raise UserError(f"--data {data} holds no questions.jsonl and passages.tsv; give their folder, or --random")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows = [line.split("\t") for line in (data / "passages.tsv").read_text().splitlines()]
+    rows = [row for row in rows if WORDS[0] <= len(row[2].split()) <= WORDS[1]]
+    number_of = {row[0]: number for number, row in enumerate(rows)}
+    asked = map(json.loads, (data / "questions.jsonl").read_text().splitlines())
+    asked = [q for q in asked if q["split"] != "train" and q["passage_id"] in number_of]
+    return Prompts(
+        heads=[ids_of(HEAD.format(title=title, text=text)) for _, title, text in rows],
+        questions=[ids_of(QUESTION.format(question=q["question"])) for q in asked],
+        gold=[number_of[q["passage_id"]] for q in asked],
+        end=ids_of(END),
+        line_end=ids_of("\n")[0],
+        text_of=tokenizer.decode,
+    )
+
+
+def random_prompts(vocabulary: int) -> Prompts:
+    """Of the same lengths."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+
+    def texts(number: int, least: int, most: int) -> list[list[int]]:
+        return [random.integers(3, vocabulary, length).tolist() for length in random.integers(least, most, number)]
+
+    return Prompts(texts(400, 130, 171), texts(400, 10, 16), list(range(400)), [198, 199, 200], 198, str)
+
+
+class Sides:
+    """The same language model both ways, which answer a question at a time."""
+
+    def __init__(self, lm: Any, prompts: Prompts, n_docs: int):
+        from transformers import RagSequenceForGeneration
+
+        from benchmarks.decoding import make_model
+
+        self.prompts, self.n_docs = prompts, n_docs
+        self.ends = [lm.config.eos_token_id, prompts.line_end]
+        for config in (lm.config, lm.generation_config):
+            config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, self.ends, prompts.end[-1]
+        self.model = make_model(RagSequenceForGeneration, lm.eval(), n_docs)
+
+    def ours(self, contexts, cache=None) -> list[int]:
+        from rag.generation.decoding import generate_answers
+
+        *inputs, heads = contexts
+        answer = generate_answers(
+            self.model, *inputs, n_docs=self.n_docs, num_beams=BEAMS, max_length=MAX_LENGTH, min_length=0,
+            heads=heads, head_cache=cache,
+        )  # fmt: skip
+        return self.trim(answer[0].tolist())
+
+    def loop(self, contexts) -> list[int]:
+        """`generate` for each passage, then the candidates of all of them in one full pass under each passage."""
+        import torch
+
+        lm, (ids, mask, doc_scores, _) = self.model.generator, contexts
+        prompts = [[*row[own == 1].tolist(), self.prompts.end[-1]] for row, own in zip(ids, mask, strict=True)]
+        found: dict[tuple[int, ...], None] = {}
+        for prompt in prompts:
+            rows = lm.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), num_beams=BEAMS,
+                num_return_sequences=BEAMS, max_new_tokens=MAX_LENGTH - 1, do_sample=False,
+            )  # fmt: skip
+            found |= dict.fromkeys(tuple(self.trim(row)) for row in rows[:, len(prompt) - 1 :].tolist())
+        candidates = list(found)
+        log_probs = torch.stack([candidate_log_probs(lm, prompt, candidates) for prompt in prompts])
+        totals = (log_probs + doc_scores[0].to(log_probs.dtype).log_softmax(0)[:, None]).logsumexp(0)
+        return list(candidates[int(totals.argmax())])
+
+    def trim(self, tokens: list[int]) -> list[int]:
+        """Up to the first end token."""
+        ends = (place + 1 for place, token in enumerate(tokens) if place and token in self.ends)
+        return tokens[: next(ends, len(tokens))]
+
+
+def candidate_log_probs(lm: Any, prompt: list[int], candidates: list[tuple[int, ...]]) -> Any:
+    """(C); of the prompts' logits none is made but the last."""
+    import torch
+
+    longest = max(map(len, candidates)) - 1
+    rows = torch.zeros(len(candidates), len(prompt) + longest, dtype=torch.long)
+    is_token, targets = torch.zeros_like(rows), torch.zeros(len(candidates), longest, dtype=torch.long)
+    for row, candidate in enumerate(candidates):
+        text = prompt + list(candidate[1:])
+        rows[row, : len(text)], is_token[row, : len(text)] = torch.tensor(text), 1
+        targets[row, : len(candidate) - 1] = torch.tensor(candidate[1:])
+    logits = lm(rows, attention_mask=is_token, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1]
+    log_probs = logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    return (log_probs * is_token[:, -longest:]).sum(1)
+
+
+def timed(function: Callable, *args: Any) -> tuple[list[int], float, float]:
+    """What it gives, seconds by the clock and of CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    answer = function(*args)
+    return answer, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def medians(rows: list[tuple[float, ...]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def compare(sides: Sides, asked: int) -> dict:
+    """Both ways on the same questions; a difference that is none in float64 is a tie that float32 rounds."""
+    same, seconds = 0, []
+    for number in range(asked):
+        contexts = sides.prompts.contexts(number, sides.n_docs)
+        expected, *loop = timed(sides.loop, contexts)
+        answer, *ours = timed(sides.ours, contexts)
+        seconds.append((*loop, *ours))
+        same += answer == expected
+        if answer != expected:
+            by_loop, by_us = (sides.prompts.text_of(tokens[1:]) for tokens in (expected, answer))
+            difference = f"question {number}: {by_loop!r} by the loop, {by_us!r} by us"
+            exact = copy.copy(sides)
+            exact.model = copy.deepcopy(sides.model).double()
+            if exact.loop(contexts) != exact.ours(contexts):
+                raise SystemExit(f"{difference}, in float64 too")
+            print(f"{difference}: a tie, equal in float64", flush=True)
+    loop, loop_cpu, ours, ours_cpu = medians(seconds)
+    print(
+        f"a question: the loop {loop:.2f} s, ours {ours:.2f} s, {loop / ours:.1f}x as fast (bar 8), by CPU time "
+        f"{loop_cpu / ours_cpu:.1f}x; same token ids: {same} of {asked}",
+        flush=True,
+    )
+    return {"speed": loop / ours, "same": same, "asked": asked}
+
+
+def ask_twice(sides: Sides, pairs: int) -> dict:
+    """A second question on the same passages, whose heads are in the cache."""
+    from rag.generation.causal_cache import HeadCache
+
+    seconds = []
+    for number in range(pairs):
+        cache = HeadCache()
+        _, *first = timed(sides.ours, sides.prompts.contexts(number, sides.n_docs), cache)
+        contexts = sides.prompts.contexts(number, sides.n_docs, number + 1)
+        answer, *second = timed(sides.ours, contexts, cache)
+        assert answer == sides.ours(contexts), "the cache changes nothing"
+        seconds.append((*first, *second, second[0] / first[0], second[1] / first[1]))
+    first, _, second, _, ratio, cpu_ratio = medians(seconds)
+    print(
+        f"a first question on some passages {first:.2f} s, a second {second:.2f} s: {ratio:.2f} of it (bar 0.4), by "
+        f"CPU time {cpu_ratio:.2f}",
+        flush=True,
+    )
+    return {"second": ratio}
+
+
+def decode(lm: Any, prompts: Prompts, n_docs: int, asked: int) -> dict:
+    import torch
+
+    sides = Sides(lm, prompts, n_docs)
+    with torch.no_grad():
+        sides.ours(prompts.contexts(0, n_docs))  # to warm up
+        return ask_twice(sides, asked) | compare(sides, asked)
