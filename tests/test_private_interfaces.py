@@ -548,3 +548,28 @@ def _(folder):
     require(not module._compiled_call_impl, "it is set before it is compiled")
     module.compile(backend="eager")
     require(module._compiled_call_impl, "it does not say that it was compiled")
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@row("torch", "Module's hooks", *(f"'{name}'" for name in HOOKS))
+def _(folder):
+    import torch
+
+    module = torch.nn.Linear(1, 1)
+    require(not any(vars(module)[name] for name in HOOKS), "a new module has hooks")
+    module.register_forward_hook(print)
+    module.register_forward_pre_hook(print)
+    module.register_full_backward_hook(print)
+    module.register_full_backward_pre_hook(print)
+    require(all(vars(module)[name] for name in HOOKS), "it does not hold its hooks there")
+
+
+@row("peft", "where its linear layer and its buffers are", "'peft.tuners._buffer_dict'", "'peft.tuners.lora.layer'")
+def _(folder):
+    from peft.tuners._buffer_dict import BufferDict
+    from peft.tuners.lora.layer import Linear
+
+    require(BufferDict.__module__ == "peft.tuners._buffer_dict", "its buffers are elsewhere")
+    require((Linear.__module__, Linear.__name__) == ("peft.tuners.lora.layer", "Linear"), "its layer is elsewhere")
