@@ -3,6 +3,7 @@
     dtype = dtype_of_layers(hidden.device)       # under autocast to bfloat16; else None
     hidden = call_in(layer, dtype, hidden, mask)
     weight = weight_of(layer)                    # of a linear layer, adapters included; None where none can be had
+    hold_frozen_weights(generator, dtype)        # of a model that is trained by adapters
 
 The gradients arrive at the weights themselves, in their own dtype; an optimizer, a checkpoint and whatever reduces
 gradients between processes see float32 alone.
@@ -53,6 +54,19 @@ def _call_with_copies(layer: Any, dtype: torch.dtype, linear_only: bool, *args: 
         return functional_call(layer, copies, args)
     finally:
         layer.gradient_checkpointing = recomputes
+
+
+def hold_frozen_weights(model: Any, dtype: torch.dtype) -> None:
+    """Keep the frozen weights of linear layers in the dtype that autocast would cast them to at each use.
+
+    The results stay the same, and an 8B model takes 16 GB less. Embeddings and the output layer, which are often one,
+    stay as they are.
+    """
+    output = model.get_output_embeddings()
+    for layer in model.modules():
+        is_linear = type(layer) is torch.nn.Linear and layer is not output
+        if is_linear and layer.weight.is_floating_point() and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(dtype)
 
 
 def is_adapted(layer: torch.nn.Module) -> bool:

@@ -444,6 +444,20 @@ def accept_packed_rows(model: PreTrainedModel) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
+@contextmanager
+def accepting_packed_rows(model: PreTrainedModel) -> Iterator[None]:
+    """The same for a while, also of a model for which another attention was chosen."""
+    chosen = _attention_of(model)
+    if chosen == IMPLEMENTATION:
+        yield
+        return
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
+
+
 def accepts_packed_rows(model: PreTrainedModel) -> bool:
     return _attention_of(model) == IMPLEMENTATION
 

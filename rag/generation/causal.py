@@ -118,7 +118,8 @@ def states_of_answers(
     whole = spans(starts.ravel(), np.stack([prompts, answers.lengths], 1).ravel())
     places = np.concatenate([places, input_ids.numel() + np.arange(batch * width)])[whole[row.token_places]]
     ids = torch.cat([input_ids.flatten(), decoder_input_ids.flatten()]).index_select(0, to_device(places, device))
-    if is_packed and is_plain(generator) and not is_sharded(generator):
+    prepares_backward = not torch.is_inference_mode_enabled()  # which would refuse that
+    if is_packed and prepares_backward and is_plain(generator) and not is_sharded(generator):
         return states_of_row(generator, ids, row), answers
     hidden = _run(generator, ids, row) if is_packed else _run_padded(generator, ids, row)
     return hidden.index_select(0, row.answer_places), answers

@@ -22,7 +22,7 @@ from rag.generation.causal_cache import HeadCache
 from rag.generation.forward import scaled
 from rag.generation.pace import pace_of
 from rag.generation.token_trees import Memory, Past, TokenScores, attention_bias
-from rag.packing import LayerAttention, Packing, accept_packed_rows, accepts_packed_rows, masked_by, to_device
+from rag.packing import LayerAttention, Packing, accept_packed_rows, accepting_packed_rows, masked_by, to_device
 
 ROOM = 64  # tokens of a search: four beams of 15 and the start token; with more of them it makes itself room
 
@@ -58,7 +58,6 @@ class CausalDecoder(TokenScores):
     def __init__(self, generator):
         super().__init__(generator)
         accept_packed_rows(generator)
-        assert accepts_packed_rows(generator), "another attention was chosen for this model"
         self.model, self.config = generator.base_model, generator.config
         self.start = generator.config.decoder_start_token_id
 
@@ -72,7 +71,7 @@ class CausalDecoder(TokenScores):
         attention_mask: torch.Tensor,
         head_lengths: np.ndarray | None = None,
         cache: HeadCache | None = None,
-    ) -> Memory:
+    ) -> ContextMemory:
         """Keys and values of contexts (D, S), padded on either side; memory is padded on the right.
 
         Args:
@@ -172,7 +171,7 @@ class CausalDecoder(TokenScores):
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, attention: LayerAttention) -> torch.Tensor:
         """What the output layer reads, of tokens (T) in a row, (T, d)."""
-        with masked_by(attention):
+        with accepting_packed_rows(self.model), masked_by(attention):
             hidden = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)[0][0]
         return scaled(hidden, self.config)
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, RagConfig
 
 from rag.errors import UserError, one_line
+from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.decoding import answer_prompts, generate_answers
 from rag.generation.forward import answer_states, full_precision, output_layer
 
@@ -84,15 +85,19 @@ def _tokens(tokenizer: Any, part: PreTrainedModel) -> tuple[torch.Tensor, torch.
 
 
 def _require_same_words(generator: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Whether a language model says the same read our way, which has its layers and its output layer in view alone."""
-    expected = full_precision(generator(ids, attention_mask=mask).logits[:, -1])
-    hidden, _ = answer_states(generator, ids[:, :-1], mask[:, :-1], ids[:, -1:])
-    found = full_precision(torch.nn.functional.linear(hidden, *output_layer(generator)))
-    rounding = 0.05 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not torch.allclose(found, expected, rtol=0, atol=rounding * float(expected.abs().max())):
-        raise ValueError(
-            f"a {generator.config.model_type} model scales its scores, or attends, in a way that is not known here"
-        )
+    """Whether a language model says the same read our ways, which see its layers and its output layer alone."""
+    start = torch.full_like(ids[:, :1], generator.config.decoder_start_token_id)
+    whole, whole_mask = torch.cat([ids, start], 1), torch.cat([mask, torch.ones_like(start)], 1)
+    expected = full_precision(generator(whole, attention_mask=whole_mask).logits[:, -1])
+    trained, _ = answer_states(generator, ids, mask, start)
+    answered = CausalDecoder(generator).read(ids, mask).root
+    rounding = 0.05 if trained.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    for hidden in (trained, answered):
+        found = full_precision(torch.nn.functional.linear(hidden, *output_layer(generator)))
+        if not torch.allclose(found, expected, rtol=0, atol=rounding * float(expected.abs().max())):
+            raise ValueError(
+                f"a {generator.config.model_type} model scales its scores, or attends, in a way that is not known here"
+            )
 
 
 def _require_numbers(are_numbers: torch.Tensor, what: str) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, RagConfig
-from transformers.utils import cached_file
 
 from rag.checksums import file_checksum, found_once
 from rag.errors import UserError, raise_problems
@@ -38,13 +37,12 @@ from rag.models.loading import (
     MODEL_FLAG,
     checkpoint_errors,
     checkpoint_file,
-    hub_access,
     not_finite_problems,
     read_json,
 )
 
 BASE_FILE, TRAINED_FILE = "base.json", "trained.safetensors"
-WHOLE_FILES, LISTS_OF_SHARDS = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+WHOLE_FILES, OF_SHARDS = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # the first that is there is read
 ADAPTER = "_adapter"  # behind the name of a part: the folder of its adapters
 PARTS = (f"generator{ADAPTER}", f"question_encoder{ADAPTER}", TRAINED_FILE)
 SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # in the paths of the hub's cache
@@ -141,29 +139,18 @@ def _weight_files(path: str, cache_dir: str | None, revision: str | None) -> lis
     """
 
     def file_of(name: str) -> str | None:
-        return cached_file(
-            path,
-            name,
-            cache_dir=cache_dir,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_access(path),
-        )
+        return checkpoint_file(path, name, cache_dir, revision)
 
     for whole in WHOLE_FILES:
         if (file := file_of(whole)) is not None:
             return [file]
-        listed = (
-            None
-            if file_of(f"{whole}{LISTS_OF_SHARDS}") is None
-            else read_json(path, f"{whole}{LISTS_OF_SHARDS}", cache_dir)
-        )
-        if listed:
-            files = [file_of(Path(str(shard)).name) for shard in sorted(set(listed.get("weight_map", {}).values()))]
-            if not files or None in files:
-                raise OSError(f"not all files of its {whole}{LISTS_OF_SHARDS} are there")
-            return [file for file in files if file is not None]
+        if file_of(f"{whole}{OF_SHARDS}") is not None:
+            listed = (read_json(path, f"{whole}{OF_SHARDS}", cache_dir) or {}).get("weight_map")
+            shards = sorted(set(listed.values())) if isinstance(listed, dict) else []
+            files = [file for shard in shards if (file := file_of(str(shard))) is not None]
+            if shards and len(files) == len(shards):
+                return files
+            raise OSError(f"not all files of its {whole}{OF_SHARDS} are there")
     raise OSError("it holds no weights")
 
 

@@ -236,12 +236,17 @@ def hub_access(path: str) -> dict[str, bool]:
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
-def checkpoint_file(path: str, name: str, cache_dir: str | None) -> str | None:
-    """Where a file of the checkpoint at `path` (folder or hub name) lies here; None where it has none."""
+def checkpoint_file(path: str, name: str, cache_dir: str | None, revision: str | None = None) -> str | None:
+    """Where a file of the checkpoint at `path` (folder or hub name) lies here; None where it has none.
+
+    Args:
+        revision: commit on the hub; None for the newest, and for a folder.
+    """
     return cached_file(
         path,
         name,
         cache_dir=cache_dir,
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         **hub_access(path),

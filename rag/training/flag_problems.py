@@ -170,10 +170,10 @@ def _adapter_contradictions(args: "FinetuneArguments") -> list[str]:
         problems += [f"{name} is for adapters; give --lora_r, or leave it out" for name in given]
     if model.lora_r is not None and model.freeze_generator:
         problems.append("--lora_r and --freeze_generator contradict each other; give one of them")
-    if model.question_encoder_lora_r is not None and model.freeze_question_encoder:
-        problems.append(
-            "--question_encoder_lora_r and --freeze_question_encoder contradict each other; give one of them"
-        )
+    if model.question_encoder_lora_r is not None:
+        given = ["--freeze_question_encoder"] if model.freeze_question_encoder else []
+        given += ["--index_name bm25"] if args.retrieval.index_name == "bm25" else []
+        problems += [f"--question_encoder_lora_r and {flag} contradict each other; give one of them" for flag in given]
     problems += _nothing_learns(args)
     if args.trainer.strategy == "fsdp" and (flag := _flag_of_frozen_parts(model)) is not None:
         problems.append(

@@ -207,7 +207,13 @@ def read_lightning_checkpoint(
     exported = Path(path).with_suffix("")
     if (exported / "config.json").is_file() and "model_name_or_path" not in changes:
         changes |= {"model_name_or_path": str(exported), "config_name": None, "tokenizer_name": None}
-    return group_settings(settings, **changes), checkpoint["state_dict"]
+    args = group_settings(settings, **changes)
+    if (digest := checkpoint.get("base")) is not None and base_of_run(args).digest != digest:
+        raise UserError(
+            f"{path} holds what was trained of another base than {args.model.model_name_or_path}, whose weights have "
+            "changed since; give model_name_or_path=FOLDER of the one that it was trained on"
+        )
+    return args, checkpoint["state_dict"]
 
 
 def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:

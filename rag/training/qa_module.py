@@ -25,6 +25,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rag.casting import hold_frozen_weights
 from rag.errors import UserError
 from rag.files import write_lines
 from rag.generation.answering import answering_model
@@ -58,6 +59,7 @@ from rag.training.reports import collects_gradients
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS = {"shared", "embed_tokens", "embed_positions"}  # as BART and T5 name those of words and positions
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 RAG_LOSSES = {RagSequenceForGeneration: rag_sequence_nll, RagTokenForGeneration: rag_token_nll}
 
 
@@ -189,6 +191,11 @@ class GenerativeQAModule(BaseTransformer):
                 print(learning_summary(self.model), flush=True)
         if self.retriever is not None:
             self.retriever.init_retrieval()
+
+    def on_fit_start(self) -> None:
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and has_adapters(self.generator):
+            hold_frozen_weights(self.generator, HALVES[plugin.precision])
 
     def train(self, mode: bool = True):
         """What is frozen works without dropout: a question finds the same passages each time."""

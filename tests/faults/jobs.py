@@ -17,7 +17,8 @@ from tests.conftest import PASSAGES, QUESTIONS
 from tests.faults.processes import Process, Seen, run, start
 
 SCRIPTS = {"eval": "eval_rag.py", "retrieval": "eval_rag.py", "finetune": "finetune_rag.py",
-           "knowledge": "use_own_knowledge_dataset.py", "append": "use_own_knowledge_dataset.py"}  # fmt: skip
+           "lora": "finetune_rag.py", "knowledge": "use_own_knowledge_dataset.py",
+           "append": "use_own_knowledge_dataset.py"}  # fmt: skip
 LONGER = {
     "eval": {"--evaluation_set": "{world}/many.source", "--gold_data_path": "{world}/many.target",
              "--gold_data_mode": "ans", "--eval_batch_size": 2},
@@ -28,6 +29,7 @@ LONGER = {
     "finetune": {"--max_steps": None, "--num_train_epochs": 6, "--save_interval": 0.002, "--learning_rate": 1e-3,
                  "--do_train": True, "--do_predict": True, "--train_batch_size": 2, "--log_every_n_steps": 5},
 }  # fmt: skip
+LONGER["lora"] = LONGER["finetune"] | {"--lora_r": 4, "--lora_dropout": 0.1}
 VARIES = re.compile(r"gen_time|per_second|seconds|queries")  # in two runs of one command
 DESCRIBES = {"hparams.json", "git_log.json"}  # a folder's and a machine's names
 

@@ -132,6 +132,10 @@ DAMAGE = {
         "last.ckpt": BYTES, "checkpoint1.ckpt": BYTES, "checkpoint1/model.safetensors": BYTES, "hparams.json": BYTES,
         "metrics.json": BYTES, "training_log.jsonl": TEXT,
     },
+    ("lora", "half"): {
+        "last.ckpt": BYTES, "checkpoint1.ckpt": BYTES, "checkpoint1/*/adapter_model.safetensors": BYTES,
+        "checkpoint1/*/adapter_config.json": BYTES, "checkpoint1/base.json": BYTES,
+    },
     ("finetune", "whole"): {"last.ckpt": BYTES, "checkpoint?.ckpt": BYTES, "metrics.json": BYTES},
 }  # fmt: skip
 SHORT = {("eval", "whole", "p.txt", "a line out"), ("knowledge", "whole", "*.faiss", "a byte")}
@@ -155,6 +159,7 @@ def half(world, whole, tmp_path_factory):
             job = Job(world, kind, folder / kind)
             process = job.start()
             done = {"eval": lambda: _lines(job.out / "p.txt") >= 20, "finetune": lambda: _has(job.out, "checkpoint1"),
+                    "lora": lambda: _has(job.out, "checkpoint1"),
                     "knowledge": lambda: len(list(job.out.glob(".my*/data*.arrow"))) >= 8}[kind]  # fmt: skip
             while not done():
                 assert process.poll() is None, job.folder

@@ -143,3 +143,5 @@ def test_without_gradients_nothing_is_kept():
     with torch.no_grad():
         found = batch.states(model)[0]
     assert found.equal(expected) and found.grad_fn is None
+    with torch.inference_mode():
+        assert_equal_but_for_rounding(batch.states(model)[0], expected)

@@ -10,6 +10,8 @@ from rag.errors import UserError
 from rag.generation.decoding import generate_answers
 from rag.generation.trial import FLAGS_DECIDE, require_runs
 from rag.models.checkpoints import load_model
+from rag.models.fit import settle_prompt
+from tests.conftest import make_language_model
 
 
 @pytest.fixture
@@ -78,3 +80,19 @@ def test_the_flags_decide_on_length_and_number(request, checkpoint, bart_tokeniz
     expected = answer()
     generator.generation_config.update(max_new_tokens=1, min_new_tokens=1, num_beams=2, num_return_sequences=2)
     assert torch.equal(answer(), expected)
+
+
+@pytest.mark.parametrize(("family", "is_known"), [
+    ("llama", True), ("qwen3", True), ("mistral", True), ("gemma3_text", True), ("phi3", True), ("phi", True),
+    ("smollm3", True), ("olmo2", True), ("granite", True), ("cohere", True), ("gemma2", False),
+])  # fmt: skip
+def test_a_language_model_that_says_something_else_read_our_way_is_told(family, is_known, llama_tokenizer):
+    scales = {"granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}
+    model = make_language_model(family, len(llama_tokenizer), **scales.get(family, {}))
+    tokenizer = copy.deepcopy(llama_tokenizer)
+    settle_prompt(model, tokenizer, "--model_name_or_path x")
+    if is_known:
+        require_runs(model, tokenizer, "--model_name_or_path x", train=True, num_beams=2)
+        return
+    with pytest.raises(UserError, match=rf"--model_name_or_path x: .*a {family} model scales its scores, or attends"):
+        require_runs(model, tokenizer, "--model_name_or_path x", num_beams=2)

@@ -212,6 +212,22 @@ def test_a_base_that_was_moved_is_found_where_its_file_says(learned, tmp_path):
     load_model(str(folder))
 
 
+def test_a_base_of_the_hub_is_named_with_its_commit(learned, tmp_path, monkeypatch):
+    folder, base, model = learned
+    cache, commit = tmp_path / "cache" / "models--us--base", "0123456789" * 4
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(base, cache / "snapshots" / commit)
+    named = base_of("us/base", cache_dir=str(tmp_path / "cache"))
+    assert (named.name_or_path, named.revision, named.digest) == ("us/base", commit, base_of(str(base)).digest)
+    save_model(model, folder, base=named)
+    (cache / "refs" / "main").write_text("f" * 40)  # the newest is another since
+    opened = load_model(str(folder), cache_dir=str(tmp_path / "cache"), keep_adapters=True).state_dict()
+    assert all(torch.equal(opened[name], weight) for name, weight in model.state_dict().items())
+    with pytest.raises(UserError, match=r"base cannot be read: its base us/base .*hub"):
+        load_model(str(folder), cache_dir=str(tmp_path / "empty"))
+
+
 def test_another_base_is_refused(learned):
     folder, base, _ = learned
     model = load_model(str(base))

@@ -127,3 +127,10 @@ def test_ranks_that_were_asked_to_end_go_on_to_the_same_end(words, alone, tmp_pa
     assert [status for status, _ in ends] == [143, 143]
     run_ranks(train, 2, tmp_path, argv, tmp_path / "out", seconds=120)
     assert_same(outcome(tmp_path / "out"), alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_transformers_own_attention_learns_the_same(implementation, words, alone, tmp_path):
+    flags = ["--train_batch_size", "4", "--do_train", "--do_predict", "--output_dir", str(tmp_path / "out")]
+    finetune_rag.main(finetune_rag.parse_args([*words, *flags, "--attn_implementation", implementation]))
+    assert_same(outcome(tmp_path / "out"), alone, **TOLERANCE)

@@ -1,15 +1,18 @@
 """LoRA in training: what learns, what checkpoints hold, how a run goes on, and what comes of it in evaluation."""
 
+import copy
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import consolidate_rag_checkpoint
+import eval_rag
 import finetune_rag
 from rag.errors import UserError
 from rag.files import load_json, read_lines
-from rag.models.adapters import has_adapters
+from rag.models.adapters import has_adapters, plan_of
 from rag.models.checkpoints import load_model
 from rag.training.qa_module import GenerativeQAModule
 from tests.conftest import assert_equal_but_for_rounding
@@ -34,7 +37,9 @@ def size_of(path):
     return sum(file.stat().st_size for file in files)
 
 
-@pytest.mark.parametrize(("model_type", "generator"), [("rag_sequence", "bart"), ("rag_token", "t5")])
+@pytest.mark.parametrize(
+    ("model_type", "generator"), [("rag_sequence", "bart"), ("rag_token", "t5"), ("rag_sequence", "llama")]
+)
 def test_a_run_leaves_adapters_alone(model_type, generator, checkpoint, data_dir, tmp_path, capsys):
     """The Lightning checkpoints, the exported folders; both give what was trained."""
     base, out = checkpoint(model_type, generator), tmp_path / "out"
@@ -80,9 +85,12 @@ def test_a_question_encoder_that_learns_in_full_is_beside_the_adapters(model_fol
     assert all(torch.equal(own[name], weight) for name, weight in best.items())
 
 
-def test_a_frozen_generator_works_without_dropout_and_is_not_saved(model_folder, data_dir, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(model_folder, data_dir, out, "--freeze_generator", "--dropout", 0.5)
+@pytest.mark.parametrize(("generator", "flags"), [("bart", ["--dropout", 0.5]), ("llama", ["--bf16"])])
+def test_a_frozen_generator_works_without_dropout_and_is_not_saved(
+    generator, flags, checkpoint, data_dir, tmp_path, capsys
+):
+    model_folder, out = checkpoint("rag_sequence", generator), tmp_path / "out"
+    run(model_folder, data_dir, out, "--freeze_generator", *flags)
     assert capsys.readouterr().out.count("parameters learn") == 1
     trained = weights_of(out / "last.ckpt")
     assert trained and all("question_encoder." in name for name in trained)
@@ -95,7 +103,7 @@ def test_a_frozen_generator_works_without_dropout_and_is_not_saved(model_folder,
     assert all(torch.equal(before[name], exported[name]) for name in before if ".generator." in name)
 
 
-@pytest.mark.parametrize("generator", ["bart", "t5"])
+@pytest.mark.parametrize("generator", ["bart", "t5", "llama"])
 def test_a_bare_generator_learns_by_adapters(generator, request, data_dir, tmp_path):
     folder, out = request.getfixturevalue(f"{generator}_folder"), tmp_path / "out"
     flags = ["--model_name_or_path", folder, "--data_dir", data_dir, "--output_dir", out]
@@ -105,9 +113,38 @@ def test_a_bare_generator_learns_by_adapters(generator, request, data_dir, tmp_p
     assert not has_adapters(load_model(str(out / "checkpoint1")))
 
 
-@pytest.mark.parametrize("parts", [[], ["--freeze_question_encoder"], ["--question_encoder_lora_r", 2]])
-def test_a_killed_run_goes_on_to_the_same_end(parts, model_folder, data_dir, tmp_path, monkeypatch):
+def test_eval_rag_measures_adapters_and_tells_them_apart(checkpoint, data_dir, knowledge, tmp_path):
+    """The answers of the training's test; predictions of other adapters are not continued."""
+    base, out, lines = checkpoint("rag_sequence", "bart"), tmp_path / "out", tmp_path / "lines.txt"
+    run(base, data_dir, out, *LORA, "--do_train", "--do_predict")
+    best = max(load_json(out / "metrics.json")["val"], key=lambda row: (row["val_em"], row["step"]))["step"] // 2
+    shutil.copytree(out / f"checkpoint{best}", tmp_path / "copy")
+    flags = {
+        "evaluation_set": data_dir / "test.source", "gold_data_path": data_dir / "test.target",
+        "gold_data_mode": "ans", "predictions_path": lines, "n_docs": 2, "num_beams": 1, "max_length": 25,
+        "model_name_or_path": tmp_path / "copy", **knowledge,
+    }  # fmt: skip
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    eval_rag.main(eval_rag.parse_args(words))
+    assert read_lines(lines) == read_lines(out / "test_generations.txt")
+    path = tmp_path / "copy" / "generator_adapter" / "adapter_model.safetensors"
+    save_file({name: weight * 2 for name, weight in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=r"model_name_or_path"):
+        eval_rag.main(eval_rag.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    ("generator", "parts"),
+    [
+        ("bart", []),
+        ("bart", ["--freeze_question_encoder"]),
+        ("llama", ["--question_encoder_lora_r", 2]),
+        ("llama", ["--gradient_checkpointing"]),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_end(generator, parts, checkpoint, data_dir, tmp_path, monkeypatch):
     """To the bit, with dropout of what adapters read; exports that were damaged meanwhile are made again."""
+    model_folder = checkpoint("rag_sequence", generator)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = [*LORA, *parts, "--lora_dropout", 0.2, "--num_train_epochs", 3, "--save_interval", 1e-6]
     run(model_folder, data_dir, whole, *flags)
@@ -178,6 +215,25 @@ def test_checkpoints_of_other_adapters_or_another_base_are_refused(model_folder,
         run(model_folder, data_dir, tmp_path / "d", *resume, out / "last.ckpt")
 
 
+def test_a_checkpoint_is_loaded_beside_its_own_base(checkpoint, data_dir, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(checkpoint("rag_sequence", "bart"), base)
+    run(base, data_dir, out, *LORA, "--freeze_question_encoder", "--max_steps", 2)
+    module = GenerativeQAModule.load_from_checkpoint(out / "last.ckpt", strict=True)
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    for weight in module.parameters():
+        weight.data.zero_()
+    module.load_hf_checkpoint(out / "checkpoint1")
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+    model = load_model(str(base))
+    model.rag.generator.model.shared.weight.data.add_(0.1)
+    model.save_pretrained(base)
+    with pytest.raises(UserError, match=r"last\.ckpt holds what was trained of another base than .*base"):
+        GenerativeQAModule.load_from_checkpoint(out / "last.ckpt")
+    with pytest.raises(UserError, match="holds adapters of another base"):
+        GenerativeQAModule.load_from_checkpoint(out / "checkpoint1.ckpt")
+
+
 def test_what_is_saved_is_small(model_folder, data_dir, tmp_path):
     run(model_folder, data_dir, tmp_path / "full", "--max_steps", 1)
     run(model_folder, data_dir, tmp_path / "lora", "--max_steps", 1, "--lora_r", 1, "--freeze_question_encoder")
@@ -190,12 +246,12 @@ def test_what_is_saved_is_small(model_folder, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("further", [[], ["--gradient_checkpointing"], ["--bf16"]])
-@pytest.mark.parametrize("generator", ["bart", "t5"])
+@pytest.mark.parametrize("generator", ["bart", "t5", "llama"])
 def test_loss_and_gradients_are_those_of_the_merged_model(generator, further, checkpoint, data_dir, tmp_path):
     """Of the adapters' own: d loss / d W of the merged model, through the product of A and B."""
     base = checkpoint("rag_sequence", generator)
-    words = ["--model_name_or_path", base, "--data_dir", data_dir, "--output_dir", tmp_path, *SMALL, "--dropout", 0]
-    words = [str(word) for word in [*words, *LORA, "--freeze_question_encoder", *further]]
+    words = ["--model_name_or_path", base, "--data_dir", data_dir, "--output_dir", tmp_path, *SMALL, *LORA, *further]
+    words = [str(word) for word in [*words, "--freeze_question_encoder"]]
     module = GenerativeQAModule(finetune_rag.parse_args(words))
     module.setup("validate")
     torch.manual_seed(1)
@@ -228,17 +284,17 @@ def test_loss_and_gradients_are_those_of_the_merged_model(generator, further, ch
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             found |= {f"{name} A": a.grad, f"{name} B": b.grad}
             expected |= {f"{name} A": b.detach().T @ gradient, f"{name} B": gradient @ a.detach().T}
-    assert len(found) == 2 * 16
+    assert len(found) == 2 * len(plan_of(module.generator).targets)
     assert_equal_but_for_rounding(found, expected)
 
 
-@pytest.mark.parametrize("generator", ["bart", "t5"])
+@pytest.mark.parametrize("generator", ["bart", "t5", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_answers_are_those_of_the_merged_model(generator, dtype, checkpoint, data_dir, tmp_path):
     """The trees of tokens read the weights of the linear layers: with what the adapters add to them."""
     from rag.generation.answering import answering_model
     from rag.generation.decoding import generate_answers
-    from rag.generation.token_trees import DECODERS
+    from rag.generation.plain_decoder import decoder_of
 
     base = checkpoint("rag_sequence", generator)
     words = ["--model_name_or_path", base, "--data_dir", data_dir, "--output_dir", tmp_path, *SMALL, *LORA]
@@ -256,7 +312,7 @@ def test_answers_are_those_of_the_merged_model(generator, dtype, checkpoint, dat
     with torch.inference_mode():
         hidden = []
         for model in models:
-            decoder = DECODERS[generator](model.generator)
+            decoder = decoder_of(model.generator)
             memory = decoder.read(ids, mask)
             tokens = torch.randint(4, 40, (1, 3), generator=torch.manual_seed(0)).expand(6, -1)
             ancestors = torch.ones(3, 3).tril().bool()[None]
@@ -288,6 +344,22 @@ def test_two_ranks_are_one(further, words, alone, tmp_path):
     assert_same(found, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
+def test_two_ranks_are_one_with_a_language_model(words, checkpoint, tmp_path):
+    """As are a run of two ranks that is asked to end and goes on, and one that is not."""
+    place = words.index("--dropout")  # its config has none
+    words = ["--model_name_or_path", str(checkpoint("rag_token", "llama")), *words[2:place], *words[place + 2 :]]
+    flags = ["--lora_r", "4", "--question_encoder_lora_r", "2", "--max_combined_length", "64", "--do_train"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    argv = [*words, *flags, "--train_batch_size", "4", "--output_dir", str(one)]
+    finetune_rag.main(finetune_rag.parse_args(argv))
+    for end in (4, None):
+        ends = run_ranks(train, 2, tmp_path, two_ranks(words, two, *flags), two, end, seconds=120)
+        if end is not None:
+            assert [status for status, _ in ends] == [143, 143]
+    assert_same(outcome(two), outcome(one), **TOLERANCE)
+
+
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +374,7 @@ def test_two_ranks_are_one(further, words, alone, tmp_path):
         ("--lora_target_modules q_proj", "--lora_target_modules is for adapters; give --lora_r"),
         ("--lora_r 4 --freeze_generator", "--lora_r and --freeze_generator contradict each other"),
         ("--question_encoder_lora_r 4 --freeze_question_encoder", "contradict each other"),
+        ("--question_encoder_lora_r 4 --index_name bm25 --passages_path x", "and --index_name bm25 contradict"),
         ("--freeze_generator --freeze_question_encoder", "nothing would learn"),
         ("--freeze_generator --index_name bm25 --passages_path x", "nothing would learn"),
         ("--freeze_generator --model_type bart", "nothing would learn"),
@@ -347,6 +420,57 @@ def test_a_generator_without_question_encoder_has_no_adapters_of_one(bart_folder
         words = ["--model_name_or_path", bart_folder, "--data_dir", data_dir, "--output_dir", tmp_path / "out"]
         flags = [*words, *SMALL[: SMALL.index("--n_docs")], "--question_encoder_lora_r", 2]
         finetune_rag.main(finetune_rag.parse_args([str(word) for word in flags]))
+
+
+@pytest.fixture
+def wide_checkpoint(request, question_encoder_folder, tmp_path):
+    """Of a generator whose sizes bitsandbytes' kernels can divide."""
+
+    def make(generator: str):
+        part, tokenizer = (request.getfixturevalue(name) for name in (generator, f"{generator}_tokenizer"))
+        config = copy.deepcopy(part.config)
+        sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+        if generator == "llama":
+            sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
+        config.update(sizes | {"init_std": 0.1, "initializer_range": 0.1})
+        torch.manual_seed(3)
+        type(part)(config).save_pretrained(tmp_path / "generator")
+        tokenizer.save_pretrained(tmp_path / "generator")
+        words = ["--generator_name_or_path", tmp_path / "generator", "--dest", tmp_path / "wide"]
+        words = [str(word) for word in [*words, "--question_encoder_name_or_path", question_encoder_folder]]
+        return consolidate_rag_checkpoint.main(consolidate_rag_checkpoint.parse_args(words))
+
+    return make
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("generator", ["llama", "bart"])
+def test_adapters_beside_quantized_weights(
+    bits, generator, wide_checkpoint, knowledge, data_dir, tmp_path, monkeypatch
+):
+    """By bitsandbytes' kernels for CPUs, where it is installed: a run that goes on, and what it exports."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # of these kernels none has a backward pass
+    monkeypatch.setattr("rag.models.quantization.own_gpu", lambda: "cpu")
+    monkeypatch.setattr("lightning_base.quantization_problems", lambda *given: [])
+    base, whole = wide_checkpoint(generator), tmp_path / "whole"
+    search = [word for name, value in knowledge.items() for word in (f"--{name}", value)]
+    flags = [*search, "--max_combined_length", 48, *LORA, f"--load_in_{bits}", "--do_train"]
+    run(base, data_dir, whole, *flags, "--do_predict")
+    assert load_json(whole / "checkpoint1" / "base.json")["quantization"] == bits
+    trained = weights_of(whole / "last.ckpt")
+    assert all(".lora_" in name or "question_encoder" in name for name in trained)
+    merged, before = load_model(str(whole / "checkpoint2")).state_dict(), load_model(str(base)).state_dict()
+    assert merged.keys() == before.keys() and all(weight.dtype == before[name].dtype for name, weight in merged.items())
+    # From an exported checkpoint, which must be read as it was.
+    message = f"was trained beside weights in {bits}; give --load_in_{bits}, or merge"
+    with pytest.raises(UserError, match=message):
+        run(whole / "checkpoint2", data_dir, tmp_path / "other", *search, *LORA)
+    run(whole / "checkpoint2", data_dir, tmp_path / "other", *flags, "--max_steps", 1)
+    resumed = ["--resume_from_checkpoint", whole / "checkpoint1.ckpt", "--do_predict"]
+    run(base, data_dir, tmp_path / "resumed", *flags, *resumed)
+    again = weights_of(tmp_path / "resumed" / "last.ckpt")
+    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
