@@ -90,11 +90,11 @@ def load_adapted(args: BenchmarkArguments) -> Any:
     from rag.models.adapters import LoraPlan, add_adapters
 
     model = load_model(args).requires_grad_(False)
+    torch.manual_seed(0)
     add_adapters(model, LoraPlan(args.lora_r, 2 * args.lora_r, 0.0, None))
-    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
+            torch.nn.init.normal_(parameter, std=0.01)
     return model.train()
 
 
@@ -130,7 +130,7 @@ def loop_losses(model: Any, batch: Batch) -> Any:
         logprobs, target = [], torch.tensor(answer)[:, None]
         for prompt in batch.prompts[number * n_docs : (number + 1) * n_docs]:
             logits = model(torch.tensor([[*prompt, START, *answer[:-1]]]), use_cache=False).logits
-            logprobs.append(logits[0].log_softmax(-1)[len(prompt) :].gather(1, target).sum())
+            logprobs.append(logits[0, len(prompt) :].log_softmax(-1).gather(1, target).sum())
         losses.append(-(torch.stack(logprobs) + batch.scores[number].log_softmax(0)).logsumexp(0))
     return torch.stack(losses)
 

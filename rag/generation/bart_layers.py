@@ -29,7 +29,11 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is transformers' own, as it wrote it, and neither compiled nor to be recomputed."""
     if type(layer) not in (BartEncoderLayer, BartDecoderLayer) or getattr(layer, "gradient_checkpointing", False):
         return False
-    return all(type(part) in KNOWN for part in layer.modules()) and not layer._compiled_call_impl
+    return all(type(part) in KNOWN for part in layer.modules()) and not is_compiled(layer)
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    return layer._compiled_call_impl is not None
 
 
 class LayerWeights:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from rag.casting import dtype_of_layers
-from rag.generation.bart_layers import weight_gradient
+from rag.generation.bart_layers import is_compiled, weight_gradient
 
 Backward = Callable[[Tensor], Tensor]
 # A family by its config's model_type, and where transformers keeps it.
@@ -43,9 +43,10 @@ def is_plain(generator) -> bool:
 
 
 def _is_plain_part(part: Any, home: str) -> bool:
-    if part._compiled_call_impl or "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS):
+    own = vars(part)  # attributes that are not there would cost a module's own search
+    if is_compiled(part) or "forward" in own or any(own[hooks] for hooks in HOOKS):
         return False
-    if part.training and (getattr(part, "p", 0.0) > 0.0 or (getattr(part, "attention_dropout", None) or 0.0) > 0.0):
+    if part.training and (own.get("p", 0.0) > 0.0 or (own.get("attention_dropout") or 0.0) > 0.0):
         return False
     return type(part) in KNOWN or type(part).__module__ == home or _is_adapted(part)
 

@@ -168,25 +168,43 @@ def _padded(rows: torch.Tensor, answers: Packing | None, width: int) -> torch.Te
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """hidden (R, d), weight (V, d), bias (V), targets (R) to log-probabilities (R) and log-normalizers (R)."""
+    """hidden (R, d), weight (V, d), bias (V), targets (R) to log-probabilities (R) and log-normalizers (R).
+
+    Of a frozen output layer the backward pass needs the words' mean by their probabilities alone, (R, d): it is summed
+    beside the normalizer, and the logits are not made again.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         target_logits = full_precision(hidden.new_zeros(len(hidden)))
         normalizers = []
-        for logits, place, is_here, _ in _parts_of_logits(hidden, weight, bias, targets):
+        is_frozen = ctx.needs_input_grad[:3] == (True, False, False)
+        means, so_far = full_precision(torch.zeros_like(hidden)), target_logits.new_full((len(hidden), 1), -torch.inf)
+        for logits, place, is_here, words in _parts_of_logits(hidden, weight, bias, targets):
             target_logits += logits.gather(1, place).squeeze(1).masked_fill(~is_here, 0.0)
             highest = logits.amax(1, keepdim=True)
             # In place, where logsumexp would make a copy and, on a CPU, take several times as long.
             normalizers.append(logits.sub_(highest).exp_().sum(1).log_() + highest.squeeze(1))
+            if is_frozen:
+                highest, before = torch.maximum(highest, so_far), highest
+                means.mul_((so_far - highest).exp_())
+                means.addcmul_(full_precision(logits.to(hidden.dtype) @ weight[words]), (before - highest).exp_())
+                so_far = highest
         normalizer = torch.stack(normalizers).logsumexp(0)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        if is_frozen:
+            means.mul_((so_far - normalizer.unsqueeze(1)).exp_())
+        ctx.is_frozen = is_frozen
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, means)
         return target_logits - normalizer, normalizer
 
     @staticmethod
     def backward(ctx, logprob_gradient, normalizer_gradient):
         """d logprob / d logit is 1 at the target less the probability, d normalizer / d logit the probability."""
-        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizer, means = ctx.saved_tensors
+        if ctx.is_frozen:
+            gradient = means * (normalizer_gradient - logprob_gradient).unsqueeze(1)
+            gradient.addcmul_(full_precision(weight[targets]), logprob_gradient.unsqueeze(1))
+            return gradient.to(hidden.dtype), None, None, None
         hidden_gradient = full_precision(torch.zeros_like(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.empty_like(bias) if ctx.needs_input_grad[2] else None

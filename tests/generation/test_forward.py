@@ -97,17 +97,21 @@ def test_another_attention_that_was_chosen_stays(bart, contexts):
     assert generator.config._attn_implementation == "eager" and encode_contexts(generator, *contexts).packing is None
 
 
-def test_log_probabilities_and_gradients_are_those_of_whole_logits(monkeypatch):
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_log_probabilities_and_gradients_are_those_of_whole_logits(is_frozen, monkeypatch):
+    """Of hidden states, and of a weight that is trained."""
     monkeypatch.setattr(loss_module, "CHUNK_VOCABULARY", 4)
     torch.manual_seed(0)
     hidden, weight = (torch.randn(shape).double().requires_grad_() for shape in ((2, 3, 5), (11, 5)))
+    weight.requires_grad_(not is_frozen)
     bias, targets = torch.randn(11).double(), torch.tensor([[0, 3, 4], [7, 8, 10]])
     logits = hidden @ weight.T + bias
     expected = torch.stack([logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0], logits.logsumexp(-1)])
     weights = torch.randn(2, 2, 3).double()
     found = torch.stack(target_logprobs(hidden, weight, bias, targets))
     assert_equal_but_for_rounding(found, expected)
-    our_gradients, gradients = (torch.autograd.grad((weights * x).sum(), (hidden, weight)) for x in (found, expected))
+    wanted = [hidden] if is_frozen else [hidden, weight]
+    our_gradients, gradients = (torch.autograd.grad((weights * x).sum(), wanted) for x in (found, expected))
     for gradient, right in zip(our_gradients, gradients, strict=True):
         assert_equal_but_for_rounding(gradient, right)
 
