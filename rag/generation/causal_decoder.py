@@ -86,25 +86,29 @@ class CausalDecoder(TokenScores):
         rests = [np.append(row[border:], self.start) for row, border in zip(contexts, borders, strict=True)]
         device = input_ids.device
         of_heads = self._read_heads(begun, device, cache)
-        parts, roots = [], []
+        longest, kept, roots = int(lengths.max()), None, []
+        for row, head in enumerate(of_heads):
+            if head is not None:
+                kept = _room_for(head, borders, longest) if kept is None else kept
+                kept[:, :, row, :, : borders[row]] = head
         for block in _blocks(lengths - borders, pace_of(device).chunk_tokens):
-            before = _joined(of_heads[block], borders[block].max())
-            mask = _mask(borders[block], device)
-            memory = None if before is None else Memory([(keys, values) for keys, values in before], mask)
-            of_rests, hidden = self._prefill(rests[block], device, borders[block], memory)
-            parts += [[*head, rest] for head, rest in zip(of_heads[block], of_rests, strict=True)]
-            roots.append(hidden)
-        longest = int(lengths.max())
-        starts = [own[-1][..., -1:, :] for own in parts]
-        kept = _joined([[*own[:-1], own[-1][..., :-1, :]] for own in parts], longest + ROOM)
-        assert kept is not None, "each context has a part"
-        kept[..., longest : longest + 1, :] = torch.stack(starts, 2)
+            memory, width = None, int(borders[block].max())
+            if kept is not None and width:
+                layers = [(keys, values) for keys, values in kept[:, :, block, :, :width]]
+                memory = Memory(layers, _mask(borders[block], device))
+            of_rests, root = self._prefill(rests[block], device, borders[block], memory)
+            roots.append(root)
+            for row, rest in enumerate(of_rests, block.start):
+                kept = _room_for(rest, borders, longest) if kept is None else kept
+                kept[:, :, row, :, borders[row] : lengths[row]] = rest[..., :-1, :]
+                kept[:, :, row, :, longest] = rest[..., -1, :]
+        assert kept is not None, "each context has a start token at least"
         return ContextMemory(kept, _mask(lengths, device), torch.cat(roots))
 
     def _read_heads(
         self, heads: list[np.ndarray], device: torch.device, cache: HeadCache | None
-    ) -> list[list[torch.Tensor]]:
-        """Keys and values (layers, 2, key heads, tokens, head size) of each head, or none of an empty one."""
+    ) -> list[torch.Tensor | None]:
+        """Keys and values (layers, 2, key heads, tokens, head size) of each head, None of an empty one."""
         distinct = {head.tobytes(): head for head in heads if len(head)}
         found = {} if cache is None else {key: kept for key in distinct if (kept := cache.get(key)) is not None}
         missing = [head for key, head in distinct.items() if key not in found]
@@ -114,7 +118,7 @@ class CausalDecoder(TokenScores):
                 found[head.tobytes()] = kept
                 if cache is not None:
                     cache.put(head.tobytes(), kept)
-        return [[found[head.tobytes()]] if len(head) else [] for head in heads]
+        return [found.get(head.tobytes()) for head in heads]
 
     def _prefill(
         self,
@@ -240,23 +244,17 @@ def _attend(query, pieces, bias, scale: float | None) -> torch.Tensor:
     return shares[0] @ pieces[0][1] + shares[1] @ pieces[1][1]
 
 
-def _joined(parts: list[list[torch.Tensor]], width: int) -> torch.Tensor | None:
-    """Of D contexts whose keys and values (layers, 2, key heads, tokens, head size) come in parts: in one tensor.
+def _room_for(some: torch.Tensor, borders: np.ndarray, longest: int) -> torch.Tensor:
+    """A tensor for keys and values of D contexts, such as `some` (layers, 2, key heads, tokens, head size).
 
     Returns:
-        (layers, 2, D, key heads, width, head size), zero behind the ends: a product with what is masked must be a
-        number. None where there is no part of any context.
+        (layers, 2, D, key heads, longest + ROOM, head size), zero behind the borders (D): a product with what is masked
+        must be a number.
     """
-    some = next((part for own in parts for part in own), None)
-    if some is None:
-        return None
     layers, two, heads, _, size = some.shape
-    kept = some.new_zeros(layers, two, len(parts), heads, width, size)
-    for row, own in enumerate(parts):
-        end = 0
-        for part in own:
-            kept[:, :, row, :, end : end + part.shape[3]] = part
-            end += part.shape[3]
+    kept = some.new_empty(layers, two, len(borders), heads, longest + ROOM, size)
+    for row, border in enumerate(borders):
+        kept[:, :, row, :, border:longest] = 0
     return kept
 
 
