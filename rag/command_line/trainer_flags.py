@@ -52,7 +52,7 @@ class TrainerArguments:
     ] | None = flag(
         None,
         "Number format: 32-true, bf16-mixed, 16-mixed (GPU only), or auto: bf16-mixed where the machine multiplies "
-        "bfloat16 faster (GPUs, CPUs with AMX); left out, 32-true.",
+        "bfloat16 faster (GPUs, CPUs with AMX or AVX512-BF16); left out, 32-true.",
     )  # fmt: skip
     fast_dev_run: int | bool = flag(
         False, "Try the code: run this many batches (1 without a number) of each split and write no checkpoint."

@@ -84,8 +84,8 @@ class EvalArguments(SearchArguments):
     trust_remote_code: bool = trust_flag()
     precision: Literal["fp32", "bf16", "fp16", "auto"] = flag(
         "fp32",
-        "Of weights and products. auto takes bf16 where the machine multiplies it fast (GPUs, CPUs with AMX), else "
-        "fp32; a predictions file is finished in the one that it was begun in.",
+        "Of weights and products. auto takes bf16 where the machine multiplies it fast (GPUs, CPUs with AMX or "
+        "AVX512-BF16), else fp32; a predictions file is finished in the one that it was begun in.",
     )
     device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
 

@@ -74,7 +74,7 @@ class KnowledgeArguments(EffortArguments):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto",
         "Number format in which passages are encoded; auto: the one that --output_dir was begun in, "
-        "else fp16 on a GPU, bf16 on a CPU with AMX, fp32 on any other.",
+        "else fp16 on a GPU, bf16 on a CPU with AMX or AVX512-BF16, fp32 on any other.",
     )
     batch_size: int | None = flag(None, "Passages encoded at a time, at most; left out, as many as --tokens_per_batch.")
     tokens_per_batch: int | None = flag(

@@ -1,10 +1,10 @@
 """In which precision weights are held and multiplied, by what the machine has.
 
-    dtype = dtype_of("auto", torch.device("cpu"))     # bfloat16 on a CPU with matrix units, else float32
+    dtype = dtype_of("auto", torch.device("cpu"))     # bfloat16 on a CPU that multiplies it, else float32
     model = model.to(dtype)
 
-bfloat16 is several times as fast as float32 where the hardware multiplies matrices of it: on GPUs, and on CPUs with
-AMX. On other CPUs it is slower.
+bfloat16 is up to several times as fast as float32 where the hardware multiplies it: on GPUs, and on CPUs with AMX or
+AVX512-BF16. On other CPUs it is slower.
 """
 
 import torch
@@ -13,10 +13,11 @@ import torch
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def has_matrix_units() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 in units of their own, and torch uses them."""
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, and torch uses them."""
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
-    return bool(capabilities.get("amx_bf16")) and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    has_them = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return bool(has_them) and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 def dtype_of(precision: str, device: torch.device | str) -> torch.dtype:
@@ -29,7 +30,7 @@ def dtype_of(precision: str, device: torch.device | str) -> torch.dtype:
     if named is not None:
         return named
     if torch.device(device).type == "cpu":
-        return torch.bfloat16 if has_matrix_units() else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 

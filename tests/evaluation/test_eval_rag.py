@@ -432,7 +432,7 @@ def test_a_file_is_finished_in_the_precision_that_it_was_begun_in(run, rag_folde
     assert dtypes == {torch.bfloat16} and read_lines(files / "predictions.txt") == whole
     assert "--precision auto: weights in bfloat16\n" in capsys.readouterr().out
     for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(precision, "has_matrix_units", lambda has_units=has_units: has_units)
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda has_units=has_units: has_units)
         dtypes.clear()
         run(rag_folder, precision="auto", recalculate=True, device="cpu")
         assert dtypes == {dtype}

@@ -28,7 +28,7 @@ def matrix_units(monkeypatch):
     """A machine without them; `matrix_units(True)` gives it some."""
 
     def have(units: bool) -> None:
-        monkeypatch.setattr(machine, "has_matrix_units", lambda: units)
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: units)
 
     have(False)
     return have

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from rag.models import precision
-from rag.models.precision import dtype_of, has_matrix_units, name_of
+from rag.models.precision import dtype_of, multiplies_bfloat16, name_of
 
 
 @pytest.mark.parametrize("units, expected", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_on_a_cpu_is_bfloat16_where_there_are_matrix_units(monkeypatch, units, expected):
-    monkeypatch.setattr(precision, "has_matrix_units", lambda: units)
+def test_auto_on_a_cpu_is_bfloat16_where_it_multiplies_them(monkeypatch, units, expected):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: units)
     assert dtype_of("auto", "cpu") == expected
 
 
@@ -21,17 +21,23 @@ def test_auto_on_a_gpu_is_bfloat16_where_it_multiplies_them(monkeypatch, support
 
 @pytest.mark.parametrize(
     "capabilities, kernels, expected",
-    [({"amx_bf16": True}, "AVX512", True), ({"amx_bf16": True}, "DEFAULT", False), ({}, "AVX2", False)],
+    [
+        ({"amx_bf16": True}, "AVX512", True),
+        ({"avx512_bf16": True}, "AVX512", True),
+        ({"amx_bf16": True}, "DEFAULT", False),
+        ({"avx512_f": True, "avx512_bf16": False}, "AVX512", False),
+        ({}, "AVX2", False),
+    ],
 )
-def test_matrix_units_count_where_torch_uses_them(monkeypatch, capabilities, kernels, expected):
+def test_instructions_count_where_torch_uses_them(monkeypatch, capabilities, kernels, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
-    assert has_matrix_units() is expected
+    assert multiplies_bfloat16() is expected
 
 
 def test_a_torch_that_does_not_tell_has_none(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not has_matrix_units()
+    assert not multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("word, name", [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
