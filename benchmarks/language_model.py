@@ -221,14 +221,14 @@ def step(args: BenchmarkArguments) -> dict:
 
 
 def decode(args: BenchmarkArguments) -> dict:
-    from benchmarks import language_model_decode
+    from benchmarks.language_model_parts import answers
 
     lm = load_model(args)
     if args.random:
-        prompts = language_model_decode.random_prompts(lm.config.vocab_size)
+        prompts = answers.random_prompts(lm.config.vocab_size)
     else:
-        prompts = language_model_decode.real_prompts(args.folder, args.data)
-    return language_model_decode.decode(lm, prompts, args.n_docs, args.asked)
+        prompts = answers.real_prompts(args.folder, args.data)
+    return answers.decode(lm, prompts, args.n_docs, args.asked)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rag.errors import UserError
 from tests.conftest import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "machine.py")
-OF_A_GPU = sorted(f"gpu_parts/{path.name}" for path in (ROOT / "benchmarks" / "gpu_parts").glob("[!_]*.py"))
+PARTS = sorted(f"{path.parent.name}/{path.name}" for path in (ROOT / "benchmarks").glob("*_parts/[!_]*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -30,7 +30,7 @@ def test_it_starts_from_anywhere(script, tmp_path):
     assert "--short" in shown
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *OF_A_GPU])
+@pytest.mark.parametrize("script", [*SCRIPTS, *PARTS])
 def test_all_it_imports_of_the_package_is_there(script):
     """Where it is used, behind the flags: what moved to another room would end the benchmark in the middle."""
     tree = ast.parse((ROOT / "benchmarks" / script).read_text())

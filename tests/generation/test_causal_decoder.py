@@ -12,7 +12,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, RagSequenceForGeneration, RagTokenForGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from benchmarks import language_model, language_model_decode
+from benchmarks import language_model
+from benchmarks.language_model_parts.answers import Sides
 from rag.generation import causal_decoder, decoding
 from rag.generation.answering import answering_model
 from rag.generation.causal_cache import HeadCache
@@ -398,7 +399,7 @@ def test_benchmark_compares_and_ends_where_answers_differ(monkeypatch):
     args = language_model.parse_args(["--part", "decode", "--short", "--n_docs", "3"])
     result = language_model.main(args)
     assert (result["same"], result["asked"]) == (1, 1) and result["speed"] > 0 < result["second"]
-    ours = language_model_decode.Sides.ours
-    monkeypatch.setattr(language_model_decode.Sides, "ours", lambda *given: ours(*given)[:-1])
+    ours = Sides.ours
+    monkeypatch.setattr(Sides, "ours", lambda *given: ours(*given)[:-1])
     with pytest.raises(SystemExit, match="in float64 too"):
         language_model.main(args)

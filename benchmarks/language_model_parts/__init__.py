@@ -1,0 +1,1 @@
+"""What `language_model.py` measures beside a training step."""
