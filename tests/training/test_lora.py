@@ -492,7 +492,7 @@ def train_quantized(bits, base, knowledge, data_dir, tmp_path, *further):
     message = f"was trained beside weights in {bits}; give --load_in_{bits}, or merge"
     with pytest.raises(UserError, match=message):
         run(whole / "checkpoint2", data_dir, tmp_path / "other", *search, *LORA, *further)
-    run(whole / "checkpoint2", data_dir, tmp_path / "other", *flags, "--max_steps", 1)
+    run(whole / "checkpoint2", data_dir, tmp_path / "other", *flags, "--max_steps", 1, "--bf16")
     resumed = ["--resume_from_checkpoint", whole / "checkpoint1.ckpt", "--do_predict"]
     run(base, data_dir, tmp_path / "resumed", *flags, *resumed)
     again = weights_of(tmp_path / "resumed" / "last.ckpt")
