@@ -22,9 +22,10 @@ def answering_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     generator = model if rag is None else rag.generator
     # What `deepcopy` finds here it does not copy: neither large tensors twice, nor what is shared at all.
     copies: dict[int, object] = {}
-    for weight in generator.parameters():
-        is_cast = weight.is_floating_point()  # what is quantized is shared
-        copies[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False) if is_cast else weight
+    quantized = [part for part in generator.modules() if any(map(_is_packed, part.parameters(recurse=False)))]
+    copies |= {id(part): part for part in quantized}
+    for weight in (weight for weight in generator.parameters() if not _is_packed(weight)):
+        copies[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     for buffer in generator.buffers():
         copies[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     if rag is not None:
@@ -36,3 +37,8 @@ def answering_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     answering.rag.generator.eval()
     answering.training = answering.rag.training = False  # the shared question encoder goes on as it is
     return answering
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    """Whether it is quantized: of no use in another dtype."""
+    return not weight.is_floating_point()

@@ -146,6 +146,12 @@ def base_of_run(args: FinetuneArguments) -> Base:
             f"{MODEL_FLAG} {path} was trained beside weights in {earlier.quantization or 'full precision'}; {remedy}, "
             "or merge its adapters first (consolidate_rag_checkpoint.py --merge_adapters)"
         )
+    if earlier is not None and args.model.lora_r is not None and any(".generator." in name for name in earlier.changed):
+        # They would be written again, and may be held in half precision or quantized by now.
+        raise UserError(
+            f"{MODEL_FLAG} {path} has a generator that was trained in full, which adapters cannot be added to as it is;"
+            " make it a whole checkpoint first (consolidate_rag_checkpoint.py --merge_adapters)"
+        )
     return base_of(path, kind, cache_dir)
 
 
