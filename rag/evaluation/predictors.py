@@ -81,7 +81,7 @@ def load_predictor(
         return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
     model = model.to(where, dtype)
     require_runs(model, tokenizer, source, **generation_kwargs(plan, model.generator))
-    cache = {} if model.generator.config.is_encoder_decoder else {"head_cache": HeadCache()}
+    cache: dict[str, Any] = {} if model.generator.config.is_encoder_decoder else {"head_cache": HeadCache()}
     return partial(answer_from_passages, plan, model, retriever, **cache), index
 
 
