@@ -26,7 +26,7 @@ quickstart: $(SETUP) ## build, finetune and measure a RAG model offline on CPU (
 	$(BIN)/python -m quickstart
 
 # DATA_DIR: a folder of real questions (quickstart/questions.py); left out, ../shared/data or else the suite's own.
-quickstart-llm: $(SETUP) ## the same with a small language model that answers real questions (half an hour)
+quickstart-llm: $(SETUP) ## the same with a small language model that answers real questions
 	$(BIN)/python -m quickstart.language_model $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 # Two calls: in the first no test sees a GPU, so that each does the same on every machine.

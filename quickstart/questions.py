@@ -36,8 +36,8 @@ NEEDED = (
 )
 OPTIONAL = ("train.qa", "val.qa")
 # Of a sample: questions of each split, and passages beside those that answer them.
-SAMPLE = {"train": 8, "val": 4, "test": 8}
-SAMPLED_PASSAGES = 40
+SAMPLE = {"train": 4, "val": 2, "test": 5}
+SAMPLED_PASSAGES = 20
 
 Passages = list[tuple[str, str]]  # title and text of each
 

@@ -37,9 +37,9 @@ def test_a_data_folder_is_taken_whole(real, tmp_path):
 
 def test_a_sample_has_the_passages_that_answer(real, tmp_path):
     data = write_data(find_source(str(real)), tmp_path / "data", sample=True)
-    assert [len(read_lines(data.folder / f"{split}.source")) for split in ("train", "val", "test")] == [8, 4, 8]
+    assert [len(read_lines(data.folder / f"{split}.source")) for split in ("train", "val", "test")] == [4, 2, 5]
     titles = [title for title, _ in read_passages(data.passages, ReadingOptions("none"))]
-    assert len(titles) == 48 and titles[:8] == read_lines(data.folder / "test.pages")
+    assert len(titles) == 25 and titles[:5] == read_lines(data.folder / "test.pages")
 
 
 def test_the_suites_own_questions_take_the_place(tmp_path, monkeypatch, capsys):
