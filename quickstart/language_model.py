@@ -45,7 +45,7 @@ FINETUNING = {
     "num_sanity_val_steps": 0,
     "precision": "auto",  # bfloat16 where the machine multiplies it fast
 }
-ANSWERING = {"num_beams": 4, "max_length": 16, "eval_batch_size": 8}
+ANSWERING = {"num_beams": 4, "max_length": 16, "eval_batch_size": 24}
 N_DOCS = 3  # passages that answers are found in
 SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "train_batch_size": 2, "n_val": 2}
 METRICS = {"precision_at_1": "precision@1", "precision_at_5": "precision@5", "em": "EM", "f1": "F1"}
