@@ -193,8 +193,10 @@ class GenerativeQAModule(BaseTransformer):
             self.retriever.init_retrieval()
 
     def on_fit_start(self) -> None:
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and has_adapters(self.generator):
+        plugin, is_frozen = self.trainer.precision_plugin, self.args.model.freeze_generator
+        is_frozen = is_frozen or has_adapters(self.generator)
+        is_written = self.base is not None and any(".generator." in name for name in self.base.changed)
+        if isinstance(plugin, MixedPrecision) and is_frozen and not is_written:
             hold_frozen_weights(self.generator, HALVES[plugin.precision])
 
     def train(self, mode: bool = True):
