@@ -28,9 +28,9 @@ from rag.files import atomic_folder, read_lines, save_json
 # the answers of nq_gold's train and val questions.
 SCORE_SCALE = 20
 FINETUNING = {
-    "n_docs": 2,
+    "n_docs": 1,  # the first passage holds the answer nine times in ten: twice as many questions in the same time
     "train_batch_size": 8,
-    "max_steps": 220,  # one validation, at the end, before the epoch is over
+    "max_steps": 250,  # one validation, at the end, before the epoch is over
     "max_time": "00:00:14:00",  # on a slower machine fewer
     "learning_rate": 7e-4,
     "warmup_steps": 10,
