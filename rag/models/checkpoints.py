@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -419,7 +420,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.contiguous().numpy())
+        digest.update(weight.flatten().contiguous().view(torch.uint8).numpy())  # NumPy knows no bfloat16
     for file in code_files(model):
         digest.update(file.read_bytes())
     return digest.hexdigest()
