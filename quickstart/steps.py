@@ -6,6 +6,7 @@ with steps("Knowledge", folder / "knowledge" / "index.json"):
 steps.total_seconds, steps.peak_memory_mb
 """
 
+import gc
 import importlib
 import json
 import resource
@@ -26,7 +27,10 @@ def run(script: str, **flags: Any) -> Any:
     argv = as_words(flags)
     print(f"$ python {'-m ' + script if '.' in script else script + '.py'} {shlex.join(argv)}", flush=True)
     module = importlib.import_module(script)
-    return module.main(module.parse_args(argv))
+    try:
+        return module.main(module.parse_args(argv))
+    finally:
+        gc.collect()  # models and caches in circles would stay beside the next script's
 
 
 def as_words(flags: dict[str, Any]) -> list[str]:
