@@ -53,6 +53,16 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a GPU that it can see: `make test-cuda`, and `make test` where there is one")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_bfloat16_units():
+    """`--precision auto` is float32 in this process, whatever the machine has: vectors are the same on every one."""
+    from rag.models import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "multiplies_bfloat16", lambda: False)
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
     """The workers of `-n auto`: one for each core that this process may use, if there is memory for it."""
