@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, RagConfig
 
 from rag.errors import UserError, one_line, raise_problems
 from rag.models.custom_code import code_files
-from rag.models.prompts import read_template, settle_language_model
+from rag.models.prompts import PLAIN_CLOSED_BOOK, settle_language_model
 
 logger = logging.getLogger(__name__)
 
@@ -125,20 +125,17 @@ def _unknown_tokens(generator: PreTrainedModel, source: str) -> list[str]:
     return list(problems.values())
 
 
-def settle_prompt(model: PreTrainedModel, tokenizer: Any, source: str, template: str | None = None) -> None:
+def settle_prompt(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
     """Give a bare causal language model the prompt that it reads questions in, and its tokenizer; others stay as is.
 
+    It is the one that the model's checkpoint keeps, else the plain one.
+
     Args:
-        template: as `read_template`'s name; None for the one that its checkpoint keeps, else "plain".
         source: the flag that named the tokenizer, and its value.
     """
-    config = model.config
-    if config.is_encoder_decoder:
-        return
-    text = getattr(config, "prompt_template", None) if template is None else None
-    if text is None:
-        text = read_template(template or "plain", tokenizer, source, closed_book=True)
-    settle_language_model(model, tokenizer, text, source)
+    if not model.config.is_encoder_decoder:
+        template = getattr(model.config, "prompt_template", None) or PLAIN_CLOSED_BOOK
+        settle_language_model(model, tokenizer, template, source)
 
 
 def complete_start(model: PreTrainedModel, tokenizer: Any, source: str) -> None:

@@ -24,7 +24,6 @@ from rag.models.tokens import reading, token_rows
 PLAIN = "Title: {title}\nPassage: {text}\nQuestion: {question}\nAnswer:"
 PLAIN_CLOSED_BOOK = "Question: {question}\nAnswer:"
 CHAT = "{title}\n{text}\n\nAnswer the question with a few words of this passage.\nQuestion: {question}"
-CHAT_CLOSED_BOOK = "Answer the question with a few words.\nQuestion: {question}"
 TEMPLATE, CONTROL_TOKENS = "prompt_template", "control_tokens"  # attributes that `with_template` gives a tokenizer
 PLACEHOLDER = re.compile(r"\{(title|text|question)\}")
 
@@ -38,38 +37,37 @@ class Template:
     end: str  # what an answer stands behind; never empty
 
 
-def read_template(name: str, tokenizer: Any, source: str, closed_book: bool = False) -> str:
-    """The text of a template, with its placeholders.
+def read_template(name: str, tokenizer: Any, source: str) -> str:
+    """The text of a RAG model's template, with its placeholders.
 
     Args:
         name: "plain", "chat" for the tokenizer's own chat template, or the path of a file.
         source: the flag that named the tokenizer, and its value.
-        closed_book: without a passage.
 
     Raises:
         UserError: the tokenizer has no chat template, there is no such file, or a placeholder is missing.
     """
     if name == "plain":
-        return PLAIN_CLOSED_BOOK if closed_book else PLAIN
+        return PLAIN
     if name == "chat":
-        return _chat_template(tokenizer, CHAT_CLOSED_BOOK if closed_book else CHAT, source)
+        return _chat_template(tokenizer, source)
     flag = f"--prompt_template {name}"
     if not Path(name).is_file():
         raise UserError(f"{flag} is not a file; give plain, chat or the path of a file with {{text}} and {{question}}")
     text = "\n".join(read_lines(name))
-    if problem := template_problem(text, closed_book):
+    if problem := template_problem(text):
         raise UserError(f"{flag}: {problem}")
     return text
 
 
-def _chat_template(tokenizer: Any, request: str, source: str) -> str:
-    """A request as the chat template puts it, up to where the assistant's answer begins."""
+def _chat_template(tokenizer: Any, source: str) -> str:
+    """The request as the chat template puts it, up to where the assistant's answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"--prompt_template chat: {source}: its tokenizer has no chat template; give plain, or a file of your own"
         )
-    text = _render(tokenizer, [{"role": "user", "content": request}], source, add_generation_prompt=True)
-    if problem := template_problem(text, closed_book="{text}" not in request):
+    text = _render(tokenizer, [{"role": "user", "content": CHAT}], source, add_generation_prompt=True)
+    if problem := template_problem(text):
         raise UserError(f"--prompt_template chat: {source}: its chat template leaves out the request ({problem})")
     return text
 
