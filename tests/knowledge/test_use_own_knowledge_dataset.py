@@ -87,7 +87,7 @@ def test_passages_index_and_description(flags, tmp_path, capsys):
 
 
 def test_a_passage_is_found_by_its_own_vector(flags, context_encoder_folder, bert_tokenizer):
-    knowledge = run(flags | {"--precision": "fp32"})
+    knowledge = run(flags)
     index = faiss.read_index(knowledge.index_path)
     encoder = load_encoder(str(context_encoder_folder), "context").double()
     for row, (title, text) in enumerate(PASSAGES):
