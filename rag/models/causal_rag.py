@@ -32,7 +32,21 @@ def _parts(config: Any, question_encoder: Any, generator: Any) -> tuple[PreTrain
     return question_encoder, generator
 
 
-class RagSequenceForCausalLM(RagSequenceForGeneration):
+class _OfLanguageModel:
+    """What both have in the place of transformers' own: parts of other classes, and no way to run by themselves."""
+
+    def __init__(self, config=None, question_encoder=None, generator=None, retriever=None, **kwargs):
+        parts = _parts(config, question_encoder, generator)
+        super().__init__(config, *parts, retriever, **kwargs)  # type: ignore[call-arg]  # of transformers' class
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(NOT_HERE)
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(NOT_HERE)
+
+
+class RagSequenceForCausalLM(_OfLanguageModel, RagSequenceForGeneration):
     """log p(y|x) = log sum_z p(z|x) prod_t p(y_t | prompt(x, z), y_<t).
 
     Args:
@@ -42,27 +56,9 @@ class RagSequenceForCausalLM(RagSequenceForGeneration):
         retriever: a `RagRetriever`, or None.
     """
 
-    def __init__(self, config=None, question_encoder=None, generator=None, retriever=None, **kwargs):
-        super().__init__(config, *_parts(config, question_encoder, generator), retriever, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(NOT_HERE)
-
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(NOT_HERE)
-
-
-class RagTokenForCausalLM(RagTokenForGeneration):
+class RagTokenForCausalLM(_OfLanguageModel, RagTokenForGeneration):
     """log p(y|x) = sum_t log sum_z p(z|x) p(y_t | prompt(x, z), y_<t); arguments as `RagSequenceForCausalLM`'s."""
-
-    def __init__(self, config=None, question_encoder=None, generator=None, retriever=None, **kwargs):
-        super().__init__(config, *_parts(config, question_encoder, generator), retriever, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(NOT_HERE)
-
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(NOT_HERE)
 
 
 CAUSAL_CLASSES = {"rag_sequence": RagSequenceForCausalLM, "rag_token": RagTokenForCausalLM}
