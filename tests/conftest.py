@@ -126,6 +126,13 @@ def t5_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer(specials, "$A </s>"), **specials)
 
 
+def saved(model, tokenizer, folder: Path) -> Path:
+    """The folder, with both in it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _dpr_config(vocabulary: int):
     from transformers import DPRConfig
 
@@ -160,10 +167,7 @@ def context_encoder_folder(bert_tokenizer, question_encoder, tmp_path_factory) -
 
 @pytest.fixture(scope="session")
 def question_encoder_folder(bert_tokenizer, question_encoder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("question_encoder")
-    question_encoder.save_pretrained(folder)
-    bert_tokenizer.save_pretrained(folder)
-    return folder
+    return saved(question_encoder, bert_tokenizer, tmp_path_factory.mktemp("question_encoder"))
 
 
 @pytest.fixture(scope="session")
@@ -183,10 +187,7 @@ def bart(bart_tokenizer):
 
 @pytest.fixture(scope="session")
 def bart_folder(bart, bart_tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bart")
-    bart.save_pretrained(folder)
-    bart_tokenizer.save_pretrained(folder)
-    return folder
+    return saved(bart, bart_tokenizer, tmp_path_factory.mktemp("bart"))
 
 
 @pytest.fixture(scope="session")
@@ -205,10 +206,7 @@ def t5(t5_tokenizer):
 
 @pytest.fixture(scope="session")
 def t5_folder(t5, t5_tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("t5")
-    t5.save_pretrained(folder)
-    t5_tokenizer.save_pretrained(folder)
-    return folder
+    return saved(t5, t5_tokenizer, tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="session")
@@ -242,10 +240,7 @@ def llama(llama_tokenizer):
 
 @pytest.fixture(scope="session")
 def llama_folder(llama, llama_tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    llama.save_pretrained(folder)
-    llama_tokenizer.save_pretrained(folder)
-    return folder
+    return saved(llama, llama_tokenizer, tmp_path_factory.mktemp("llama"))
 
 
 def write_index(factory: str, vectors, path: Path) -> None:
