@@ -25,6 +25,22 @@ def run(model, data_dir, output_dir, *flags):
     return finetune_rag.main(finetune_rag.parse_args([str(word) for word in words]))
 
 
+def run_killed_at(monkeypatch, global_step: int, *words) -> None:
+    """The same, ended by an error in the training step of this number."""
+    from rag.training.qa_module import GenerativeQAModule
+
+    step = GenerativeQAModule.training_step
+
+    def die(module, batch, batch_idx):
+        if module.global_step == global_step:
+            raise MemoryError("killed")
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(GenerativeQAModule, "training_step", die)
+        run(*words)
+
+
 @pytest.fixture(scope="module")
 def model_folder(checkpoint):
     return checkpoint("rag_sequence", "bart")
@@ -64,23 +80,8 @@ def test_the_same_command_goes_on_where_it_was_killed(frozen, model_folder, data
     if frozen:
         request.getfixturevalue("ahead")
 
-    from rag.training.qa_module import GenerativeQAModule
-
-    step = GenerativeQAModule.training_step
-    for deadly in (
-        1,
-        4,
-    ):  # in the middle of the first epoch, and at the start of the third, each epoch having two steps
-
-        def die(module, batch, batch_idx, deadly=deadly):
-            if module.global_step == deadly:
-                raise MemoryError("killed")
-            return step(module, batch, batch_idx)
-
-        monkeypatch.setattr(GenerativeQAModule, "training_step", die)
-        with pytest.raises(MemoryError):
-            run(model_folder, data_dir, killed, *flags)
-    monkeypatch.setattr(GenerativeQAModule, "training_step", step)
+    for deadly in (1, 4):  # in the middle of the first epoch, and at the start of the third, each of two steps
+        run_killed_at(monkeypatch, deadly, model_folder, data_dir, killed, *flags)
     run(model_folder, data_dir, killed, *flags)
 
     validations = {folder: load_json(folder / "metrics.json")["val"] for folder in (whole, killed)}

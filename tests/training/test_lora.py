@@ -18,7 +18,7 @@ from rag.training.qa_module import GenerativeQAModule
 from tests.conftest import assert_equal_but_for_rounding
 from tests.distributed.many_ranks import run_ranks
 from tests.training.rank_runs import TOLERANCE, assert_same, outcome, train, two_ranks
-from tests.training.test_finetune_rag import SMALL, run
+from tests.training.test_finetune_rag import SMALL, run, run_killed_at
 
 LORA = ["--lora_r", 4]
 
@@ -148,18 +148,8 @@ def test_a_killed_run_goes_on_to_the_same_end(generator, parts, checkpoint, data
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = [*LORA, *parts, "--lora_dropout", 0.2, "--num_train_epochs", 3, "--save_interval", 1e-6]
     run(model_folder, data_dir, whole, *flags)
-    step = GenerativeQAModule.training_step
     for deadly in (1, 4):
-
-        def die(module, batch, batch_idx, deadly=deadly):
-            if module.global_step == deadly:
-                raise MemoryError("killed")
-            return step(module, batch, batch_idx)
-
-        monkeypatch.setattr(GenerativeQAModule, "training_step", die)
-        with pytest.raises(MemoryError):
-            run(model_folder, data_dir, killed, *flags)
-    monkeypatch.setattr(GenerativeQAModule, "training_step", step)
+        run_killed_at(monkeypatch, deadly, model_folder, data_dir, killed, *flags)
     (killed / "checkpoint1" / "generator_adapter" / "adapter_model.safetensors").write_bytes(b"")
     shutil.rmtree(killed / "checkpoint2")
     run(model_folder, data_dir, killed, *flags)
