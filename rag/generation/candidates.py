@@ -42,19 +42,26 @@ class Candidates:
 
     tokens: np.ndarray  # (Q, C, T) int64, padded; in the order in which they were found
     lengths: np.ndarray  # (Q, C) tokens, two at least; 0 where a question has fewer candidates
-    proposals: np.ndarray  # (Q, n_docs * num_beams) which candidate a document's beam found; -1: there is no document
+    proposals: np.ndarray  # (Q, n_docs * num_beams) which candidate a document's beam found; -1: none
     slots: np.ndarray  # (D) int64, ascending: where each document stands among all questions' n_docs
 
     n_docs: int
     pad_token_id: int
 
     @classmethod
-    def of(cls, sequences: np.ndarray, slots: np.ndarray, n_docs: int, pad_token_id: int) -> "Candidates":
-        """Of the beams' sequences (D, num_beams, T), padded; the decoder's first token and one more always stay."""
+    def of(
+        cls, sequences: np.ndarray, slots: np.ndarray, n_docs: int, pad_token_id: int, is_one: np.ndarray | None = None
+    ) -> "Candidates":
+        """Of the beams' sequences (D, num_beams, T), padded; the decoder's first token and one more always stay.
+
+        Args:
+            is_one: (D, num_beams) bool, one of a question at least; None for all.
+        """
         _, beams, longest = sequences.shape
         question_of = slots // n_docs
         questions = int(question_of[-1]) + 1
-        asker, sequences = question_of.repeat(beams), sequences.reshape(-1, longest)
+        is_one = np.ones(sequences.shape[:2], dtype=bool) if is_one is None else is_one
+        asker, sequences = question_of.repeat(is_one.sum(1)), sequences[is_one]
         first, inverse = distinct_rows(np.concatenate([asker[:, None], sequences], 1))
         order = np.argsort(first)  # by question, and there as they were found
         owner = asker[first[order]]
@@ -66,8 +73,10 @@ class Candidates:
         lengths[owner, place] = np.maximum(2, np.where(is_word, np.arange(1, longest + 1), 0).max(-1))
         place_of = np.empty_like(place)
         place_of[order] = place
+        own = np.full(is_one.shape, -1, dtype=np.int64)
+        own[is_one] = place_of[inverse]
         proposals = np.full((questions * n_docs, beams), -1, dtype=np.int64)
-        proposals[slots] = place_of[inverse].reshape(-1, beams)
+        proposals[slots] = own
         return cls(tokens[..., : lengths.max()], lengths, proposals.reshape(questions, -1), slots, n_docs, pad_token_id)
 
     def only(self, is_kept: np.ndarray) -> "Candidates":

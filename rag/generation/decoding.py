@@ -11,7 +11,7 @@ those of all questions and documents in a single pass.
 
 A causal language model's contexts are prompts without their last token, which is the decoder's start token. It keeps
 their keys and values, those of a passage once for all prompts that begin with it. Its candidates are scored where the
-search itself does not tell already which one is the best (bounds.py).
+search itself does not tell already which one is the best, and a search ends where nothing better can come (bounds.py).
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForGeneration
 
-from rag.generation.bounds import States, may_be_best
+from rag.generation.bounds import Bounds
 from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs, memory_of
 from rag.generation.causal_cache import HeadCache
 from rag.generation.causal_decoder import CausalDecoder
@@ -140,14 +140,18 @@ def _sequence_answers(
         head_lengths = None if head_lengths is None else head_lengths[present]
     memory = read(decoder, *contexts, head_lengths, head_cache)
     doc_log_probs = log_softmax(doc_scores, -1)
-    states = States() if thorough and isinstance(decoder, CausalDecoder) else None
-    found = Search(generator, settings, decoder, memory, contexts[0], states=states).run()
-    candidates = Candidates.of(found.sequences.cpu().numpy(), present, doc_scores.shape[1], decoder.pad)
+    bounds = None
+    if thorough and isinstance(decoder, CausalDecoder):
+        slots = torch.from_numpy(present).to(doc_scores.device)
+        bounds = Bounds(slots, doc_log_probs, decoder, settings["num_beams"], rows)
+    found = Search(generator, settings, decoder, memory, contexts[0], bounds=bounds).run()
+    sequences, is_one = found.sequences.cpu().numpy(), found.is_one.cpu().numpy()
+    candidates = Candidates.of(sequences, present, doc_scores.shape[1], decoder.pad, is_one)
     if not thorough:
         return candidates.best(beam_scores(candidates, found.log_probs, doc_log_probs), rows, distinct)
-    if states is None:
+    if bounds is None:
         return candidates.best(marginal_log_probs(decoder, memory, candidates, doc_log_probs, bos), rows, distinct)
-    candidates = candidates.only(may_be_best(candidates, states, decoder, doc_log_probs, rows))
+    candidates = candidates.only(bounds.may_be_best(candidates).cpu().numpy())
     return candidates.best(_scores_of_several(decoder, memory, candidates, doc_log_probs), rows, distinct)
 
 

@@ -10,25 +10,50 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers.generation import (
     EosTokenCriteria,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     GenerationConfig,
     GenerationMode,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
 )
 
-from rag.generation.beams import BeamSearch
+from rag.generation.beams import Beams, BeamSearch, GreedySearch
 from rag.generation.pace import Watch, pace_of
 from rag.generation.token_trees import Past
+
+# Rules on tokens by which no log-probability rises above 0.
+ONLY_LOWER = {
+    MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor, SuppressTokensAtBeginLogitsProcessor,
+}  # fmt: skip
 
 
 @dataclass
 class Found:
-    """The sequences of the search: (items, num_beams, max_length), best first, and their log-probabilities."""
+    """The sequences of the search: (items, num_beams, max_length), best first, and their log-probabilities.
+
+    Where a search ended early, since its question was decided, some are none.
+    """
 
     sequences: torch.Tensor
     log_probs: torch.Tensor
+    is_one: torch.Tensor  # (items, num_beams) bool
+
+    def note(self, beams: Beams, rules: BeamSearch, ended_early: torch.Tensor) -> None:
+        """What has been found for the items of the beams."""
+        self.sequences[beams.item], self.log_probs[beams.item] = beams.sequences, rules.log_probs(beams)
+        self.is_one[beams.item] = beams.finished | ~ended_early[:, None]
 
 
 class Search:
@@ -38,12 +63,12 @@ class Search:
     next token's probability is the mean over its documents.
 
     Args:
-        states: where to note what is known of each document's beginnings; None for nowhere.
+        bounds: of the sequences' scores under all documents (RAG-Sequence); None where nobody asks.
     """
 
-    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None, states=None):
+    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None, bounds=None):
         self.owner, self.decoder, self.memory, self.context_input_ids = owner, decoder, memory, context_input_ids
-        self.doc_log_probs, self.states = doc_log_probs, states
+        self.doc_log_probs, self.bounds = doc_log_probs, bounds
         self.documents = 1 if doc_log_probs is None else doc_log_probs.shape[1]  # of an item
         self.items = len(context_input_ids) // self.documents
         self.device = context_input_ids.device
@@ -61,9 +86,50 @@ class Search:
         self.ancestors: torch.Tensor | None = None  # (I, N, tokens in self.past)
         self.own = {n: torch.eye(n, dtype=torch.bool, device=self.device) for n in {1, self.config.num_beams}}
         self.processors = self._processors()
+        # Bounds of what may come are made of what is: no rule may make it more.
+        self.decides = bounds is not None and bounds.rows == 1 and all(type(p) in ONLY_LOWER for p in self.processors)
 
     def run(self) -> Found:
-        return self._beam_search() if self.config.num_beams > 1 else self._greedy_search()
+        rules, bounds, longest = self._rules(), self.bounds, self.config.max_length
+        noted = (0,) if bounds is None else bounds.noted
+        beams = rules.start(self.items, self.start_token_id, self.decoder.pad, self.decoder.dtype, self.device, noted)
+        found = Found(beams.sequences.clone(), beams.scores.clone(), beams.finished.clone())
+        for length in range(1, longest):
+            nodes = 1 if length == 1 else rules.num_beams  # all beams start alike
+            prefixes, parents = beams.running[:, :nodes, :length], beams.parents[:, :nodes]
+            scores = self._step(prefixes[..., -1], parents)
+            log_probs = scores if self.doc_log_probs is not None else log_softmax(scores, -1)
+            if bounds is not None:
+                bounds.begin(beams.item, prefixes[..., -1], parents, log_probs)
+            scores = log_probs if rules.reads_log_probs else scores
+            scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
+            beams = rules.advance(beams, scores, length, self.stops, None if bounds is None else bounds.gains)
+            over = rules.is_over(beams)
+            is_decided = torch.zeros_like(over)
+            if bounds is not None:
+                bounds.note(beams, over, rules.stays(beams, length))
+                is_decided = bounds.decided(beams.item) if self.decides else is_decided
+            if (rows := self._rows_left(over | is_decided)) is None:
+                continue
+            if not len(rows):
+                break
+            found.note(beams, rules, is_decided)
+            beams, is_decided = beams.select(rows), is_decided[rows]
+            self._keep(rows)
+        found.note(beams, rules, is_decided)
+        return found
+
+    def _rules(self) -> BeamSearch:
+        config = self.config
+        if config.num_beams == 1:
+            return GreedySearch(max_length=config.max_length)
+        return BeamSearch(
+            num_beams=config.num_beams,
+            max_length=config.max_length,
+            end_tokens=0 if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).numel(),
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+        )
 
     def _processors(self) -> LogitsProcessorList:
         return self.owner._get_logits_processor(
@@ -88,7 +154,6 @@ class Search:
             item_of = torch.arange(len(self.memory.mask), device=self.device) // self.documents
             tokens, own = tokens[item_of], own[item_of]
         hidden = self.decoder.decode(tokens, depths, own, self.memory, self.past)
-        self.hidden = hidden
         logits = self.decoder.logits(hidden)  # (I * documents, N, vocabulary)
         return logits if self.doc_log_probs is None else self._over_documents(logits)
 
@@ -126,66 +191,6 @@ class Search:
             self.doc_log_probs = self.doc_log_probs[rows]
         if self.config.encoder_repetition_penalty not in (None, 1.0) or self.config.encoder_no_repeat_ngram_size:
             self.processors = self._processors()  # the only ones that hang on the contexts
-
-    def _greedy_search(self) -> Found:
-        sequences = torch.full((self.items, self.config.max_length), self.decoder.pad, device=self.device)
-        sequences[:, 0] = self.start_token_id
-        log_probs = torch.zeros(self.items, dtype=self.decoder.dtype, device=self.device)
-        alive = torch.arange(self.items, device=self.device)
-        over = torch.zeros_like(alive, dtype=torch.bool)
-        for length in range(1, self.config.max_length):
-            prefixes = sequences[alive, :length]
-            scores = self._step(prefixes[:, -1:], torch.zeros_like(alive)[:, None])
-            if self.states is not None:
-                self.states.note(alive, prefixes[:, None], self.hidden, scores, log_softmax(scores, -1))
-            scores = self.processors(prefixes, scores.squeeze(1))  # (I, vocabulary)
-            tokens = scores.argmax(-1)
-            sequences[alive, length] = tokens.masked_fill(over, self.decoder.pad)
-            gained = log_softmax(scores, -1).gather(1, tokens[:, None]).squeeze(1)
-            log_probs[alive] += gained.masked_fill(over, 0.0)
-            over = over | self.stops(sequences[alive, : length + 1], None)
-            if (rows := self._rows_left(over)) is None:
-                continue
-            if not len(rows):
-                break
-            alive, over = alive[rows], over[rows]
-            self._keep(rows)
-        return Found(sequences[:, None], log_probs[:, None])
-
-    def _beam_search(self) -> Found:
-        config = self.config
-        search = BeamSearch(
-            num_beams=config.num_beams,
-            max_length=config.max_length,
-            end_tokens=0 if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).numel(),
-            length_penalty=config.length_penalty,
-            early_stopping=config.early_stopping,
-        )
-        beams = search.start(self.items, self.start_token_id, self.decoder.pad, self.decoder.dtype, self.device)
-        found = Found(beams.sequences.clone(), beams.scores.clone())
-        for length in range(1, config.max_length):
-            nodes = 1 if length == 1 else config.num_beams  # all beams start alike
-            prefixes = beams.running[:, :nodes, :length]
-            scores = self._step(prefixes[..., -1], beams.parents[:, :nodes])
-            if self.doc_log_probs is None:
-                logits, scores = scores, log_softmax(scores, -1)
-                if self.states is not None:
-                    self.states.note(beams.item, prefixes, self.hidden, logits, scores)
-            scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
-            beams = search.advance(beams, scores, length, self.stops)
-            if (rows := self._rows_left(search.is_over(beams))) is None:
-                continue
-            if not len(rows):
-                break
-            _note(found, search, beams)
-            beams = beams.select(rows)
-            self._keep(rows)
-        _note(found, search, beams)
-        return found
-
-
-def _note(found: Found, search: BeamSearch, beams) -> None:
-    found.sequences[beams.item], found.log_probs[beams.item] = beams.sequences, search.log_probs(beams)
 
 
 def _generation_config(owner, settings: dict, device) -> GenerationConfig:

@@ -14,8 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from benchmarks import language_model
 from benchmarks.language_model_parts.answers import Sides
-from rag.generation import causal_decoder, decoding
+from rag.generation import causal_decoder
 from rag.generation.answering import answering_model
+from rag.generation.bounds import Bounds
 from rag.generation.causal_cache import HeadCache
 from rag.generation.decoding import answer_prompts, generate_answers
 from rag.generation.pace import PACES, Pace
@@ -225,33 +226,62 @@ def test_rag_token_is_a_search_over_the_means(family, num_beams):
 @pytest.mark.parametrize(
     "settings",
     [
+        {},
+        {"num_beams": 1},
         {"num_return_sequences": 3},
         {"num_return_sequences": 3, "do_deduplication": False},
         {"min_length": 6},
         {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
         {"length_penalty": 2.0, "early_stopping": "never"},
     ],
-    ids=lambda settings: "-".join(settings),
+    ids=lambda settings: "-".join(settings) or "plain",
 )
-def test_what_cannot_be_the_best_is_left_out_and_nothing_else(family, settings, monkeypatch):
-    """With bounds and without the same rows, in the same order, whatever the rules of the search."""
+@pytest.mark.parametrize("sharpness", [1, 4])
+def test_what_cannot_be_the_best_is_left_out_and_nothing_else(family, settings, sharpness, monkeypatch):
+    """With bounds and without the same rows, in the same order, whatever the rules of the search; in fewer steps."""
     model = make_rag(RagSequenceForGeneration, make_lm(family))
-    left_out, may_be_best = [], decoding.may_be_best
+    left_out, may_be_best, steps = [], Bounds.may_be_best, {"with": 0, "without": 0}
 
-    def noted(candidates, *args):
-        kept = may_be_best(candidates, *args)
+    def noted(bounds, candidates):
+        kept = may_be_best(bounds, candidates)
         left_out.append(int((candidates.lengths > 0).sum() - kept.sum()))
         return kept
 
-    for seed in range(3):
+    @contextmanager
+    def counting(side, **methods):
+        with monkeypatch.context() as patch:
+            for name, method in methods.items():
+                patch.setattr(Bounds, name, method)
+            begin = Bounds.begin
+
+            def counted(*args):
+                steps[side] += 1
+                begin(*args)
+
+            patch.setattr(Bounds, "begin", counted)
+            yield
+
+    def all_of_them(bounds, candidates):
+        return torch.from_numpy(candidates.lengths > 0)
+
+    def undecided(bounds, item):
+        return torch.zeros_like(item, dtype=torch.bool)
+
+    for seed in range(8):
         ids, mask, doc_scores, _ = make_contexts(seed)
         doc_scores[0, 1:] = doc_scores[1, 0] = float("-inf")
-        contexts = ids, mask, doc_scores
-        monkeypatch.setattr(decoding, "may_be_best", noted)
-        found = answers_of(model, *contexts, num_beams=4, **settings)
-        monkeypatch.setattr(decoding, "may_be_best", lambda candidates, *args: candidates.lengths > 0)
-        assert answers_of(model, *contexts, num_beams=4, **settings) == found
+        for own in (slice(None), slice(2, 3)):
+            rows = slice(own.start and own.start * N_DOCS, own.stop and own.stop * N_DOCS)
+            contexts = ids[rows], mask[rows], sharpness * doc_scores[own]
+            with counting("with", may_be_best=noted):
+                found = answers_of(model, *contexts, **{"num_beams": 4} | settings)
+            with counting("without", may_be_best=all_of_them, decided=undecided):
+                assert answers_of(model, *contexts, **{"num_beams": 4} | settings) == found
     assert sum(left_out) > 10
+    if "num_return_sequences" in settings:
+        assert steps["with"] == steps["without"]
+    elif settings in ({}, {"num_beams": 1}) and sharpness > 1:
+        assert steps["with"] < steps["without"], steps
 
 
 @torch.no_grad()
@@ -279,7 +309,7 @@ def test_a_tree_is_each_of_its_ways(family):
             way = prompt[:-1] + tokens[row, ancestors[0, node]].tolist()
             expected = lm(torch.tensor([way])).logits[0, -1]
             # Norms and positions are float32's whatever the weights are.
-            assert_equal_but_for_rounding(decoder.logits(whole[row, node]).float(), expected.float())
+            assert_equal_but_for_rounding(decoder.logits(whole[row, node][None])[0].float(), expected.float())
 
 
 def test_another_start_token_than_the_configs():
@@ -304,14 +334,14 @@ def test_the_pace_changes_nothing(pace, model_class, monkeypatch):
 @contextmanager
 def pieces_read(monkeypatch):
     """The texts that are read while it is open."""
-    pieces, prefill = [], causal_decoder.CausalDecoder._prefill
+    pieces, prefill = [], causal_decoder.CausalDecoder._keys_and_values
 
     def noted(self, own, *args, **kwargs):
         pieces.extend(tuple(piece.tolist()) for piece in own)
         return prefill(self, own, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(causal_decoder.CausalDecoder, "_prefill", noted)
+        patch.setattr(causal_decoder.CausalDecoder, "_keys_and_values", noted)
         yield pieces
 
 
