@@ -1,4 +1,4 @@
-"""Any causal language model as a decoder over trees of tokens that hang on prompts; the model runs as it is.
+"""Any causal language model as a decoder over trees of tokens that hang on prompts.
 
     decoder = CausalDecoder(generator)      # called as token_trees.TreeDecoder is
     memory = decoder.read(context_input_ids, context_attention_mask, head_lengths, cache)
@@ -19,8 +19,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rag.generation.causal_cache import HeadCache
+from rag.generation.causal_forward import ForwardLayers
+from rag.generation.causal_layers import is_plain
 from rag.generation.forward import scaled
 from rag.generation.pace import pace_of
+from rag.generation.stacks import is_sharded
 from rag.generation.token_trees import Memory, Past, TokenScores, attention_bias
 from rag.packing import LayerAttention, Packing, accept_packed_rows, accepting_packed_rows, masked_by, to_device
 
@@ -32,7 +35,7 @@ class ContextMemory(Memory):
 
     Attributes:
         kept: (layers, 2, D', key heads, S + ROOM, head size), the start token's at S, of these and other contexts.
-        mask: (D, 1, 1, S) bool.
+        mask: (D, 1, 1, S) bool; padding may stand anywhere.
         root: (D, d) what the output layer reads of the start token.
         numbers: (D) of the contexts in `kept`; None for all. Nothing is copied until it is asked for.
     """
@@ -60,6 +63,7 @@ class CausalDecoder(TokenScores):
         accept_packed_rows(generator)
         self.model, self.config = generator.base_model, generator.config
         self.start = generator.config.decoder_start_token_id
+        self.layers = ForwardLayers(generator) if is_plain(generator) and not is_sharded(generator) else None
 
     @property
     def depth(self) -> int:
@@ -72,7 +76,7 @@ class CausalDecoder(TokenScores):
         head_lengths: np.ndarray | None = None,
         cache: HeadCache | None = None,
     ) -> ContextMemory:
-        """Keys and values of contexts (D, S), padded on either side; memory is padded on the right.
+        """Keys and values of contexts (D, S), padded on either side.
 
         Args:
             head_lengths: (D) tokens of each context's own that others may begin with, too; equal heads are read once.
@@ -84,26 +88,12 @@ class CausalDecoder(TokenScores):
         contexts = [row[own] for row, own in zip(input_ids.cpu().numpy(), is_token, strict=True)]
         begun = [row[:border] for row, border in zip(contexts, borders, strict=True)]
         rests = [np.append(row[border:], self.start) for row, border in zip(contexts, borders, strict=True)]
-        device = input_ids.device
-        of_heads = self._read_heads(begun, device, cache)
-        longest, kept, roots = int(lengths.max()), None, []
-        for row, head in enumerate(of_heads):
-            if head is not None:
-                kept = _room_for(head, borders, longest) if kept is None else kept
-                kept[:, :, row, :, : borders[row]] = head
-        for block in _blocks(lengths - borders, pace_of(device).chunk_tokens):
-            memory, width = None, int(borders[block].max())
-            if kept is not None and width:
-                layers = [(keys, values) for keys, values in kept[:, :, block, :, :width]]
-                memory = Memory(layers, _mask(borders[block], device))
-            of_rests, root = self._prefill(rests[block], device, borders[block], memory)
-            roots.append(root)
-            for row, rest in enumerate(of_rests, block.start):
-                kept = _room_for(rest, borders, longest) if kept is None else kept
-                kept[:, :, row, :, borders[row] : lengths[row]] = rest[..., :-1, :]
-                kept[:, :, row, :, longest] = rest[..., -1, :]
-        assert kept is not None, "each context has a start token at least"
-        return ContextMemory(kept, _mask(lengths, device), torch.cat(roots))
+        room = _Room(self._read_heads(begun, input_ids.device, cache), borders, lengths - borders)
+        mask, roots = to_device(room.is_token, input_ids.device)[:, None, None], []
+        for block in _blocks(lengths - borders, pace_of(input_ids.device).chunk_tokens):
+            roots.append(self._read_rests(rests[block], room, block, mask))
+        assert room.kept is not None, "each context has a start token at least"
+        return ContextMemory(room.kept, mask, torch.cat(roots))
 
     def _read_heads(
         self, heads: list[np.ndarray], device: torch.device, cache: HeadCache | None
@@ -113,45 +103,42 @@ class CausalDecoder(TokenScores):
         found = {} if cache is None else {key: kept for key in distinct if (kept := cache.get(key)) is not None}
         missing = [head for key, head in distinct.items() if key not in found]
         for block in _blocks(np.array([len(head) for head in missing]), pace_of(device).chunk_tokens):
-            parts, _ = self._prefill(missing[block], device, keys_alone=True)
-            for head, kept in zip(missing[block], parts, strict=True):
+            for head, kept in zip(missing[block], self._keys_and_values(missing[block], device), strict=True):
                 found[head.tobytes()] = kept
                 if cache is not None:
                     cache.put(head.tobytes(), kept)
         return [found.get(head.tobytes()) for head in heads]
 
-    def _prefill(
-        self,
-        pieces: list[np.ndarray],
-        device: torch.device,
-        begins: np.ndarray | None = None,
-        memory: Memory | None = None,
-        keys_alone: bool = False,
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Keys and values (layers, 2, key heads, tokens, head size) of each of n pieces of text.
-
-        Args:
-            begins: (n) the position at which each begins; 0 where it is not given.
-            memory: of what stands before the pieces.
-            keys_alone: nobody asks for more.
-
-        Returns:
-            The keys and values, and what the output layer reads of each piece's last token, (n, d).
-        """
-        packing, hidden = Packing(np.array([len(piece) for piece in pieces]), device), torch.empty(0)
+    def _keys_and_values(self, texts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        """(layers, 2, key heads, tokens, head size) of each text."""
+        packing = Packing(np.array([len(text) for text in texts]), device)
         place = torch.arange(packing.longest, device=device)[None]
         past = Past(self.depth, packing.longest)
         past.grow(place)
-        attention = _TreeAttention(place, place, place[..., None] >= place[:, None], memory, past, packing)
-        attention.last_layer = self.depth - 1 if keys_alone else None
-        positions = packing.positions
-        if begins is not None:
-            positions = positions + to_device(begins.repeat(packing.lengths), device)
+        attention = _TreeAttention(place, place, place[..., None] >= place[:, None], None, past, packing)
+        attention.last_layer = self.depth - 1
         with suppress(_AllKept):
-            hidden = self._run(to_device(np.concatenate(pieces), device), positions, attention)
-            hidden = hidden[to_device(packing.first[1:] - 1, device)]
+            self._run(to_device(np.concatenate(texts), device), packing.positions, attention)
         assert past.kept is not None, "every layer keeps its own"
-        return [past.kept[:, :, i, :, : len(piece)] for i, piece in enumerate(pieces)], hidden
+        return [past.kept[:, :, i, :, : len(text)] for i, text in enumerate(texts)]
+
+    def _read_rests(self, rests: list[np.ndarray], room: "_Room", block: slice, mask: torch.Tensor) -> torch.Tensor:
+        """Put what stands behind a block's heads into the room; what the output layer reads of the ends, (n, d)."""
+        device, head_width = mask.device, room.head_width
+        packing = _AtTheEnd(np.array([len(rest) for rest in rests]), device)
+        packing.longest = room.is_token.shape[1] - head_width + 1  # those of all blocks begin and end alike
+        depths = to_device(np.arange(packing.longest) - packing.longest + packing.lengths[:, None], device)
+        past = _RoomsPast(self.depth, room, block)
+        past.grow(depths)
+        # Padding attends to itself: a sum over nothing is no number.
+        reach = (depths[:, None] <= depths[..., None]) & (depths[:, None] >= 0)
+        ancestors = reach | torch.eye(packing.longest, dtype=torch.bool, device=device)
+        heads = Memory([], mask[block, ..., :head_width]) if head_width else None
+        attention = _TreeAttention(depths, depths, ancestors, heads, past, packing)
+        attention.is_joined = True
+        begins = to_device(room.borders[block].repeat(packing.lengths), device)
+        hidden = self._run(to_device(np.concatenate(rests), device), packing.positions + begins, attention)
+        return hidden[to_device(packing.first[1:] - 1, device)]
 
     def decode(self, tokens, depths, ancestors, memory: ContextMemory, past: Past | None = None) -> torch.Tensor:
         """As `TreeDecoder.decode`: last hidden states (D, N, d) of tokens (D, N) that hang on D contexts."""
@@ -171,6 +158,8 @@ class CausalDecoder(TokenScores):
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, attention: LayerAttention) -> torch.Tensor:
         """What the output layer reads, of tokens (T) in a row, (T, d)."""
+        if self.layers is not None:
+            return scaled(self.layers(tokens, positions, attention), self.config)
         with accepting_packed_rows(self.model), masked_by(attention):
             hidden = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)[0][0]
         return scaled(hidden, self.config)
@@ -223,7 +212,7 @@ class _TreeAttention(LayerAttention):
             if self.memory is not None:
                 mask = self.memory.mask[:, 0]  # (D, 1, S)
                 positions = mask.sum(-1, keepdim=True) + self.depths[..., None]  # (D, N, 1)
-                of_memory = positions - torch.arange(mask.shape[-1], device=mask.device)
+                of_memory = positions - (mask.cumsum(-1) - 1)
                 documents, tokens = of_memory.shape[:2]
                 attends = torch.cat([mask.expand(-1, tokens, -1), attends.expand(documents, -1, -1)], -1)
                 distances = torch.cat([of_memory, distances.expand(documents, -1, -1)], -1)
@@ -244,23 +233,58 @@ def _attend(query, pieces, bias, scale: float | None) -> torch.Tensor:
     return shares[0] @ pieces[0][1] + shares[1] @ pieces[1][1]
 
 
-def _room_for(some: torch.Tensor, borders: np.ndarray, longest: int) -> torch.Tensor:
-    """A tensor for keys and values of D contexts, such as `some` (layers, 2, key heads, tokens, head size).
+class _Room:
+    """Where the keys and values of D contexts lie: their heads, padded behind, and their rests, padded before.
 
-    Returns:
-        (layers, 2, D, key heads, longest + ROOM, head size), zero behind the borders (D): a product with what is masked
-        must be a number.
+    Args:
+        heads: (D) each one's (layers, 2, key heads, tokens, head size), None of an empty one.
+        borders: (D) tokens of the heads.
+        rests: (D) of what stands behind them, without the start token.
+
+    Attributes:
+        is_token: (D, S) bool, on the host.
+        kept: (layers, 2, D, key heads, S + ROOM, head size), None until it is known how large a layer's are.
     """
-    layers, two, heads, _, size = some.shape
-    kept = some.new_empty(layers, two, len(borders), heads, longest + ROOM, size)
-    for row, border in enumerate(borders):
-        kept[:, :, row, :, border:longest] = 0
-    return kept
+
+    def __init__(self, heads: list[torch.Tensor | None], borders: np.ndarray, rests: np.ndarray):
+        self.heads, self.borders, self.head_width = heads, borders, int(borders.max())
+        place = np.arange(self.head_width + rests.max())
+        self.is_token = (place < borders[:, None]) | (place >= len(place) - rests[:, None])
+        self.kept: torch.Tensor | None = None
+
+    def make(self, new: torch.Tensor, layers: int) -> torch.Tensor:
+        """For such keys and values as a layer's new ones, (2, contexts, key heads, tokens, head size)."""
+        contexts, width = self.is_token.shape
+        kept = new.new_empty(layers, 2, contexts, new.shape[2], width + ROOM, new.shape[4])
+        for row, (head, border) in enumerate(zip(self.heads, self.borders, strict=True)):
+            if head is not None:
+                kept[:, :, row, :, :border] = head
+            kept[:, :, row, :, border : self.head_width] = 0  # a product with what is masked must be a number
+        return kept
 
 
-def _mask(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
-    """(D, 1, 1, longest) bool."""
-    return to_device(np.arange(lengths.max()) < lengths[:, None], device)[:, None, None]
+class _RoomsPast(Past):
+    """Of a block of contexts: keys and values go into the room, behind the heads."""
+
+    def __init__(self, layers: int, room: _Room, block: slice):
+        super().__init__(layers, capacity=0)
+        self.room, self.block, self.length = room, block, room.head_width
+
+    def _make_room(self, new):
+        if self.room.kept is None:
+            self.room.kept = self.room.make(new, self.number_of_layers)
+        self.kept = self.room.kept[:, :, self.block]
+        super()._make_room(new)
+
+
+class _AtTheEnd(Packing):
+    """Sequences whose padding stands before them."""
+
+    def places(self, width: int) -> torch.Tensor:
+        if width not in self._places:
+            moved = to_device((width - self.lengths).repeat(self.lengths), self.device)
+            self._places[width] = super().places(width) + moved
+        return self._places[width]
 
 
 def _blocks(lengths: np.ndarray, most: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ A block returns what it computed and a function for its backward pass, which not
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,20 +66,30 @@ def states_of_row(generator, ids: Tensor, row: Any) -> Tensor:
     base = generator.base_model
     dtype = dtype_of_layers(ids.device)
     hidden = base.embed_tokens(ids)
-    rotations: dict[str | None, tuple[Tensor, Tensor]] = {}
+    rotation_of = rotations(base, hidden, row.positions)
     for layer in base.layers:
-        kind = layer.self_attn.layer_type if generator.config.model_type == "gemma3_text" else None
-        if kind not in rotations:
-            cos, sin = base.rotary_emb(hidden, row.positions[None], *([kind] if kind else []))
-            rotations[kind] = cos[0, :, None], sin[0, :, None]  # (T, 1, rotated)
         is_last = layer is base.layers[-1]
-        plan = _Plan(layer, dtype or hidden.dtype, row, rotations[kind], is_last)
+        plan = _Plan(layer, dtype or hidden.dtype, row, rotation_of(layer), is_last)
         hidden = _Layer.apply(plan, hidden, *plan.trained.values())
     return base.norm(hidden)
 
 
+def rotations(base: Any, hidden: Tensor, positions: Tensor) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    """From a layer to the cosines and sines by which its heads at positions (T) are turned, (T, 1, rotated)."""
+    made: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    def of_layer(layer: Any) -> tuple[Tensor, Tensor]:
+        kind = layer.self_attn.layer_type if base.config.model_type == "gemma3_text" else None
+        if kind not in made:
+            cos, sin = base.rotary_emb(hidden, positions[None], *([kind] if kind else []))
+            made[kind] = cos[0, :, None], sin[0, :, None]
+        return made[kind]
+
+    return of_layer
+
+
 @dataclass
-class _Adapter:
+class Adapter:
     """A (r, inputs) and B (outputs, r), their names in the layer, and what their product is multiplied by."""
 
     a: Tensor
@@ -89,13 +99,21 @@ class _Adapter:
 
 
 @dataclass
-class _Linear:
+class Linear:
     """A linear layer: weight (outputs, inputs), bias (outputs) or None, their names in the layer, and its adapter."""
 
     weight: Tensor
     bias: Tensor | None
     names: tuple[str, str]
-    adapter: _Adapter | None = None
+    adapter: Adapter | None = None
+
+    def cast_to(self, dtype: torch.dtype) -> "Linear":
+        """For products of that dtype alone."""
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = replace(adapter, a=adapter.a.to(dtype), b=adapter.b.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias, adapter=adapter)
 
 
 class _Plan:
@@ -162,7 +180,7 @@ class _Blocks:
 
     def attention(self, hidden: Tensor) -> tuple[Tensor, Callable[[Tensor, bool], Tensor | None]]:
         module, row, plan = self.layer.self_attn, self.plan.row, self.plan
-        linears = self._linears("self_attn", ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
+        linears = linears_of(self.layer, "qkv")
         normed, norm_back = self._norm("input_layernorm", hidden, plan.dtype)
         qkv, qkv_back = self._product(linears, normed())
         qkv = qkv.view(len(hidden), -1, module.head_dim)
@@ -174,14 +192,14 @@ class _Blocks:
         cos, sin = plan.rotation
         rotates = getattr(module, "use_rope", True)
         if rotates:
-            _rotate(query, cos, sin)
-            _rotate(key, cos, sin)
+            rotate(query, cos, sin)
+            rotate(key, cos, sin)
         places = row.answer_places if plan.is_last else None
         if places is not None:
             query, hidden = query.index_select(0, places), hidden.index_select(0, places)
-        attended, attended_back = row.with_backward(query, key, value, module.scaling, _window(module), plan.is_last)
+        attended, attended_back = row.with_backward(query, key, value, module.scaling, window_of(module), plan.is_last)
         attended = attended.flatten(1)
-        out, out_back = self._product(self._linears("self_attn", ("o_proj",)), attended)
+        out, out_back = self._product(linears_of(self.layer, "out"), attended)
         out, out_norm_back = self._norm_behind("post_attention_layernorm", out, hidden.dtype)
         result = hidden + out
         size = len(qkv)
@@ -193,8 +211,8 @@ class _Blocks:
             if places is not None:
                 to_query, gradient = (_spread(part, places, size) for part in (to_query, gradient))
             if rotates:
-                _rotate(to_query, cos, -sin)
-                _rotate(to_key, cos, -sin)
+                rotate(to_query, cos, -sin)
+                rotate(to_key, cos, -sin)
             to_qkv = torch.cat([query_back(to_query), key_back(to_key), to_value], 1).flatten(1)
             is_wanted = is_wanted or "input_layernorm.weight" in plan.trained
             to_normed = qkv_back(to_qkv, normed(), is_wanted)
@@ -206,11 +224,11 @@ class _Blocks:
         module, plan = self.layer.mlp, self.plan
         name = "pre_feedforward_layernorm" if self.has_norms_behind else "post_attention_layernorm"
         normed, norm_back = self._norm(name, hidden, plan.dtype)
-        linears = self._linears("mlp", ("gate_up_proj",), ("gate_proj", "up_proj"))
+        linears = linears_of(self.layer, "wide")
         inner, inner_back = self._product(linears, normed())
         gate, up = inner.chunk(2, 1)
-        activation = module.act_fn if hasattr(module, "act_fn") else module.activation_fn
-        out, product_back = self._product(self._linears("mlp", ("down_proj",)), activation(gate).mul_(up))
+        activation = activation_of(module)
+        out, product_back = self._product(linears_of(self.layer, "narrow"), activation(gate).mul_(up))
         out, out_norm_back = self._norm_behind("post_feedforward_layernorm", out, hidden.dtype)
 
         def back(gradient: Tensor) -> Tensor:
@@ -231,19 +249,19 @@ class _Blocks:
         module = self.layer.get_submodule(name)
         is_gemma = hasattr(module, "eps")  # whose weights are what is added to one
         eps = module.eps if is_gemma else module.variance_epsilon
-        weight = _full(module.weight) + 1.0 if is_gemma else _full(module.weight)
+        weight = full(module.weight) + 1.0 if is_gemma else full(module.weight)
         size = rows.shape[-1]
-        scale = torch.linalg.vector_norm(_full(rows), dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        scale = torch.linalg.vector_norm(full(rows), dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
 
         def back(gradient: Tensor) -> Tensor:
-            straight, gradient = _full(rows) * scale, _full(gradient)
+            straight, gradient = full(rows) * scale, full(gradient)
             if f"{name}.weight" in self.plan.trained:
                 self.gradients[f"{name}.weight"] = (gradient * straight).flatten(0, -2).sum(0)
             gradient = gradient * weight
             along = (gradient * straight).sum(-1, keepdim=True).div_(-size)
             return gradient.addcmul_(straight, along).mul_(scale).to(rows.dtype)
 
-        return lambda: (_full(rows) * scale).mul_(weight).to(dtype), back
+        return lambda: (full(rows) * scale).mul_(weight).to(dtype), back
 
     def _head_norm(self, name: str, heads: Tensor) -> tuple[Tensor, Backward]:
         """The norm of each head of queries or keys, of the families that have it."""
@@ -259,13 +277,7 @@ class _Blocks:
         normed, back = self._norm(name, out, dtype)
         return normed(), back
 
-    def _linears(self, owner: str, *choices: tuple[str, ...]) -> list[_Linear]:
-        """Those of a part of the layer by the first of several sets of names that it has."""
-        part = self.layer.get_submodule(owner)
-        names = next(names for names in choices if hasattr(part, names[0]))
-        return [_linear(getattr(part, name), f"{owner}.{name}") for name in names]
-
-    def _product(self, linears: list[_Linear], rows: Tensor) -> tuple[Tensor, Any]:
+    def _product(self, linears: list[Linear], rows: Tensor) -> tuple[Tensor, Any]:
         """What linear layers make of the same rows (T, inputs), side by side: (T, outputs of all).
 
         The backward pass is given the rows again, and makes nothing of their gradient where it is not wanted.
@@ -290,13 +302,13 @@ class _Blocks:
                 if linear.names[0] in self.plan.trained:
                     self.gradients[linear.names[0]] = weight_gradient(part, rows)
                 if linear.names[1] in self.plan.trained:
-                    self.gradients[linear.names[1]] = _full(part).sum(0)
+                    self.gradients[linear.names[1]] = full(part).sum(0)
             adapters_back(parts, rows, to_rows)
             return to_rows
 
         return out, back
 
-    def _add_adapters(self, linears: list[_Linear], rows: Tensor, outs: tuple[Tensor, ...]) -> Any:
+    def _add_adapters(self, linears: list[Linear], rows: Tensor, outs: tuple[Tensor, ...]) -> Any:
         """Add to each linear layer's result what its adapter makes of the rows, by one product with all A of them."""
         adapters = {n: linear.adapter for n, linear in enumerate(linears) if linear.adapter is not None}
         if not adapters:
@@ -322,26 +334,47 @@ class _Blocks:
         return back
 
 
-def _linear(module: Any, name: str) -> _Linear:
+# Where a layer's products are, and the names of their linear layers, of which the first are taken that are there.
+PRODUCTS: dict[str, tuple[str, list[tuple[str, ...]]]] = {
+    "qkv": ("self_attn", [("qkv_proj",), ("q_proj", "k_proj", "v_proj")]),
+    "out": ("self_attn", [("o_proj",)]),
+    "wide": ("mlp", [("gate_up_proj",), ("gate_proj", "up_proj")]),
+    "narrow": ("mlp", [("down_proj",)]),
+}
+
+
+def linears_of(layer: Any, product: str) -> list[Linear]:
+    """The linear layers of one of a layer's PRODUCTS."""
+    owner, choices = PRODUCTS[product]
+    part = layer.get_submodule(owner)
+    names = next(names for names in choices if hasattr(part, names[0]))
+    return [_linear_of(getattr(part, name), f"{owner}.{name}") for name in names]
+
+
+def activation_of(mlp: Any) -> Any:
+    return mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+
+
+def _linear_of(module: Any, name: str) -> Linear:
     if type(module) is nn.Linear:
-        return _Linear(module.weight, module.bias, (f"{name}.weight", f"{name}.bias"))
+        return Linear(module.weight, module.bias, (f"{name}.weight", f"{name}.bias"))
     base, (key,) = module.base_layer, module.active_adapters
     adapter = None
     if not (module.disable_adapters or module.merged) and key in module.lora_A:
         names = f"{name}.lora_A.{key}.weight", f"{name}.lora_B.{key}.weight"
-        adapter = _Adapter(module.lora_A[key].weight, module.lora_B[key].weight, names, module.scaling[key])
+        adapter = Adapter(module.lora_A[key].weight, module.lora_B[key].weight, names, module.scaling[key])
     names = f"{name}.base_layer.weight", f"{name}.base_layer.bias"
-    return _Linear(base.weight, base.bias, names, adapter)
+    return Linear(base.weight, base.bias, names, adapter)
 
 
-def _window(attention: Any) -> int | None:
+def window_of(attention: Any) -> int | None:
     """How many tokens a token attends to at most, where the family reads that of its attention, or its config."""
     if attention.config.model_type in ("mistral", "phi3"):
         return attention.config.sliding_window
     return getattr(attention, "sliding_window", None)
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate the heads' first dimensions (T, heads, size) in place, those of either half together."""
     size = cos.shape[-1] // 2
     cos, sin = cos[..., :size], sin[..., :size]
@@ -358,7 +391,7 @@ def _activation_gradient(activation: nn.Module, gradient: Tensor, rows: Tensor, 
         torch.ops.aten.silu_backward.grad_input(gradient, rows, grad_input=out)
 
 
-def _full(rows: Tensor) -> Tensor:
+def full(rows: Tensor) -> Tensor:
     """float32 at least."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 

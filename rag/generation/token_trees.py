@@ -117,7 +117,7 @@ class TokenScores:
         self.dtype = full_precision(self.weight[:0]).dtype  # of log-probabilities
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return full_precision(linear(hidden, self.weight, self.bias))
+        return full_precision(product(hidden.flatten(0, -2), self.weight).add_(self.bias).view(*hidden.shape[:-1], -1))
 
     def token_log_probs(self, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p(targets | hidden[places]): (M, d), (E), (E) to (E), without all logits at a time."""
@@ -133,6 +133,27 @@ def autocast_dtype(weight: torch.Tensor) -> torch.dtype:
     kind = weight.device.type
     halves = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if halves else weight.dtype
+
+
+FEWEST_ROWS, FEW_ROWS = 8, 128
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """rows (M, d) times weight (outputs, d) transposed, (M, outputs).
+
+    On a CPU a plain product of few rows keeps one core busy; in as many parts as threads it keeps all. The fewest rows
+    are best asked the other way around.
+    """
+    threads = torch.get_num_threads()
+    suits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    if suits and len(rows) <= FEWEST_ROWS:
+        return torch.mm(weight, rows.t()).t().contiguous()
+    if not suits or len(rows) > FEW_ROWS or len(weight) % threads:
+        return torch.mm(rows, weight.t())
+    parts = torch.bmm(
+        rows.expand(threads, -1, -1), weight.unflatten(0, (threads, -1)).mT
+    )  # (threads, M, outputs / ...)
+    return parts.transpose(0, 1).flatten(1)
 
 
 class Product:
