@@ -13,19 +13,17 @@ step: the loop is one pass of transformers' model with peft's adapters for each 
 pass a question; losses and gradients are compared.
 
 decode: RAG-Sequence with four beams. The loop is `generate` for each passage and a pass of the candidates under each;
-token ids are compared. Then a second question is asked on the same passages.
+token ids are compared. A second question is asked on the same passages. With --compared the token ids of more questions
+are compared with those of transformers in batches, which are the loop's.
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header, in_its_own_process, status_mib
 from rag.command_line.flags import flag
@@ -50,14 +48,16 @@ class BenchmarkArguments:
     questions: int = flag(1, "Of a batch.")
     n_docs: int = flag(5, "Passages a question.")
     lora_r: int = flag(16, "Rank of the adapters, on all linear layers.")
-    asked: int = flag(10, "Questions of decode, and pairs of them on the same passages.")
+    asked: int = flag(10, "Questions of decode that the loop answers.")
+    pairs: int = flag(30, "Pairs of questions on the same passages.")
+    compared: int = flag(0, "Questions of which token ids alone are compared, with a loop that is ten times as fast.")
     data: Path = flag(Path("../shared/data/nq_gold"), "Questions of decode: a folder with nq_gold's files.")
     side: str | None = flag(None, "Measure one side's memory in this process and print JSON.")
     folder: Path = flag(Path("output/language_model"), "Where the converted model is kept.")
 
     def __post_init__(self):
         if self.short:
-            self.rounds, self.asked, self.random = 1, 1, True
+            self.rounds, self.asked, self.pairs, self.compared, self.random = 1, 1, 1, 1, True
 
 
 def parse_args(argv=None) -> BenchmarkArguments:
@@ -228,7 +228,7 @@ def decode(args: BenchmarkArguments) -> dict:
         prompts = answers.random_prompts(lm.config.vocab_size)
     else:
         prompts = answers.real_prompts(args.folder, args.data)
-    return answers.decode(lm, prompts, args.n_docs, args.asked)
+    return answers.decode(lm, prompts, args.n_docs, args.asked, args.pairs, args.compared)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
