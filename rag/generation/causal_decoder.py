@@ -134,7 +134,8 @@ class CausalDecoder(TokenScores):
         reach = (depths[:, None] <= depths[..., None]) & (depths[:, None] >= 0)
         ancestors = reach | torch.eye(packing.longest, dtype=torch.bool, device=device)
         heads = Memory([], mask[block, ..., :head_width]) if head_width else None
-        attention = _TreeAttention(depths, depths, ancestors, heads, past, packing)
+        is_full = packing.tokens == depths.numel()
+        attention = _TreeAttention(depths, depths, ancestors, heads, past, None if is_full else packing)
         attention.is_joined = True
         begins = to_device(room.borders[block].repeat(packing.lengths), device)
         hidden = self._run(to_device(np.concatenate(rests), device), packing.positions + begins, attention)

@@ -135,7 +135,7 @@ def autocast_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if halves else weight.dtype
 
 
-FEWEST_ROWS, FEW_ROWS = 8, 128
+FEWEST_ROWS, FEW_ROWS = 5, 128
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
