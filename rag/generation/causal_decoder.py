@@ -25,7 +25,15 @@ from rag.generation.forward import scaled
 from rag.generation.pace import pace_of
 from rag.generation.stacks import is_sharded
 from rag.generation.token_trees import Memory, Past, TokenScores, attention_bias
-from rag.packing import LayerAttention, Packing, accept_packed_rows, accepting_packed_rows, masked_by, to_device
+from rag.packing import (
+    Attention,
+    LayerAttention,
+    Packing,
+    accept_packed_rows,
+    accepting_packed_rows,
+    masked_by,
+    to_device,
+)
 
 ROOM = 64  # tokens of a search: four beams of 15 and the start token; with more of them it makes itself room
 
@@ -112,15 +120,11 @@ class CausalDecoder(TokenScores):
     def _keys_and_values(self, texts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
         """(layers, 2, key heads, tokens, head size) of each text."""
         packing = Packing(np.array([len(text) for text in texts]), device)
-        place = torch.arange(packing.longest, device=device)[None]
-        past = Past(self.depth, packing.longest)
-        past.grow(place)
-        attention = _TreeAttention(place, place, place[..., None] >= place[:, None], None, past, packing)
-        attention.last_layer = self.depth - 1
+        attention = _TextAttention(packing, self.depth)
         with suppress(_AllKept):
             self._run(to_device(np.concatenate(texts), device), packing.positions, attention)
-        assert past.kept is not None, "every layer keeps its own"
-        return [past.kept[:, :, i, :, : len(text)] for i, text in enumerate(texts)]
+        kept = torch.stack(attention.kept)  # (layers, 2, key heads, T, head size)
+        return list(kept.split(packing.lengths.tolist(), 3))
 
     def _read_rests(self, rests: list[np.ndarray], room: "_Room", block: slice, mask: torch.Tensor) -> torch.Tensor:
         """Put what stands behind a block's heads into the room; what the output layer reads of the ends, (n, d)."""
@@ -170,6 +174,28 @@ class _AllKept(Exception):
     """The last layer's keys and values are there: nobody asks for what it makes of them."""
 
 
+class _TextAttention(LayerAttention):
+    """Whole texts in a row: each token attends to those before it in its own. Nobody asks for more than `kept`.
+
+    Attributes:
+        kept: keys and values (2, key heads, T, head size) of each layer.
+    """
+
+    def __init__(self, packing: Packing, layers: int):
+        self.packing, self.layers = packing, layers
+        self.kept: list[torch.Tensor] = []
+        self._attention: dict[int | None, Attention] = {}
+
+    def of_layer(self, layer, query, key, value, dropout, scale, window):
+        self.kept.append(torch.cat([key, value]))
+        if len(self.kept) == self.layers:
+            raise _AllKept
+        if window not in self._attention:
+            self._attention[window] = Attention(self.packing, self.packing, causal=True, window=window)
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return self._attention[window](query, key, value, 0.0, scale)[None]
+
+
 class _TreeAttention(LayerAttention):
     """What tokens (D, N) in a row attend to: their contexts in `memory`, and ancestors in `past` and among themselves.
 
@@ -180,7 +206,6 @@ class _TreeAttention(LayerAttention):
         packing: where the tokens lie in the row if some of the N are padding.
     """
 
-    last_layer: int | None = None  # behind whose keys and values nothing is wanted
     is_joined = False  # whether `past` begins with the contexts
 
     def __init__(self, depths, key_depths, ancestors, memory: Memory | None, past: Past | None, packing=None):
@@ -191,8 +216,6 @@ class _TreeAttention(LayerAttention):
     def of_layer(self, layer, query, key, value, dropout, scale, window):
         query, new = self._padded(query), torch.stack([self._padded(key), self._padded(value)]).transpose(2, 3)
         pieces = [new.unbind() if self.past is None else self.past.append(layer, new)]
-        if layer == self.last_layer:
-            raise _AllKept
         if self.memory is not None and not self.is_joined:
             pieces.insert(0, self.memory.layers[layer])
         key_heads, sharing = new.shape[2], query.shape[2] // new.shape[2]
