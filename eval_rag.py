@@ -64,7 +64,10 @@ CHECKPOINT_FILES = (
 )  # fmt: skip
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
-PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}
+PATHS_READ = {
+    "custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",),
+    "given": ("passages_file",),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -250,6 +253,7 @@ def predict_missing(
             config,
             args.device,
             retrieve_only=args.eval_mode == "retrieval",
+            questions=data.questions,
             dtype=getattr(torch, precision),
             holds_answer=pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k,
         )
