@@ -12,11 +12,13 @@
 The predictions file has a line a question: the answer (e2e) or the titles of --n_docs passages, tab-separated
 (retrieval), which any --k up to that number is scored from. A complete one is scored again without the model, one with
 fewer lines (a killed run's) is continued, one of another model or other settings is refused. Beside PREDICTIONS stand
-PREDICTIONS.jsonl, a record a question (line number, question, answer, ids, titles and scores of the passages),
-PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
+PREDICTIONS.jsonl, a record a question (line number, question, answer; of the passages ids, titles, texts, scores, and
+their part in the answer, p(z|x,y)), PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are
+fractions in files, percent in print.
 
 Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; e2e `regex`:
-as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated.
+as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated. KILT's files
+(.jsonl) are read as they are, for both. Behind each score stands its 95% interval over the questions.
 """
 
 import os
@@ -323,8 +325,10 @@ def report(
         if args.print_predictions:
             print(printable(f"Q: {record['question']} - A: {line}"))
         if args.print_docs:
-            for title, score in zip(record.get("titles", []), record.get("scores", []), strict=True):
-                print(printable(f"    {score:10.4f}  {title}"))
+            shares = record.get("posteriors") or [None] * len(record.get("titles", []))
+            for title, score, share in zip(record.get("titles", []), record.get("scores", []), shares, strict=True):
+                part = "" if share is None else f"  {share:6.1%}"
+                print(printable(f"    {score:10.4f}{part}  {title}"))
     print(f"{len(data.questions):,} questions; {describe(**made_with)}")
     for name, score in scores.items():
         low, high = ranges[name]
@@ -340,12 +344,14 @@ def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:
 
 
 def print_table(scores: dict[str, dict[str, float]]) -> None:
-    """A row a checkpoint, percent."""
+    """A row a checkpoint, percent; "-" where a score has no meaning for one."""
     width = max(map(len, [*scores, "checkpoint"]))
-    names = list(next(iter(scores.values())))
-    print(f"{'checkpoint':{width}}" + "".join(f"{label(name):>14}" for name in names))
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    columns = {name: max(14, len(label(name)) + 2) for name in names}
+    print(f"{'checkpoint':{width}}" + "".join(f"{label(name):>{columns[name]}}" for name in names))
     for checkpoint, own in scores.items():
-        print(f"{checkpoint:{width}}" + "".join(f"{100 * own[name]:>14.2f}" for name in names))
+        cells = {name: f"{100 * own[name]:.2f}" if name in own else "-" for name in names}
+        print(f"{checkpoint:{width}}" + "".join(f"{cell:>{columns[name]}}" for name, cell in cells.items()))
 
 
 def cli() -> NoReturn:

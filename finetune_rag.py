@@ -146,19 +146,27 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
     if model.config.model_type != "rag":
         yield None
         return
-    from rag.retrieval.retriever import require_n_docs, require_passages_for
+    from rag.retrieval.retriever import require_n_docs
 
     parts = (model.config, tokenizer.question_encoder, tokenizer.generator)
     with RETRIEVERS[args.retrieval.distributed_retriever](args, parts) as retriever:
         require_n_docs(retriever.index, model.config.n_docs)
-        if retriever.config.index_name == "given" and not args.model.freeze_question_encoder:
-            logger.warning(
-                f"--passages_file {retriever.config.passages_file}: scores stay as they are in it, so that the "
-                "question encoder does not learn"
-            )
-        for path, questions in _questions(args):
-            require_passages_for(retriever.index, questions, f"--data_dir {path}", args.data.prefix)
+        if retriever.config.index_name == "given":
+            _check_given_passages(args, retriever)
         yield retriever
+
+
+def _check_given_passages(args: FinetuneArguments, retriever) -> None:
+    """Raise `UserError` if a question has no passages in --passages_file; say what does not learn from them."""
+    from rag.retrieval.retriever import require_passages_for
+
+    for path, questions in _questions(args):
+        require_passages_for(retriever.index, questions, f"--data_dir {path}", args.data.prefix)
+    if not args.model.freeze_question_encoder:
+        logger.warning(
+            f"--passages_file {retriever.config.passages_file}: scores stay as they are in it, so that the question "
+            "encoder does not learn"
+        )
 
 
 @contextmanager

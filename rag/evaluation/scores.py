@@ -2,7 +2,7 @@
 
     answer_values(["norway"], [["norway", "the kingdom of norway"]])           # {"em": [1.0], "f1": [1.0]}
     score_answers(["norway"], [["norway", "the kingdom of norway"]])           # {"em": 1.0, "f1": 1.0}
-    score_titles(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": 0.0, ...}
+    title_values(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": [0.0], ...}
     get_scores(args, "predictions.txt", "test.qa")                             # of two files, as in the public suite
 
 Line n of the predictions is scored against line n of the gold. What ends in `_values` has a number a question, of which
@@ -54,9 +54,11 @@ def values_of(args: EvalArguments, data: EvalData, predictions: Predictions) -> 
             values |= rank_values(args, predictions)
         return values
     is_regex = args.gold_data_mode == "regex"
+    holds_answer = pattern_recall_at_k if is_regex else answer_recall_at_k
     values = (pattern_values if is_regex else answer_values)(lines, data.gold)
     if args.contains:
-        values |= contains_values(lines, data.gold, pattern_recall_at_k if is_regex else answer_recall_at_k)
+        values |= contains_values(lines, data.gold, holds_answer)
+    values |= attribution_values(records, data.gold, holds_answer)
     if data.pages is not None and all("titles" in record for record in records):
         titles = [list(map(strip_title, record["titles"])) for record in records]
         values |= kilt_values(page_values(titles, data.pages, []) | values)
@@ -101,6 +103,26 @@ def _each_line(lines: list[str], gold: list[list[str]], is_right: Callable[[str,
         except ValueError as error:
             raise UserError(f"--gold_data_path, line {number}: {error}; write it in another way") from error
     return values
+
+
+def attribution_values(records: list[dict], gold: list[list[str]], holds_answer: Callable[..., bool]) -> Values:
+    """Whether the passage of the largest posterior holds an answer, and the one of the largest score; {} if unknown.
+
+    Args:
+        holds_answer: of `rag.metrics`.
+    """
+    if not all("posteriors" in record for record in records):
+        return {}
+
+    def holds(record: dict, right: list[str], by: str) -> float:
+        best = max(range(len(record["texts"])), key=record[by].__getitem__, default=None)
+        return float(best is not None and holds_answer([record["texts"][best]], right, 1))
+
+    pairs = list(zip(records, gold, strict=True))
+    return {
+        name: [holds(record, right, by) for record, right in pairs]
+        for name, by in (("attribution", "posteriors"), ("attribution_prior", "scores"))
+    }
 
 
 def titles_of(lines: list[str], n_docs: int) -> list[list[str]]:
@@ -162,19 +184,13 @@ def require_titles(path: str, lines: list[str], k: int) -> None:
         )
 
 
-LABELS = {
-    "em": "EM",
-    "f1": "F1",
-    "mrr": "MRR",
-    "r_precision": "R-precision",
-    "kilt_em": "KILT-EM",
-    "kilt_f1": "KILT-F1",
-}
+IN_CAPITALS = ("em", "f1", "mrr", "kilt_em", "kilt_f1")
 
 
 def label(name: str) -> str:
-    """em -> EM, precision_at_5 -> Precision@5, attribution_prior -> Attribution prior."""
-    return LABELS.get(name) or name.replace("_at_", "@").replace("_", " ").capitalize()
+    """em -> EM, precision_at_5 -> Precision@5, attribution_prior -> Attribution-prior."""
+    hyphened = name.replace("_at_", "@").replace("_", "-")
+    return hyphened.upper() if name in IN_CAPITALS else hyphened.capitalize()
 
 
 # --- Two files, as the public suite scores them -----------------------------------------------------------------------

@@ -61,7 +61,9 @@ class GivenPassages(KnowledgeIndex):
         self.is_open = False
         self.number_of: dict[str, int] = {}  # of each question, without needless blanks
         rows_of: dict[tuple[str, str], int] = {}
-        counts, rows, scores = [], [], []
+        counts: list[int] = []
+        rows: list[int] = []
+        scores: list[float] = []
         for found in _unlike(_records(self.path), self.origin_of_file):
             self.number_of[found.question] = len(counts)
             counts.append(len(found.scores))
@@ -212,18 +214,21 @@ class Found:
 
 def _columns(record: dict) -> tuple[list, list, list]:
     """Titles, texts and scores, of either form; a title may be left out or null, as in a passage of a web page."""
-    if "ctxs" not in record:
-        columns = [record.get(name) for name in ("titles", "texts", "scores")]
-        for name, column in zip(("titles", "texts", "scores"), columns, strict=True):
-            if not isinstance(column, list):
-                raise ValueError(f"`{name}` is {json.dumps(column)[:80]}, not a list; {EXPECTED} is expected")
-        titles, texts, scores = columns
-    else:
+    if "ctxs" in record:
         passages = record["ctxs"]
         if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
             raise ValueError('`ctxs` is a list of `{"title": "...", "text": "...", "score": 1.0}`')
         titles, texts, scores = ([passage.get(name) for passage in passages] for name in ("title", "text", "score"))
+    else:
+        titles, texts, scores = (_list(record, name) for name in ("titles", "texts", "scores"))
     return ["" if title is None else title for title in titles], texts, scores
+
+
+def _list(record: dict, name: str) -> list:
+    column = record.get(name)
+    if not isinstance(column, list):
+        raise ValueError(f"`{name}` is {json.dumps(column)[:80]}, not a list; {EXPECTED} is expected")
+    return column
 
 
 def _score(value: Any) -> float:

@@ -267,7 +267,7 @@ def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np
 
 
 def reads_text(retriever: RagRetriever) -> bool:
-    """Whether the index reads the questions' words (BM25, given passages), so that no question encoder runs or trains."""
+    """Whether the index reads the questions' words (BM25, given passages): no question encoder runs or trains."""
     return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
 
 
