@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 FLAG = "--passages_file"
 EXPECTED = '`{"question": "...", "titles": [...], "texts": [...], "scores": [...]}`'
 MOST_QUESTIONS = 2**24  # beyond, float32 does not tell neighboring numbers apart
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 ROWS_OF_A_CHUNK = 10_000  # of which all texts fit into Arrow's 2 GB
 
 
@@ -58,7 +59,7 @@ class GivenPassages(KnowledgeIndex):
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
         self.prefix = ""
-        self.is_open = False
+        self.is_ready = False
         self.number_of: dict[str, int] = {}  # of each question, without needless blanks
         rows_of: dict[tuple[str, str], int] = {}
         counts: list[int] = []
@@ -86,11 +87,11 @@ class GivenPassages(KnowledgeIndex):
             )
 
     def is_initialized(self) -> bool:
-        return self.is_open
+        return self.is_ready
 
     def init_index(self, shard: int | None = None) -> None:
         """There is nothing to open: the file was read."""
-        self.is_open = True
+        self.is_ready = True
 
     def expect(self, questions: Iterable[str], source: str, prefix: str = "") -> None:
         """Raise `UserError` if the file lacks one of the questions that are to be asked, each behind `prefix`.
@@ -237,7 +238,7 @@ def _score(value: Any) -> float:
         score = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         score = math.nan
-    if not abs(score) <= np.finfo(np.float32).max:  # nor is NaN
+    if not abs(score) <= LARGEST_SCORE:  # nor is NaN
         raise ValueError(f"the score {json.dumps(value)[:80]} is not a finite number")
     return score
 
