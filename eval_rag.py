@@ -17,7 +17,8 @@ their part in the answer, p(z|x,y)), PREDICTIONS.settings.json, what made them, 
 fractions in files, percent in print.
 
 Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; e2e `regex`:
-as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated.
+as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated. KILT's files
+(.jsonl) are read as they are, for both. Behind each score stands its 95% interval over the questions.
 """
 
 import os
@@ -31,17 +32,15 @@ from rag.errors import UserError, printable, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
 from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_path, read_data
+from rag.evaluation.intervals import intervals
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
 from rag.evaluation.scores import (
     get_precision_at_k,
     get_scores,
     label,
+    means,
     require_titles,
-    score_answer_ranks,
-    score_answers,
-    score_attribution,
-    score_patterns,
-    score_titles,
+    values_of,
 )
 from rag.files import save_json
 from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
@@ -67,7 +66,10 @@ CHECKPOINT_FILES = (
 )  # fmt: skip
 PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
-PATHS_READ = {"custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",)}
+PATHS_READ = {
+    "custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",),
+    "given": ("passages_file",),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> EvalArguments:
@@ -143,16 +145,9 @@ def open_predictions(args: EvalArguments, data: EvalData, held: ExitStack) -> Pr
 
 
 def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict[str, float]:
-    if args.eval_mode == "e2e":
-        score_lines = score_patterns if args.gold_data_mode == "regex" else score_answers
-        scores = score_lines(predictions.lines, data.gold)
-        holds_answer = pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k
-        scores |= score_attribution(predictions.records, data.gold, holds_answer)
-    else:
-        scores = score_titles(predictions.lines, data.gold, args.k, args.passages_per_question)
-        if data.answers is not None:
-            scores |= score_answer_ranks(args, predictions)
-    report(args, data, predictions, scores)
+    values = values_of(args, data, predictions)
+    scores = means(values)
+    report(args, data, predictions, scores, intervals(values))
     return scores
 
 
@@ -260,6 +255,7 @@ def predict_missing(
             config,
             args.device,
             retrieve_only=args.eval_mode == "retrieval",
+            questions=data.questions,
             dtype=getattr(torch, precision),
             holds_answer=pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k,
         )
@@ -308,13 +304,23 @@ def require_same_files(expected: dict[str, Any], here: dict[str, Any], rank: int
 # --- Scores -----------------------------------------------------------------------------------------------------------
 
 
-def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores: dict[str, float]) -> None:
-    """Write the scores' file; print what was asked for, then the scores with the settings that made them."""
+def report(
+    args: EvalArguments,
+    data: EvalData,
+    predictions: Predictions,
+    scores: dict[str, float],
+    ranges: dict[str, tuple[float, float]],
+) -> None:
+    """Write the scores' file; print what was asked for, then the scores with the settings that made them.
+
+    Args:
+        ranges: where each score lies in 95% of the resamples, by name.
+    """
     made_with = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
     path = f"{args.predictions_path}.scores.json"
     gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
     with writing("--predictions_path", args.predictions_path):
-        save_json({"scores": scores, **gold, **made_with}, path)
+        save_json({"scores": scores, "intervals": ranges, **gold, **made_with}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):
         if args.print_predictions:
             print(printable(f"Q: {record['question']} - A: {line}"))
@@ -325,7 +331,8 @@ def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores
                 print(printable(f"    {score:10.4f}{part}  {title}"))
     print(f"{len(data.questions):,} questions; {describe(**made_with)}")
     for name, score in scores.items():
-        print(f"{label(name)}: {100 * score:.2f}")
+        low, high = ranges[name]
+        print(f"{label(name)}: {100 * score:.2f}  [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:

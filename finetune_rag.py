@@ -11,14 +11,16 @@ Face's) and, with --do_predict, test_results.txt and test_generations.txt. If a 
 it.
 """
 
+import logging
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
-from rag.files import save_json
+from rag.files import read_lines, save_json
 from rag.models.trust import allow_code
 from rag.outputs import output_folder_problems, writing
 from rag.public_names import module_getattr
@@ -27,6 +29,8 @@ from rag.training.arguments import parse_args as parse_finetune_args
 from rag.training.namespaces import finetune_arguments
 from rag.training.run_folder import checkpoint_to_resume, continuation_problems, held
 from utils_rag import data_file_problems, save_git_info
+
+logger = logging.getLogger(__name__)
 
 ELSEWHERE = {"GenerativeQAModule": "rag.training.qa_module"}
 REPLACED = {
@@ -60,9 +64,20 @@ def main(args: FinetuneArguments | Namespace) -> dict[str, float]:
         return finetune(args)
 
 
+def _splits(args: FinetuneArguments) -> list[str]:
+    """Those whose files are read."""
+    return (["train", "val"] if args.run.do_train else []) + (["test"] if args.run.do_predict else [])
+
+
 def _data_problems(args: FinetuneArguments) -> list[str]:
-    splits = ["train", "val"] if args.run.do_train else []
-    return data_file_problems(args.data.data_dir, splits + (["test"] if args.run.do_predict else []))
+    return data_file_problems(args.data.data_dir, _splits(args))
+
+
+def _questions(args: FinetuneArguments) -> Iterator[tuple[Path, list[str]]]:
+    """The files of questions, and those of them that are asked."""
+    for split in _splits(args):
+        path, count = Path(args.data.data_dir) / f"{split}.source", getattr(args.data, f"n_{split}")
+        yield path, read_lines(path)[: None if count < 0 else count]
 
 
 def _measure_problems(args: FinetuneArguments) -> list[str]:
@@ -136,7 +151,22 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
     parts = (model.config, tokenizer.question_encoder, tokenizer.generator)
     with RETRIEVERS[args.retrieval.distributed_retriever](args, parts) as retriever:
         require_n_docs(retriever.index, model.config.n_docs)
+        if retriever.config.index_name == "given":
+            _check_given_passages(args, retriever)
         yield retriever
+
+
+def _check_given_passages(args: FinetuneArguments, retriever) -> None:
+    """Raise `UserError` if a question has no passages in --passages_file; say what does not learn from them."""
+    from rag.retrieval.retriever import require_passages_for
+
+    for path, questions in _questions(args):
+        require_passages_for(retriever.index, questions, f"--data_dir {path}", args.data.prefix)
+    if not args.model.freeze_question_encoder:
+        logger.warning(
+            f"--passages_file {retriever.config.passages_file}: scores stay as they are in it, so that the question "
+            "encoder does not learn"
+        )
 
 
 @contextmanager

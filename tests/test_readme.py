@@ -64,8 +64,10 @@ RUN_ON_EACH_PAGE = {
         "eval_rag",
         "eval_rag",
         "eval_rag",
+        "eval_rag",
         "parse_dpr_relevance_data",
         "parse_dpr_relevance_data",
+        "eval_rag",
         "eval_rag",
         "eval_rag",
         "eval_rag",
@@ -170,6 +172,10 @@ def small_world(
     shutil.copy(folder / "path/to/my_knowledge_dataset.csv", folder / "path/to/my_csv")
     records = [{"question": q, "positive_ctxs": [{"title": a, "text": ""}]} for q, a in QUESTIONS]
     (folder / "biencoder-nq-dev.json").write_text(json.dumps(records))
+    records = [{"question": q, "titles": [a], "texts": [dict(PASSAGES)[a]], "scores": [1]} for q, a in QUESTIONS]
+    (folder / "path/to/found.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    records = [{"input": q, "output": [{"answer": a, "provenance": [{"title": a}]}]} for q, a in QUESTIONS]
+    (folder / "path/to/nq-dev-kilt.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return folder
 
 

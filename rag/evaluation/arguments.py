@@ -42,7 +42,9 @@ class EvalArguments(SearchArguments):
     """What is measured, on which questions, with which passages."""
 
     model_name_or_path: str = required_flag("Checkpoint to measure: a folder or a name on the hub.")
-    evaluation_set: str = required_flag("File of questions, one a line.")
+    evaluation_set: str = required_flag(
+        "File of questions, one a line; of a .jsonl file of NQ-open's or KILT's records the questions are taken."
+    )
     gold_data_path: str = required_flag("File of the right answers or titles, a line a question.")
     model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
         None, "Left out, it is read from the checkpoint; bart, t5 and causal (a language model) answer closed-book."
@@ -50,10 +52,11 @@ class EvalArguments(SearchArguments):
     eval_mode: Literal["e2e", "retrieval"] = flag(
         "e2e", "e2e measures answers (EM, F1), retrieval passages (precision@k, MRR)."
     )
-    gold_data_mode: Literal["qa", "ans", "regex"] = flag(
+    gold_data_mode: Literal["qa", "ans", "regex", "kilt"] = flag(
         "qa",
         "qa is `question TAB ['answer', ...]`, ans is one answer a line, regex is qa with regular expressions "
-        "(CuratedTrec); of retrieval the --answers_path, qa or regex.",
+        "(CuratedTrec), kilt is KILT's JSON lines, which qa knows, too, in a file named .jsonl; of retrieval the "
+        "--answers_path, qa or regex.",
     )
     answers_path: str | None = flag(
         None, "retrieval: file of answers (qa or regex), for recall@k: is an answer in one of k passages?"
@@ -74,6 +77,9 @@ class EvalArguments(SearchArguments):
     )
     min_length: int = flag(1, "Fewest tokens of an answer.")
     max_length: int = flag(50, "Most tokens of an answer.")
+    contains: bool = flag(
+        False, "e2e: also score how many answers contain a right one, word for word, whatever else they say."
+    )
     print_predictions: bool = flag(False, "Print each question and its answer.")
     print_docs: bool = flag(False, "Print titles and scores of each question's passages.")
     rank_timeout: float = flag(

@@ -17,6 +17,7 @@ from typing import Any
 
 from rag.errors import UserError, file_problems, raise_problems
 from rag.evaluation.arguments import EvalArguments
+from rag.evaluation.kilt import answers_of, is_kilt, pages_of, question_of, read_record
 from rag.evaluation.literals import CSV_FIELD, read_list, unquoted
 from rag.files import read_lines
 from rag.metrics import compile_pattern
@@ -37,12 +38,13 @@ class EvalData:
     questions: list[str]
     gold: list[list[str]]  # answers or patterns (e2e), titles (retrieval)
     answers: list[list[str]] | None = None  # retrieval: answers or patterns, for recall@k
+    pages: list[list[list[str]]] | None = None  # of KILT's gold: the titles of each evidence set
 
 
 def read_data(args: EvalArguments) -> EvalData:
     """Questions and gold; one `UserError` for all the files that are missing or do not fit each other."""
     raise_problems(_input_problems(args))
-    questions = read_flag_lines("--evaluation_set", args.evaluation_set)
+    questions = _read_questions("--evaluation_set", args.evaluation_set)
     blank = [number for number, line in enumerate(questions, start=1) if not line.strip()]
     if blank or not questions:
         what = f"line {blank[0]} is blank" if blank else "there is none"
@@ -52,8 +54,16 @@ def read_data(args: EvalArguments) -> EvalData:
             f"--evaluation_set {args.evaluation_set} has more than questions: answers, or records of them, which would "
             f"be asked, too; give a file of questions alone, and this one as {_gold_flag(args)}"
         )
-    mode = args.gold_data_mode if args.eval_mode == "e2e" else "titles"
-    data = EvalData(questions, _read_gold("--gold_data_path", args.gold_data_path, questions, mode))
+    is_retrieval = args.eval_mode == "retrieval"
+    mode = "titles" if is_retrieval else args.gold_data_mode
+    pages = None
+    if args.gold_data_mode == "kilt" or (mode in ("qa", "titles") and _holds_kilt(args.gold_data_path)):
+        pages = _read_pages("--gold_data_path", args.gold_data_path, questions)
+    if is_retrieval and pages is not None:
+        gold = [list(dict.fromkeys(title for own in sets for title in own)) for sets in pages]
+    else:
+        gold = _read_gold("--gold_data_path", args.gold_data_path, questions, mode)
+    data = EvalData(questions, gold, pages=pages)
     if args.answers_path is not None:
         mode = "regex" if args.gold_data_mode == "regex" else "qa"
         data.answers = _read_gold("--answers_path", args.answers_path, questions, mode)
@@ -117,13 +127,36 @@ def _side_file_problems(outputs: list[str]) -> list[str]:
     return []
 
 
-def _read_gold(flag: str, path: str, questions: list[str], mode: str) -> list[list[str]]:
-    lines = gold_lines(flag, path, mode)
+def _read_questions(flag: str, path: str) -> list[str]:
+    """The lines of a file; of a .jsonl file of records as NQ-open and KILT have them, their questions alone."""
+    lines = read_flag_lines(flag, path)
+    if path.endswith(".jsonl") and lines and isinstance(_json_of(lines[0]), dict):
+        return _each(flag, path, lines, _question_of_json)
+    return lines
+
+
+def _read_pages(flag: str, path: str, questions: list[str]) -> list[list[list[str]]]:
+    """The evidence sets of a gold file of KILT's."""
+    lines = read_flag_lines(flag, path)
+    _require_as_many(flag, path, lines, questions)
+
+    def pages(line: str) -> list[list[str]]:
+        return [list(map(strip_title, own)) for own in pages_of(read_record(line))]
+
+    return _each(flag, path, lines, pages)
+
+
+def _require_as_many(flag: str, path: str, lines: list[str], questions: list[str]) -> None:
     if len(lines) != len(questions):
         raise UserError(
             f"{flag} {path} has {len(lines)} lines, but --evaluation_set has {len(questions)}; "
             f"line n of one belongs to line n of the other{_header_hint(lines)}"
         )
+
+
+def _read_gold(flag: str, path: str, questions: list[str], mode: str) -> list[list[str]]:
+    lines = gold_lines(flag, path, mode)
+    _require_as_many(flag, path, lines, questions)
     gold = parse_lines(flag, path, lines, mode)
     if mode in WITH_QUESTIONS:
         _warn_of_other_questions(flag, path, [split_qa_line(line)[0] for line in lines], questions)
@@ -134,13 +167,13 @@ def _read_gold(flag: str, path: str, questions: list[str], mode: str) -> list[li
 
 
 def gold_lines(flag: str, path: str, mode: str) -> list[str]:
-    """The lines of a gold file; those of a .jsonl file as `question TAB ["answer", ...]`.
+    """The lines of a gold file; those of a .jsonl file, also of KILT's, as `question TAB ["answer", ...]`.
 
     Args:
         mode: of `PARSE_LINE`.
     """
     lines = read_flag_lines(flag, path)
-    is_json = str(path).endswith(".jsonl")
+    is_json = mode == "kilt" or str(path).endswith(".jsonl")
     if mode not in WITH_QUESTIONS:
         # Read as titles, or as one answer, such lines would score 0 without an error.
         if is_json or sum(map(_is_qa_line, lines)) > len(lines) / 2:
@@ -179,8 +212,11 @@ def _each(flag: str, path: str, lines: list[str], parse: Callable[[str], Any]) -
 
 
 def _qa_line_of_json(line: str) -> str:
-    """`{"question": ..., "answer": [...]}`, as NQ-open has it, or with `answers`, as a line with a tab."""
+    """`{"question": ..., "answer": [...]}`, as NQ-open has it, with `answers`, or KILT's, as a line with a tab."""
     record = _json_of(line)
+    if is_kilt(record):
+        record = read_record(line)
+        record = {"question": question_of(record), "answers": answers_of(record)}
     if not isinstance(record, dict) or not isinstance(record.get("question"), str):
         record = {}
     answers = record.get("answers", record.get("answer"))
@@ -188,6 +224,21 @@ def _qa_line_of_json(line: str) -> str:
         raise ValueError(f'`{{"question": "...", "answer": ["...", ...]}}` is expected, not {line[:80]!r}')
     question = " ".join(record["question"].split())
     return f"{question}\t{json.dumps([answers] if isinstance(answers, str) else answers)}"
+
+
+def _question_of_json(line: str) -> str:
+    record = _json_of(line)
+    question = record.get("input" if is_kilt(record) else "question") if isinstance(record, dict) else None
+    if not isinstance(question, str):
+        raise ValueError(f"a record with a `question`, or KILT's `input`, is expected, not {line[:80]!r}")
+    return " ".join(question.split())
+
+
+def _holds_kilt(path: str) -> bool:
+    if not path.endswith(".jsonl"):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return is_kilt(_json_of(file.readline()))
 
 
 def _joined_fields(flag: str, path: str, lines: list[str]) -> list[str]:
@@ -305,11 +356,12 @@ def strip_title(title: str) -> str:
 # By --gold_data_mode, and of retrieval.
 PARSE_LINE: dict[str, Callable[[str], list[str]]] = {
     "qa": parse_qa_line,
+    "kilt": parse_qa_line,
     "regex": parse_pattern_line,
     "ans": parse_ans_line,
     "titles": parse_titles_line,
 }
-WITH_QUESTIONS = ("qa", "regex")
+WITH_QUESTIONS = ("qa", "kilt", "regex")
 
 
 def _header_hint(lines: list[str]) -> str:

@@ -8,7 +8,7 @@ A RAG model answers from passages, or only retrieves them (--eval_mode retrieval
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,12 @@ from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG, load_config
 from rag.models.prompts import decode_answers
 from rag.models.questions import encode_questions
-from rag.retrieval.retriever import RagKnowledgeRetriever, question_vectors, retrieve_contexts
+from rag.retrieval.retriever import (
+    RagKnowledgeRetriever,
+    question_vectors,
+    require_passages_for,
+    retrieve_contexts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,7 @@ def load_predictor(
     retrieve_only: bool = False,
     dtype: torch.dtype = torch.float32,
     holds_answer: Callable[..., bool] = answer_recall_at_k,
+    questions: Iterable[str] = (),
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
 
@@ -57,6 +63,7 @@ def load_predictor(
         retrieve_only: lines are titles, not answers; the generator stays where it is.
         dtype: of the weights; query vectors and documents' scores are float32 in any case.
         holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
+        questions: that will be asked; passages that were found already have to hold those of each.
     """
     where = pick_device(device)
     tokenizer = load_tokenizer(model_name_or_path, model_type)
@@ -72,6 +79,7 @@ def load_predictor(
     # The index first: it opens in milliseconds, and says what does not fit.
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
+    require_passages_for(retriever.index, questions, "--evaluation_set")
     index = retriever.index.description()
     model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
     require_fit(model, tokenizer, source)

@@ -1,10 +1,12 @@
 """Scores of answers and of retrieved titles, line by line against what counts as right; fractions.
 
+    answer_values(["norway"], [["norway", "the kingdom of norway"]])           # {"em": [1.0], "f1": [1.0]}
     score_answers(["norway"], [["norway", "the kingdom of norway"]])           # {"em": 1.0, "f1": 1.0}
-    score_titles(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": 0.0, ...}
+    title_values(["oslo\\trome"], [["rome"]], ks=[1, 2], n_docs=2)              # {"precision_at_1": [0.0], ...}
     get_scores(args, "predictions.txt", "test.qa")                             # of two files, as in the public suite
 
-Line n of the predictions is scored against line n of the gold.
+Line n of the predictions is scored against line n of the gold. What ends in `_values` has a number a question, of which
+`means` makes scores and `rag.evaluation.intervals` their intervals.
 """
 
 import logging
@@ -14,14 +16,17 @@ from typing import Any
 
 from rag.errors import UserError
 from rag.evaluation.arguments import EvalArguments
-from rag.evaluation.gold import gold_lines, parse_lines, strip_title
+from rag.evaluation.gold import EvalData, gold_lines, parse_lines, strip_title
+from rag.evaluation.kilt import page_recall_at_k, r_precision
 from rag.evaluation.predictions import Predictions
 from rag.files import read_lines
 from rag.metrics import (
+    answer_recall_at_k,
     exact_match_score,
     f1_score,
     metric_max_over_ground_truths,
     pattern_match_score,
+    pattern_recall_at_k,
     precision_at_k,
     reciprocal_rank,
 )
@@ -29,34 +34,79 @@ from rag.metrics import (
 logger = logging.getLogger(__name__)
 
 
-def score_answers(lines: list[str], gold: list[list[str]]) -> dict[str, float]:
+# By the score's name a number a question.
+Values = dict[str, list[float]]
+
+
+def means(values: Values) -> dict[str, float]:
+    """The scores, by name."""
+    return {name: fmean(own) for name, own in values.items()}
+
+
+def values_of(args: EvalArguments, data: EvalData, predictions: Predictions) -> Values:
+    """All that an evaluation measures of its questions."""
+    lines, records = predictions.lines, predictions.records
+    if args.eval_mode == "retrieval":
+        values = title_values(lines, data.gold, args.k, args.passages_per_question)
+        if data.pages is not None:
+            values |= page_values(titles_of(lines, args.passages_per_question), data.pages, args.k)
+        if data.answers is not None:
+            values |= rank_values(args, predictions)
+        return values
+    is_regex = args.gold_data_mode == "regex"
+    holds_answer = pattern_recall_at_k if is_regex else answer_recall_at_k
+    values = (pattern_values if is_regex else answer_values)(lines, data.gold)
+    if args.contains:
+        values |= contains_values(lines, data.gold, holds_answer)
+    values |= attribution_values(records, data.gold, holds_answer)
+    if data.pages is not None and all("titles" in record for record in records):
+        titles = [list(map(strip_title, record["titles"])) for record in records]
+        values |= kilt_values(page_values(titles, data.pages, []) | values)
+    return values
+
+
+def answer_values(lines: list[str], gold: list[list[str]]) -> Values:
     """EM and F1 against the best of the right answers (SQuAD v1.1)."""
     pairs = list(zip(lines, gold, strict=True))
     return {
-        name: fmean(metric_max_over_ground_truths(metric, line, right) for line, right in pairs)
+        name: [float(metric_max_over_ground_truths(metric, line, right)) for line, right in pairs]
         for name, metric in (("em", exact_match_score), ("f1", f1_score))
     }
 
 
-def score_patterns(lines: list[str], patterns: list[list[str]]) -> dict[str, float]:
-    """EM: share of the answers that one of their patterns matches. F1 has no meaning for patterns.
+def pattern_values(lines: list[str], patterns: list[list[str]]) -> Values:
+    """EM: 1 for an answer that one of its patterns matches. F1 has no meaning for patterns.
 
     Raises:
         UserError: a pattern takes too long; names the line.
     """
-    right = []
-    for number, (line, own) in enumerate(zip(lines, patterns, strict=True), start=1):
+    return {"em": _each_line(lines, patterns, lambda line, own: any(pattern_match_score(line, one) for one in own))}
+
+
+def contains_values(lines: list[str], gold: list[list[str]], holds_answer: Callable[..., bool]) -> Values:
+    """contains: 1 for an answer in which one of the right ones stands, word for word, as DPR finds them in passages.
+
+    Args:
+        holds_answer: of `rag.metrics`, whether a text holds an answer, or what a pattern matches.
+
+    Raises:
+        UserError: as of `pattern_values`.
+    """
+    return {"contains": _each_line(lines, gold, lambda line, right: holds_answer([line], right, 1))}
+
+
+def _each_line(lines: list[str], gold: list[list[str]], is_right: Callable[[str, list[str]], bool]) -> list[float]:
+    values = []
+    for number, (line, right) in enumerate(zip(lines, gold, strict=True), start=1):
         try:
-            right.append(any(pattern_match_score(line, pattern) for pattern in own))
+            values.append(float(is_right(line, right)))
         except ValueError as error:
             raise UserError(f"--gold_data_path, line {number}: {error}; write it in another way") from error
-    return {"em": fmean(right)}
+    return values
 
 
-def score_attribution(
-    records: list[dict], gold: list[list[str]], holds_answer: Callable[..., bool]
-) -> dict[str, float]:
-    """How often the passage of the largest posterior holds an answer, and the one of the largest score; {} if unknown.
+def attribution_values(records: list[dict], gold: list[list[str]], holds_answer: Callable[..., bool]) -> Values:
+    """Whether the passage of the largest posterior holds an answer, and the one of the largest score; {} if unknown.
 
     Args:
         holds_answer: of `rag.metrics`.
@@ -64,26 +114,46 @@ def score_attribution(
     if not all("posteriors" in record for record in records):
         return {}
 
-    def holds(record: dict, right: list[str], by: str) -> bool:
+    def holds(record: dict, right: list[str], by: str) -> float:
         best = max(range(len(record["texts"])), key=record[by].__getitem__, default=None)
-        return best is not None and holds_answer([record["texts"][best]], right, 1)
+        return float(best is not None and holds_answer([record["texts"][best]], right, 1))
 
     pairs = list(zip(records, gold, strict=True))
     return {
-        name: fmean(holds(record, right, by) for record, right in pairs)
+        name: [holds(record, right, by) for record, right in pairs]
         for name, by in (("attribution", "posteriors"), ("attribution_prior", "scores"))
     }
 
 
-def score_titles(lines: list[str], gold: list[list[str]], ks: list[int], n_docs: int) -> dict[str, float]:
-    """precision@k for every k, and MRR over the first `n_docs` titles of each line, though it may have more."""
-    titles = [[strip_title(title) for title in line.split("\t")[:n_docs]] for line in lines]
-    pairs = list(zip(titles, gold, strict=True))
-    scores = {f"precision_at_{k}": fmean(precision_at_k(*pair, k) for pair in pairs) for k in ks}
-    return scores | {"mrr": fmean(reciprocal_rank(*pair) for pair in pairs)}
+def titles_of(lines: list[str], n_docs: int) -> list[list[str]]:
+    """The first `n_docs` titles of each line, though it may have more."""
+    return [[strip_title(title) for title in line.split("\t")[:n_docs]] for line in lines]
 
 
-def score_answer_ranks(args: EvalArguments, predictions: Predictions) -> dict[str, float]:
+def title_values(lines: list[str], gold: list[list[str]], ks: list[int], n_docs: int) -> Values:
+    """precision@k for every k, and MRR over the first `n_docs` titles of each line."""
+    pairs = list(zip(titles_of(lines, n_docs), gold, strict=True))
+    values = {f"precision_at_{k}": [precision_at_k(*pair, k) for pair in pairs] for k in ks}
+    return values | {"mrr": [reciprocal_rank(*pair) for pair in pairs]}
+
+
+def page_values(titles: list[list[str]], pages: list[list[list[str]]], ks: list[int]) -> Values:
+    """R-precision, and recall@k of pages for every k, as KILT defines them."""
+    pairs = list(zip(titles, pages, strict=True))
+    values = {f"page_recall_at_{k}": [page_recall_at_k(*pair, k) for pair in pairs] for k in ks}
+    return {"r_precision": [r_precision(*pair) for pair in pairs]} | values
+
+
+def kilt_values(values: Values) -> Values:
+    """R-precision, and KILT-EM and KILT-F1: EM and F1 of the answers whose R-precision is 1, 0 of the others."""
+    right = [value == 1 for value in values["r_precision"]]
+    return {"r_precision": values["r_precision"]} | {
+        f"kilt_{name}": [score * is_right for score, is_right in zip(values[name], right, strict=True)]
+        for name in ("em", "f1")
+    }
+
+
+def rank_values(args: EvalArguments, predictions: Predictions) -> Values:
     """recall@k for every k: whether one of the first k passages holds an answer."""
     if any("answer_rank" not in record for record in predictions.records):
         raise UserError(
@@ -91,7 +161,17 @@ def score_answer_ranks(args: EvalArguments, predictions: Predictions) -> dict[st
             f"recorded in {predictions.records_path}; give --recalculate, or leave --answers_path out"
         )
     ranks = [record["answer_rank"] or float("inf") for record in predictions.records]
-    return {f"recall_at_{k}": fmean(rank <= k for rank in ranks) for k in args.k}
+    return {f"recall_at_{k}": [float(rank <= k) for rank in ranks] for k in args.k}
+
+
+def score_answers(lines: list[str], gold: list[list[str]]) -> dict[str, float]:
+    """The means of `answer_values`."""
+    return means(answer_values(lines, gold))
+
+
+def score_patterns(lines: list[str], patterns: list[list[str]]) -> dict[str, float]:
+    """The means of `pattern_values`."""
+    return means(pattern_values(lines, patterns))
 
 
 def require_titles(path: str, lines: list[str], k: int) -> None:
@@ -104,9 +184,13 @@ def require_titles(path: str, lines: list[str], k: int) -> None:
         )
 
 
+IN_CAPITALS = ("em", "f1", "mrr", "kilt_em", "kilt_f1")
+
+
 def label(name: str) -> str:
     """em -> EM, precision_at_5 -> Precision@5, attribution_prior -> Attribution-prior."""
-    return name.upper() if name in ("em", "f1", "mrr") else name.replace("_at_", "@").replace("_", "-").capitalize()
+    hyphened = name.replace("_at_", "@").replace("_", "-")
+    return hyphened.upper() if name in IN_CAPITALS else hyphened.capitalize()
 
 
 # --- Two files, as the public suite scores them -----------------------------------------------------------------------
@@ -116,7 +200,7 @@ def get_scores(args: Any, preds_path: str, gold_data_path: str) -> dict[str, flo
     """EM and F1 of a file of answers, as fractions; logged in percent.
 
     Args:
-        args: has `gold_data_mode`, "qa", "regex" or "ans".
+        args: has `gold_data_mode`, "qa", "regex", "kilt" or "ans".
 
     Raises:
         UserError: the files are of different length, or a gold line is faulty.
@@ -134,7 +218,7 @@ def get_precision_at_k(args: Any, preds_path: str, gold_data_path: str) -> dict[
     ks = [args.k] if isinstance(args.k, int) else args.k
     lines, gold = _read_both(preds_path, gold_data_path, "titles")
     require_titles(preds_path, lines, max(ks))
-    return _logged(score_titles(lines, gold, ks, n_docs=max(len(line.split("\t")) for line in lines)))
+    return _logged(means(title_values(lines, gold, ks, n_docs=max(len(line.split("\t")) for line in lines))))
 
 
 def _read_both(preds_path: str, gold_data_path: str, mode: str) -> tuple[list[str], list[list[str]]]:

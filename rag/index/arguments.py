@@ -18,7 +18,8 @@ SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device", "index_pre
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 # FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
-INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
+READING_TEXT = ("bm25", "given")  # kinds that read a question's words, so that no question encoder runs
+INDEX_FLAGS = ("index_name", "index_path", "passages_path", "passages_file", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
 @dataclass(kw_only=True)
@@ -46,10 +47,17 @@ class EffortArguments:
 class SearchArguments(EffortArguments):
     """Which index is searched, and how. What is left out is the checkpoint's."""
 
-    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = flag(
-        None, "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."
+    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25", "given"] | None = flag(
+        None,
+        "Kind of index; left out, the checkpoint's, custom where --passages_path is given, or given where "
+        "--passages_file is.",
     )
     passages_path: str | None = flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
+    passages_file: str | None = flag(
+        None,
+        "Passages that another system found, in the place of an index (given): .jsonl of `{question, titles, texts, "
+        "scores}`, or the .json of DPR's retriever. Scores stay as they are: no question encoder runs or learns.",
+    )
     index_path: str | None = flag(
         None,
         "FAISS file or folder of shards (custom), or a folder (legacy; bm25, where it defaults to a folder "
@@ -83,6 +91,8 @@ class SearchArguments(EffortArguments):
     def __post_init__(self):
         if self.passages_path is not None and self.index_name is None:
             self.index_name = "custom"  # nothing else reads them
+        if self.passages_file is not None and self.index_name is None:
+            self.index_name = "given"
 
     def given(self) -> dict[str, Any]:
         """The flags that were given, by name."""
@@ -90,8 +100,14 @@ class SearchArguments(EffortArguments):
         return {name: value for name, value in values.items() if value not in (None, False)}
 
     def search_problems(self) -> list[str]:
-        """What is out of range, no device's name, or a precision without a device."""
+        """What is out of range, no device's name, a precision without a device, or passages from two places."""
         problems = self.effort_problems() + device_problems("--index_device", self.index_device)
+        if self.passages_file is not None and self.index_name != "given":
+            other = "--passages_path" if self.passages_path is not None else f"--index_name {self.index_name}"
+            problems.append(
+                f"--passages_file {self.passages_file} is read in the place of an index, and {other} asks for one; "
+                "leave one out"
+            )
         if self.index_precision is not None and self.index_device is None:
             problems.append(
                 f"--index_precision {self.index_precision} is how --index_device holds the embeddings; give "
@@ -109,6 +125,8 @@ class SearchArguments(EffortArguments):
             return [
                 "--index_name bm25 needs --passages_path, a folder of passages; use_own_knowledge_dataset.py makes one"
             ]
+        if self.index_name == "given" and not self.passages_file:
+            return ["--index_name given needs --passages_file, the passages that were found for each question"]
         if self.index_name not in (None, "custom", "bm25") and self.passages_path:
             return [f"--passages_path is read with --index_name custom and bm25 only, not with {self.index_name}"]
         return []

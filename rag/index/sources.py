@@ -1,6 +1,6 @@
-"""The index that a `RagConfig` describes, whatever its source: your own, Wikipedia's, DPR's legacy files, BM25.
+"""The index that a `RagConfig` describes, whatever its source: your own, Wikipedia's, DPR's legacy files, BM25, a file.
 
-    index = open_index(config)   # config.index_name: custom, exact, compressed, legacy or bm25
+    index = open_index(config)   # config.index_name: custom, exact, compressed, legacy, bm25 or given
     index.init_index()
 
 Neither torch nor transformers is imported: an actor that only searches is back in a moment.
@@ -11,6 +11,7 @@ import logging
 from rag.errors import UserError
 from rag.index.arguments import index_effort
 from rag.index.bm25 import open_bm25
+from rag.index.given_passages import open_given
 from rag.index.index_files import read_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.legacy_dpr import open_legacy
@@ -35,6 +36,7 @@ INDEX_SOURCES = {
     "compressed": open_wiki_dpr,
     "legacy": open_legacy,
     "bm25": open_bm25,
+    "given": open_given,
 }
 
 

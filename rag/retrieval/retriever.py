@@ -6,6 +6,7 @@
 A subclass changes only where the search runs (`_search`); passage text is read on the rank that needs it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.models.rag.retrieval_rag import Index
 from rag.errors import UserError
 from rag.index.arguments import INDEX_FLAGS
 from rag.index.columns import require_finite
+from rag.index.given_passages import GivenPassages
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 from rag.models.checkpoints import load_tokenizer
@@ -265,7 +267,7 @@ def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np
 
 
 def reads_text(retriever: RagRetriever) -> bool:
-    """Whether the index reads the questions' words (BM25), so that no question encoder runs or trains."""
+    """Whether the index reads the questions' words (BM25, given passages): no question encoder runs or trains."""
     return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
 
 
@@ -291,9 +293,23 @@ def question_vectors(
 
 
 def require_n_docs(index: Index, n_docs: int) -> None:
-    """Raise `UserError` if an index holds fewer passages than are to be fetched for each question."""
-    if isinstance(index, KnowledgeIndex) and n_docs > len(index):
+    """Raise `UserError` if an index holds fewer passages than are to be fetched for each question.
+
+    Passages that were found already may be fewer for any question.
+    """
+    if isinstance(index, KnowledgeIndex) and not isinstance(index, GivenPassages) and n_docs > len(index):
         raise UserError(f"--n_docs {n_docs} is more than the {len(index)} passages of the index; ask for fewer")
+
+
+def require_passages_for(index: Index, questions: Iterable[str], source: str, prefix: str = "") -> None:
+    """Raise `UserError` if passages that were found already (`GivenPassages`) lack those of a question.
+
+    Args:
+        source: where the questions are from, for the message.
+        prefix: what will stand before each of them.
+    """
+    if isinstance(index, GivenPassages):
+        index.expect(questions, source, prefix)
 
 
 @dataclass
@@ -304,7 +320,7 @@ class RetrievedContexts:
         input_ids: (B * n_docs, S) int64, the documents of a question in a row.
         attention_mask: (B * n_docs, S) int64.
         doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder, or
-            BM25 scores; -inf in a slot without a passage, so that it gets no probability.
+            BM25 or given scores; -inf in a slot without a passage, so that it gets no probability.
         doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
         docs: B dicts of the passages' columns, among them the lists "title" and "text".
         lengths: (B * n_docs) tokens of each context, on the host; None where padding stands before or between them.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag.command_line.trainer_flags import TrainerArguments
 from rag.distributed.meeting import timeout_problems
+from rag.index.arguments import READING_TEXT
 
 if TYPE_CHECKING:
     from rag.training.arguments import FinetuneArguments, ModelArguments, RetrievalArguments, RunArguments
@@ -172,7 +173,7 @@ def _adapter_contradictions(args: "FinetuneArguments") -> list[str]:
         problems.append("--lora_r and --freeze_generator contradict each other; give one of them")
     if model.question_encoder_lora_r is not None:
         given = ["--freeze_question_encoder"] if model.freeze_question_encoder else []
-        given += ["--index_name bm25"] if args.retrieval.index_name == "bm25" else []
+        given += [f"--index_name {args.retrieval.index_name}"] if args.retrieval.index_name in READING_TEXT else []
         problems += [f"--question_encoder_lora_r and {flag} contradict each other; give one of them" for flag in given]
     problems += _nothing_learns(args)
     if args.trainer.strategy == "fsdp" and (flag := _flag_of_frozen_parts(model)) is not None:
@@ -189,7 +190,8 @@ def _nothing_learns(args: "FinetuneArguments") -> list[str]:
         return []
     others = {
         "--freeze_question_encoder": model.freeze_question_encoder,
-        "--index_name bm25 (which asks no question encoder)": args.retrieval.index_name == "bm25",
+        f"--index_name {args.retrieval.index_name} (which asks no question encoder)": args.retrieval.index_name
+        in READING_TEXT,
         f"--model_type {model.model_type} (which has no question encoder)": model.model_type in CLOSED_BOOK,
     }
     return [

@@ -16,7 +16,7 @@ from transformers import RagSequenceForGeneration
 import eval_rag
 from rag.errors import UserError
 from rag.evaluation import predictors
-from rag.evaluation.scores import score_attribution
+from rag.evaluation.scores import attribution_values, means
 from rag.files import json_digest, load_json, read_lines, save_json, write_lines
 from rag.locks import lock_beside, one_at_a_time
 from rag.metrics import answer_recall_at_k
@@ -26,57 +26,6 @@ from rag.retrieval.retriever import RagKnowledgeRetriever
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT
 
 ASKED, ANSWERS = zip(*QUESTIONS, strict=True)
-
-
-@pytest.fixture(scope="module")
-def rag_folder(checkpoint):
-    return checkpoint("rag_sequence", "bart")
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Question file, and a gold file of each kind."""
-    write_lines(ASKED, tmp_path / "q")
-    write_lines(ANSWERS, tmp_path / "ans")
-    write_lines([f"{q}\t{[a, 'the ' + a.title()]}" for q, a in QUESTIONS], tmp_path / "qa")
-    write_lines([f'"{a}"\tanother' for a in ANSWERS], tmp_path / "pages")
-    return tmp_path
-
-
-@pytest.fixture
-def run(files):
-    """Evaluate; keyword arguments are flags. Returns what `main` returns."""
-
-    def run(model, gold="ans", predictions="predictions.txt", **flags):
-        flags = {
-            "model_name_or_path": model,
-            "evaluation_set": files / "q",
-            "gold_data_path": files / gold,
-            "gold_data_mode": "qa" if gold == "qa" else "ans",
-            "eval_mode": "retrieval" if gold == "pages" else "e2e",
-            "predictions_path": files / predictions,
-            "num_beams": 2,
-            "max_length": 8,
-            "n_docs": 3,
-            "eval_batch_size": 3,
-        } | flags
-        argv = []
-        for name, value in flags.items():
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            argv += [f"--{name}", *map(str, values)]
-        return eval_rag.main(eval_rag.parse_args(argv))
-
-    return run
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail where a model is loaded."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model is loaded")
-
-    monkeypatch.setattr(predictors, "load_predictor", refuse)
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
@@ -95,9 +44,9 @@ def test_attribution_is_of_the_passage_that_says_most():
     other = {"texts": texts, "scores": [3.0, 2.0, 1.0], "posteriors": [0.6, 0.2, 0.2]}
     nothing = {"texts": [], "scores": [], "posteriors": []}
     gold = [["London", "Paris"], ["stone"], ["Paris"]]
-    scores = score_attribution([one, other, nothing], gold, answer_recall_at_k)
+    scores = means(attribution_values([one, other, nothing], gold, answer_recall_at_k))
     assert scores == {"attribution": 2 / 3, "attribution_prior": 1 / 3}
-    assert score_attribution([one, {"id": 2}], gold[:2], answer_recall_at_k) == {}
+    assert attribution_values([one, {"id": 2}], gold[:2], answer_recall_at_k) == {}
 
 
 def test_passages_are_scored_over_all_k(run, rag_folder, files, no_model):
@@ -243,7 +192,7 @@ def test_what_is_printed(run, rag_folder, capsys):
     titles = [line.split()[-1] for line in first.splitlines() if line.startswith("    ")]
     assert len(titles) == 24 and set(titles) <= set(ANSWERS)
     assert "8 questions; eval_mode e2e, " in first and "index ef_search 16" in first and "n_docs 3" in first
-    assert "\nEM: 0.00\nF1: " in first
+    assert "\nEM: 0.00  [0.0, 0.0]\nF1: " in first
     run(rag_folder, print_docs=True, print_predictions=True)
     second = capsys.readouterr().out
     assert second.splitlines()[1:] == first.splitlines()

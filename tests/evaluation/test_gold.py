@@ -127,6 +127,56 @@ def test_files_that_are_no_utf8_are_named_by_their_flag(read, tmp_path):
         read("where\t['a']\n", evaluation_set=tmp_path / "utf16")
 
 
+# --- KILT's files -----------------------------------------------------------------------------------------------------
+
+KILT = [
+    {"input": "where\nis it", "output": [{"answer": "Oslo", "provenance": [{"title": '"Oslo"'}]}, {"answer": "x"}]},
+    {"input": "when", "output": [{"answer": "1048", "provenance": [{"title": "Oslo"}, {"title": "Norway"}]}]},
+]  # fmt: skip
+
+
+def lines_of(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_kilts_lines_are_read_by_their_name_or_by_the_mode(read, tmp_path, caplog):
+    for name, flags in (("gold.jsonl", {}), ("gold", {"gold_data_mode": "kilt"})):
+        data = read(lines_of(*KILT), name, ["where is it", "when"], **flags)
+        assert data.gold == [["Oslo", "x"], ["1048"]] and data.pages == [[["Oslo"]], [["Oslo", "Norway"]]]
+    data = read(lines_of(*KILT), "gold.jsonl", ["where is it", "when"], eval_mode="retrieval")
+    assert data.gold == [["Oslo"], ["Oslo", "Norway"]] and data.pages == [[["Oslo"]], [["Oslo", "Norway"]]]
+    data = read(lines_of(*KILT), "gold.jsonl", evaluation_set=tmp_path / "gold.jsonl")
+    assert data.questions == ["where is it", "when"] and not caplog.records
+    read(lines_of(*KILT), "gold.jsonl", ["where is it", "who"])
+    assert "1 of 2 questions are not those of --evaluation_set" in caplog.text
+
+
+def test_the_questions_of_nq_opens_records_are_asked(read, tmp_path):
+    content = '{"question": "where\\tis it", "answer": ["a"]}\n{"question": "when", "answer": ["b"]}\n'
+    assert read(content, "nq.jsonl", evaluation_set=tmp_path / "nq.jsonl").questions == ["where is it", "when"]
+    content += '{"answer": ["b"]}\n'
+    with pytest.raises(UserError, match=r"--evaluation_set .*nq.jsonl, line 3: a record with a `question`"):
+        read(content, "nq.jsonl", evaluation_set=tmp_path / "nq.jsonl")
+
+
+def test_mistakes_in_kilts_files_are_named_by_their_line(read):
+    asked = ["where is it", "when"]
+    for broken, reason in [
+        ({"input": "when"}, r"KILT's .* is expected"),
+        ({"input": "when", "output": []}, "test sets come without"),
+        ({"input": "when", "output": [{"answer": " "}]}, "no answer that is not blank"),
+        ({"input": "when", "output": [{"answer": "a", "provenance": [{"wikipedia_id": "1"}]}]}, "no `title`"),
+        ({"question": "when", "answer": ["a"]}, r"KILT's .* is expected"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=rf"--gold_data_path .*, line 2: .*{reason}") as error:
+            read(lines_of(KILT[0], broken), "gold.jsonl", asked)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"--gold_data_path .* has 2 lines, but --evaluation_set has 1"):
+        read(lines_of(*KILT), "gold.jsonl", asked[:1], eval_mode="retrieval")
+    with pytest.raises(UserError, match=r"line 1: KILT's .* is expected"):
+        read("where\t['a']\n", questions=["where"], gold_data_mode="kilt")
+
+
 # --- Regular expressions ----------------------------------------------------------------------------------------------
 
 

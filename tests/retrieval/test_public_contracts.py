@@ -1,6 +1,7 @@
 """What code written for the public suite and for transformers' retriever relies on: columns, types, copies, files."""
 
 import copy
+import json
 import pickle
 
 import faiss
@@ -13,6 +14,7 @@ from transformers.models.rag.retrieval_rag import CustomHFIndex
 
 from distributed_pytorch_retriever import RagPyTorchDistributedRetriever
 from distributed_ray_retriever import RagRayDistributedRetriever, RayRetriever
+from rag.files import write_lines
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.passage_rows import PassageRows
 from rag.index.wiki_dpr import choose_encoding
@@ -212,13 +214,17 @@ def test_an_index_in_memory_is_saved_beside_the_checkpoint(on_disk, bert_tokeniz
     check(RagKnowledgeRetriever.from_pretrained(tmp_path / "third"))
 
 
-@pytest.fixture(params=["custom", "sharded_config", "legacy_config", "bm25"])
-def some_config(request, on_disk):
+@pytest.fixture(params=["custom", "sharded_config", "legacy_config", "bm25", "given"])
+def some_config(request, on_disk, tmp_path):
     """Indexes of each kind whose parts are in files."""
     if request.param == "custom":
         return rag_config(**on_disk)
     if request.param == "bm25":
         return rag_config(index_name="bm25", passages_path=on_disk["passages_path"])
+    if request.param == "given":
+        found = [{"question": name, "titles": [name], "texts": ["x"], "scores": [1]} for name in ("one", "two")]
+        write_lines(map(json.dumps, found), tmp_path / "found.jsonl")
+        return rag_config(index_name="given", passages_file=str(tmp_path / "found.jsonl"))
     return request.getfixturevalue(request.param)
 
 
