@@ -29,6 +29,7 @@ MODULES = {"quickstart": "quickstart.__main__"} | {
         "use_own_knowledge_dataset",
         "consolidate_rag_checkpoint",
         "parse_dpr_relevance_data",
+        "report_rag",
     )
 }
 # What each page's commands run, in their order, but for what needs several processes, a cluster or a GPU to search on.
