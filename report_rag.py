@@ -16,9 +16,10 @@ answer; `regex`: as qa, with regular expressions; `titles`: the titles of the ri
 from typing import NoReturn
 
 from rag.command_line.script import run_script
+from rag.errors import raise_problems
 from rag.files import atomic_write
 from rag.outputs import writing
-from rag.reports.arguments import ReportArguments
+from rag.reports.arguments import ReportArguments, path_problems
 from rag.reports.arguments import parse_args as parse_report_args
 
 
@@ -28,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> ReportArguments:
 
 def main(args: ReportArguments) -> str:
     """Write the page, whole or not at all; return its path."""
+    raise_problems(path_problems(args))
     from rag.reports.figures import load_matplotlib
     from rag.reports.page import render
     from rag.reports.reading import read_evaluations, read_gold

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
-from rag.errors import file_problems, raise_problems
+from rag.errors import file_problems
 from rag.evaluation.gold import FILE_ENDS
 from rag.outputs import output_file_problems
 
@@ -34,13 +34,11 @@ class ReportArguments:
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> ReportArguments:
-    """Read the command line; raises one `UserError` for all paths that cannot be used."""
-    args = parse_into(ReportArguments, description=description, argv=argv)
-    raise_problems(path_problems(args))
-    return args
+    return parse_into(ReportArguments, description=description, argv=argv)
 
 
 def path_problems(args: ReportArguments) -> list[str]:
+    """The paths that are missing or cannot be used."""
     problems = []
     if args.run_dir is None and not args.predictions_path:
         problems.append("--run_dir and --predictions_path are missing; give one of them, or both")
