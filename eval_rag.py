@@ -12,8 +12,9 @@
 The predictions file has a line a question: the answer (e2e) or the titles of --n_docs passages, tab-separated
 (retrieval), which any --k up to that number is scored from. A complete one is scored again without the model, one with
 fewer lines (a killed run's) is continued, one of another model or other settings is refused. Beside PREDICTIONS stand
-PREDICTIONS.jsonl, a record a question (line number, question, answer, ids, titles and scores of the passages),
-PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are fractions in files, percent in print.
+PREDICTIONS.jsonl, a record a question (line number, question, answer; of the passages ids, titles, texts, scores, and
+their part in the answer, p(z|x,y)), PREDICTIONS.settings.json, what made them, and PREDICTIONS.scores.json. Scores are
+fractions in files, percent in print.
 
 Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; e2e `regex`:
 as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated.
@@ -38,6 +39,7 @@ from rag.evaluation.scores import (
     require_titles,
     score_answer_ranks,
     score_answers,
+    score_attribution,
     score_patterns,
     score_titles,
 )
@@ -144,6 +146,8 @@ def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict
     if args.eval_mode == "e2e":
         score_lines = score_patterns if args.gold_data_mode == "regex" else score_answers
         scores = score_lines(predictions.lines, data.gold)
+        holds_answer = pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k
+        scores |= score_attribution(predictions.records, data.gold, holds_answer)
     else:
         scores = score_titles(predictions.lines, data.gold, args.k, args.passages_per_question)
         if data.answers is not None:
@@ -315,8 +319,10 @@ def report(args: EvalArguments, data: EvalData, predictions: Predictions, scores
         if args.print_predictions:
             print(printable(f"Q: {record['question']} - A: {line}"))
         if args.print_docs:
-            for title, score in zip(record.get("titles", []), record.get("scores", []), strict=True):
-                print(printable(f"    {score:10.4f}  {title}"))
+            shares = record.get("posteriors") or [None] * len(record.get("titles", []))
+            for title, score, share in zip(record.get("titles", []), record.get("scores", []), shares, strict=True):
+                part = "" if share is None else f"  {share:6.1%}"
+                print(printable(f"    {score:10.4f}{part}  {title}"))
     print(f"{len(data.questions):,} questions; {describe(**made_with)}")
     for name, score in scores.items():
         print(f"{label(name)}: {100 * score:.2f}")
@@ -331,12 +337,14 @@ def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:
 
 
 def print_table(scores: dict[str, dict[str, float]]) -> None:
-    """A row a checkpoint, percent."""
+    """A row a checkpoint, percent; "-" where a score has no meaning for one."""
     width = max(map(len, [*scores, "checkpoint"]))
-    names = list(next(iter(scores.values())))
-    print(f"{'checkpoint':{width}}" + "".join(f"{label(name):>14}" for name in names))
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    columns = {name: max(14, len(label(name)) + 2) for name in names}
+    print(f"{'checkpoint':{width}}" + "".join(f"{label(name):>{columns[name]}}" for name in names))
     for checkpoint, own in scores.items():
-        print(f"{checkpoint:{width}}" + "".join(f"{100 * own[name]:>14.2f}" for name in names))
+        cells = {name: f"{100 * own[name]:.2f}" if name in own else "-" for name in names}
+        print(f"{checkpoint:{width}}" + "".join(f"{cell:>{columns[name]}}" for name, cell in cells.items()))
 
 
 def cli() -> NoReturn:

@@ -279,4 +279,5 @@ def decode(lm: Any, prompts: Prompts, n_docs: int, asked: int, pairs: int, compa
     sides = Sides(lm, prompts, n_docs)
     with torch.no_grad():
         sides.ours(prompts.contexts(0, n_docs))  # to warm up
-        return ask_twice(sides, pairs) | compare(sides, asked) | compare_many(sides, compared)
+        parts = {ask_twice: pairs, compare: asked, compare_many: compared}
+        return {name: value for part, count in parts.items() if count for name, value in part(sides, count).items()}

@@ -21,6 +21,7 @@ from rag.evaluation.gold import strip_title
 from rag.generation.causal_cache import HeadCache
 from rag.generation.decoding import answer_prompts, generate_answers
 from rag.generation.families import require_family
+from rag.generation.posteriors import Posteriors
 from rag.generation.trial import FLAGS_DECIDE, require_runs
 from rag.index.device_search import DeviceUnavailableError, usable_device
 from rag.metrics import answer_recall_at_k
@@ -124,6 +125,7 @@ def answer_from_passages(
     before = _context_counts(retriever)
     contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
     made, cut = (now - then for now, then in zip(_context_counts(retriever), before, strict=True))
+    noted: list[Posteriors] = []
     token_ids = generate_answers(
         model,
         contexts.input_ids,
@@ -133,11 +135,18 @@ def answer_from_passages(
         decoding=plan.decoding,
         heads=contexts.heads,
         head_cache=head_cache,
+        note_posteriors=noted.append,
         **generation_kwargs(plan, model.generator),
     )
     answers = decode(retriever.generator_tokenizer, token_ids)
-    passages = passage_details(contexts.doc_ids, contexts.docs, contexts.doc_scores.cpu().numpy())
-    details = [{"answer": answer, **passage} for answer, passage in zip(answers, passages, strict=True)]
+    (posteriors,) = noted
+    numbers = {"scores": contexts.doc_scores, "posteriors": posteriors.passages}
+    details = passage_details(contexts.doc_ids, contexts.docs, numbers, "title", "text")
+    details = [{"answer": answer, **detail} for answer, detail in zip(answers, details, strict=True)]
+    if posteriors.tokens is not None:
+        words = [retriever.generator_tokenizer.batch_decode([[word] for word in row[1:]]) for row in token_ids]
+        for detail, shares in zip(details, token_details(contexts.doc_ids, words, posteriors.tokens), strict=True):
+            detail |= shares
     details[0][CONTEXT_COUNTS] = [made, cut, getattr(retriever, "context_length", 0)]
     return answers, details
 
@@ -166,7 +175,7 @@ def retrieve_passages(
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
     vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
     embeddings, doc_ids, docs = retriever.retrieve(vectors, retriever.config.n_docs)  # (B, n, d), (B, n)
-    details = passage_details(doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0])
+    details = passage_details(doc_ids, docs, {"scores": (embeddings @ vectors[:, :, None])[:, :, 0]}, "title")
     lines = ["\t".join(one_line(strip_title(title)) for title in detail["titles"]) for detail in details]
     if answers is not None:
         for detail, doc, right in zip(details, docs, answers, strict=True):
@@ -206,13 +215,35 @@ def one_line(text: str) -> str:
     return text.translate({ord(c): " " for c in "\t\r\n"})
 
 
-def passage_details(doc_ids, docs: list[dict], scores) -> list[dict]:
-    """Ids, titles and scores of the passages of each question; doc_ids and scores (B, n_docs)."""
+def passage_details(doc_ids, docs: list[dict], numbers: dict[str, Any], *columns: str) -> list[dict]:
+    """Of each question's passages the ids, what the index has of them in `columns`, and numbers.
+
+    Args:
+        doc_ids: (B, n_docs), negative where there is no passage.
+        numbers: by name, (B, n_docs) each.
+    """
     details = []
-    for ids, doc, doc_scores in zip(doc_ids.tolist(), docs, scores.tolist(), strict=True):
-        places = [n for n, doc_id in enumerate(ids) if doc_id >= 0]
-        columns = {"doc_ids": ids, "titles": doc["title"], "scores": doc_scores}
-        details.append({name: [column[n] for n in places] for name, column in columns.items()})
+    for question, (ids, doc) in enumerate(zip(doc_ids.tolist(), docs, strict=True)):
+        lists = {"doc_ids": ids} | {f"{column}s": doc[column] for column in columns}
+        lists |= {name: own[question].tolist() for name, own in numbers.items()}
+        details.append(
+            {name: [values[n] for n, doc_id in enumerate(ids) if doc_id >= 0] for name, values in lists.items()}
+        )
+    return details
+
+
+def token_details(doc_ids, words: list[list[str]], posteriors: torch.Tensor) -> list[dict]:
+    """Of each question's answer the tokens, and which part each passage has in each.
+
+    Args:
+        doc_ids: (B, n_docs), negative where there is no passage.
+        words: B lists, of the tokens behind the first one.
+        posteriors: (B, T, n_docs), zero behind an answer's end.
+    """
+    details = []
+    for ids, own, rows in zip(doc_ids.tolist(), words, posteriors.tolist(), strict=True):
+        rows = [[share for share, doc_id in zip(row, ids, strict=True) if doc_id >= 0] for row in rows if any(row)]
+        details.append({"tokens": own[: len(rows)], "token_posteriors": rows})
     return details
 
 

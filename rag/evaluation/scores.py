@@ -8,6 +8,7 @@ Line n of the predictions is scored against line n of the gold.
 """
 
 import logging
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
@@ -52,6 +53,28 @@ def score_patterns(lines: list[str], patterns: list[list[str]]) -> dict[str, flo
     return {"em": fmean(right)}
 
 
+def score_attribution(
+    records: list[dict], gold: list[list[str]], holds_answer: Callable[..., bool]
+) -> dict[str, float]:
+    """How often the passage of the largest posterior holds an answer, and the one of the largest score; {} if unknown.
+
+    Args:
+        holds_answer: of `rag.metrics`.
+    """
+    if not all("posteriors" in record for record in records):
+        return {}
+
+    def holds(record: dict, right: list[str], by: str) -> bool:
+        best = max(range(len(record["texts"])), key=record[by].__getitem__, default=None)
+        return best is not None and holds_answer([record["texts"][best]], right, 1)
+
+    pairs = list(zip(records, gold, strict=True))
+    return {
+        name: fmean(holds(record, right, by) for record, right in pairs)
+        for name, by in (("attribution", "posteriors"), ("attribution_prior", "scores"))
+    }
+
+
 def score_titles(lines: list[str], gold: list[list[str]], ks: list[int], n_docs: int) -> dict[str, float]:
     """precision@k for every k, and MRR over the first `n_docs` titles of each line, though it may have more."""
     titles = [[strip_title(title) for title in line.split("\t")[:n_docs]] for line in lines]
@@ -82,8 +105,8 @@ def require_titles(path: str, lines: list[str], k: int) -> None:
 
 
 def label(name: str) -> str:
-    """em -> EM, precision_at_5 -> Precision@5."""
-    return name.replace("_at_", "@").capitalize() if "_at_" in name else name.upper()
+    """em -> EM, precision_at_5 -> Precision@5, attribution_prior -> Attribution-prior."""
+    return name.upper() if name in ("em", "f1", "mrr") else name.replace("_at_", "@").replace("_", "-").capitalize()
 
 
 # --- Two files, as the public suite scores them -----------------------------------------------------------------------

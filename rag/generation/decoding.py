@@ -14,7 +14,7 @@ their keys and values, those of a passage once for all prompts that begin with i
 search itself does not tell already which one is the best, and a search ends where nothing better can come (bounds.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,9 +28,10 @@ from rag.generation.candidates import Candidates, beam_scores, distinct_rows, ma
 from rag.generation.causal_cache import HeadCache
 from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.plain_decoder import decoder_of
+from rag.generation.posteriors import Posteriors, posteriors_of
 from rag.generation.search import Search
 from rag.generation.token_trees import Memory
-from rag.packing import Heads
+from rag.packing import Heads, to_device
 
 # cuDNN's attention would make a plan for every new shape, and a search has a new one at each step.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -52,6 +53,7 @@ def generate_answers(
     decoding: str = "thorough",
     heads: Heads | None = None,
     head_cache: HeadCache | None = None,
+    note_posteriors: Callable[[Posteriors], None] | None = None,
     **generate_kwargs,
 ) -> torch.Tensor:
     """The best answers to B questions, (B * num_return_sequences, T), best first, padded with the generator's pad id.
@@ -68,6 +70,7 @@ def generate_answers(
             "fast" takes the beams' own scores, and 0 for a document whose beams did not find the candidate.
         heads: of the contexts of a causal language model: equal ones are read once.
         head_cache: of that model: what it holds is not read again.
+        note_posteriors: is told the documents' parts in each question's best answer.
         generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...). Of a
             language model, too, lengths and rules on tokens are the answer's alone, from the start token on: `generate`
             would have them hold for the prompt.
@@ -82,16 +85,27 @@ def generate_answers(
         doc_scores = doc_scores.to(decoder.dtype).masked_fill(lost & first, 0.0)
         contexts = context_input_ids, context_attention_mask
         head_lengths = None if heads is None else heads.lengths
-        if isinstance(model, RagTokenForGeneration):
-            memory = read(decoder, *contexts, head_lengths, head_cache)
-            doc_log_probs = log_softmax(doc_scores, -1)
+        doc_log_probs = log_softmax(doc_scores, -1)
+        is_token_model = isinstance(model, RagTokenForGeneration)
+        slots = np.arange(doc_scores.numel())
+        if not is_token_model:
+            slots = slots[(doc_scores > float("-inf")).flatten().cpu().numpy()]
+        if len(slots) < doc_scores.numel():
+            kept = to_device(slots, doc_scores.device)
+            contexts = contexts[0][kept], contexts[1][kept]
+            head_lengths = None if head_lengths is None else head_lengths[slots]
+        memory = read(decoder, *contexts, head_lengths, head_cache)
+        if is_token_model:
             found = Search(model, settings, decoder, memory, context_input_ids, doc_log_probs).run()
-            return _padded(found.sequences.cpu().numpy(), num_return_sequences, decoder.pad, doc_scores.device)
-        bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
-        answers = _sequence_answers(
-            model.generator, decoder, contexts, doc_scores, settings, head_lengths, head_cache,
-            bos=bos, rows=num_return_sequences, distinct=do_deduplication, thorough=decoding == "thorough",
-        )  # fmt: skip
+            answers = found.sequences.cpu().numpy()
+        else:
+            bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
+            answers = _sequence_answers(
+                model.generator, decoder, memory, contexts[0], slots, doc_log_probs, settings,
+                bos=bos, rows=num_return_sequences, distinct=do_deduplication, thorough=decoding == "thorough",
+            )  # fmt: skip
+        if note_posteriors is not None:
+            note_posteriors(posteriors_of(decoder, memory, slots, answers[:, 0], doc_log_probs, is_token_model))
         return _padded(answers, num_return_sequences, decoder.pad, doc_scores.device)
 
 
@@ -129,24 +143,22 @@ def _attention_and_precision(generator) -> Iterator[None]:
 
 
 def _sequence_answers(
-    generator, decoder, contexts: tuple[torch.Tensor, torch.Tensor], doc_scores, settings: dict, head_lengths,
-    head_cache, *, bos, rows: int, distinct: bool, thorough: bool,
+    generator, decoder, memory: Memory, context_input_ids, slots: np.ndarray, doc_log_probs, settings: dict,
+    *, bos, rows: int, distinct: bool, thorough: bool,
 ) -> np.ndarray:  # fmt: skip
-    """RAG-Sequence's `rows` best candidates, (B, at most `rows`, T), best first, padded; -inf scores of none at all."""
-    present = np.flatnonzero((doc_scores > float("-inf")).flatten().cpu().numpy())
-    if len(present) < doc_scores.numel():
-        kept = torch.from_numpy(present).to(doc_scores.device)
-        contexts = contexts[0][kept], contexts[1][kept]
-        head_lengths = None if head_lengths is None else head_lengths[present]
-    memory = read(decoder, *contexts, head_lengths, head_cache)
-    doc_log_probs = log_softmax(doc_scores, -1)
+    """RAG-Sequence's `rows` best candidates, (B, at most `rows`, T), best first, padded; -inf scores of none at all.
+
+    Args:
+        memory: of D documents.
+        slots: (D) where each document stands among all questions' n_docs.
+    """
     bounds = None
     if thorough and isinstance(decoder, CausalDecoder):
-        slots = torch.from_numpy(present).to(doc_scores.device)
-        bounds = Bounds(slots, doc_log_probs, decoder, settings["num_beams"], rows)
-    found = Search(generator, settings, decoder, memory, contexts[0], bounds=bounds).run()
+        places = to_device(slots, doc_log_probs.device)
+        bounds = Bounds(places, doc_log_probs, decoder, settings["num_beams"], rows)
+    found = Search(generator, settings, decoder, memory, context_input_ids, bounds=bounds).run()
     sequences, is_one = found.sequences.cpu().numpy(), found.is_one.cpu().numpy()
-    candidates = Candidates.of(sequences, present, doc_scores.shape[1], decoder.pad, is_one)
+    candidates = Candidates.of(sequences, slots, doc_log_probs.shape[1], decoder.pad, is_one)
     if not thorough:
         return candidates.best(beam_scores(candidates, found.log_probs, doc_log_probs), rows, distinct)
     if bounds is None:

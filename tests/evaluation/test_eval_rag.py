@@ -16,8 +16,10 @@ from transformers import RagSequenceForGeneration
 import eval_rag
 from rag.errors import UserError
 from rag.evaluation import predictors
+from rag.evaluation.scores import score_attribution
 from rag.files import json_digest, load_json, read_lines, save_json, write_lines
 from rag.locks import lock_beside, one_at_a_time
+from rag.metrics import answer_recall_at_k
 from rag.models import precision
 from rag.models.checkpoints import save_model
 from rag.retrieval.retriever import RagKnowledgeRetriever
@@ -87,6 +89,17 @@ def test_answers_are_scored_as_by_the_squad_script(run, rag_folder, files, no_mo
     assert run(rag_folder, "qa") == {"em": 5 / 8, "f1": 5 / 8}
 
 
+def test_attribution_is_of_the_passage_that_says_most():
+    texts = ["a stone", "the paris of today", "rome"]
+    one = {"texts": texts, "scores": [3.0, 2.0, 1.0], "posteriors": [0.1, 0.7, 0.2]}
+    other = {"texts": texts, "scores": [3.0, 2.0, 1.0], "posteriors": [0.6, 0.2, 0.2]}
+    nothing = {"texts": [], "scores": [], "posteriors": []}
+    gold = [["London", "Paris"], ["stone"], ["Paris"]]
+    scores = score_attribution([one, other, nothing], gold, answer_recall_at_k)
+    assert scores == {"attribution": 2 / 3, "attribution_prior": 1 / 3}
+    assert score_attribution([one, {"id": 2}], gold[:2], answer_recall_at_k) == {}
+
+
 def test_passages_are_scored_over_all_k(run, rag_folder, files, no_model):
     titles = ['"paris"\trome', "rome\tlondon", "rome", "x\ty", "x\tx", "another\tmadrid", "x\tlisbon", "oslo\tz"]
     write_lines(titles, files / "predictions.txt")
@@ -106,10 +119,22 @@ def test_rag_answers_end_to_end(run, checkpoint, files, model_type, generator):
     assert len(answers) == 8 and scores["em"] == sum(a == b for a, b in zip(answers, ANSWERS, strict=True)) / 8
     records = [json.loads(line) for line in read_lines(files / "predictions.txt.jsonl")]
     for number, (record, (question, _)) in enumerate(zip(records, QUESTIONS, strict=True), start=1):
-        assert list(record) == ["id", "question", "answer", "doc_ids", "titles", "scores", "digest"]
+        of_tokens = ["tokens", "token_posteriors"] * (model_type == "rag_token")
+        of_passages = ["doc_ids", "titles", "texts", "scores", "posteriors"]
+        assert list(record) == ["id", "question", "answer", *of_passages, *of_tokens, "digest"]
         assert (record["id"], record["question"], record["answer"]) == (number, question, answers[number - 1])
-        assert record["titles"] == [PASSAGES[i][0] for i in record["doc_ids"]] and len(record["scores"]) == 3
+        assert [record["titles"], record["texts"]] == [[PASSAGES[i][n] for i in record["doc_ids"]] for n in (0, 1)]
+        assert len(record["scores"]) == len(record["posteriors"]) == 3
+        assert sum(record["posteriors"]) == pytest.approx(1)
+        if of_tokens:
+            assert all(sum(shares) == pytest.approx(1) for shares in record["token_posteriors"])
+            assert len(record["tokens"]) == len(record["token_posteriors"]) > 0
+            mean = np.mean(record["token_posteriors"], 0)
+            np.testing.assert_allclose(record["posteriors"], mean, atol=1e-6)
         assert record["scores"] == sorted(record["scores"], reverse=True)
+    for name, by in (("attribution", "posteriors"), ("attribution_prior", "scores")):
+        best = [record["texts"][np.argmax(record[by])] for record in records]
+        assert scores[name] == sum(answer in text for answer, text in zip(ANSWERS, best, strict=True)) / 8
     written = load_json(files / "predictions.txt.scores.json")
     assert written["scores"] == scores and written["questions"] == 8
     assert written["settings"]["model_type"] == model_type and written["settings"]["num_beams"] == 2
@@ -480,7 +505,8 @@ def test_all_checkpoints_are_measured_each_into_its_own_file(run, rag_folder, fi
     assert len(read_lines(files / "predictions.checkpoint2.txt")) == 8
     assert len(read_lines(files / "predictions.checkpoint10.txt")) == 8
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert table[0] == ["checkpoint", "EM", "F1"] and [row[0] for row in table[1:]] == list(scores)
+    assert table[0] == ["checkpoint", "EM", "F1", "Attribution", "Attribution-prior"]
+    assert [row[0] for row in table[1:]] == list(scores)
     with pytest.raises(UserError, match=r"holds no folder checkpoint\*"):
         run(rag_folder, eval_all_checkpoints=True)
 
