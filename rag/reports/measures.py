@@ -58,7 +58,10 @@ def measure(evaluation: Evaluation, gold: Gold | None) -> Measured:
     measured = Measured(evaluation)
     if gold is None:
         measured.missing.append("scores of single questions: give --gold_data_path")
-    elif not evaluation.is_retrieval and gold.mode != "titles":
+    elif evaluation.is_retrieval or gold.mode == "titles":
+        what = "it has titles, no answers" if evaluation.is_retrieval else "the gold file has titles"
+        measured.missing.append(f"scores of answers: {what}")
+    else:
         measured.values |= answer_scores(evaluation.lines, gold)
     _measure_passages(measured, gold)
     return measured

@@ -25,6 +25,7 @@ from rag.reports.tables import (
 from rag.reports.training_run import TrainingRun
 
 TEMPLATE = "page.html"
+MOST_DETAILED = 10  # evaluations with a chart of calibration and single questions
 PERCENT_CHARTS = ("Answers of the validation", "Distinct passages, share", "Contexts cut, share")
 SHOWN_SETTINGS = ("model_name_or_path", "model_type", "eval_mode", "n_docs", "num_beams", "decoding", "max_length",
                   "precision", "index_name", "passages_path", "index_path", "evaluation_set", "prefix")  # fmt: skip
@@ -72,7 +73,7 @@ def evaluation_part(measured: list[Measured], gold: Gold | None) -> dict[str, An
     if answering and gold is not None and gold.mode != "regex":
         groups["Words of the shortest right answer"] = by_answer_length(gold.right, answering)
     table = question_table(alike, questions[0], gold)
-    found = [(one, calibrations(one)) for one in measured]
+    found = [(one, calibrations(one)) for one in measured[:MOST_DETAILED]]
     return {
         "measured": measured,
         "score_names": names,
@@ -123,7 +124,7 @@ def extremes_part(
 ) -> list[dict[str, Any]]:
     how_many = details_each(len(measured))
     parts = []
-    for one, own in zip(measured, questions, strict=True):
+    for one, own in zip(measured[:MOST_DETAILED], questions, strict=False):
         if chosen := extremes(one, how_many):
             entries = {kind: [detail(one, at, own, gold) for at in places] for kind, places in chosen.items()}
             parts.append({"name": one.name, **entries})
@@ -163,7 +164,9 @@ def notes(
             f"{names}: no calibration; neither probabilities of answers nor passages with texts are in the files"
         )
     if len(measured) > MOST_SERIES:
-        lines.append(f"charts show the first {MOST_SERIES} evaluations")
+        lines.append(f"charts of several evaluations show the first {MOST_SERIES}")
+    if len(measured) > MOST_DETAILED:
+        lines.append(f"calibration, best and worst questions are those of the first {MOST_DETAILED} evaluations")
     return lines
 
 

@@ -21,6 +21,7 @@ from rag.reports.reading import Gold
 MOST_DETAILS = 40  # questions with passages in the whole page, but at least two of the best and of the worst of each
 MOST_PASSAGES = 6  # of such a question
 LONGEST_TEXT = 900  # characters of a passage
+LONGEST_LINE = 500  # of a question, an answer, a title beside passages
 BEFORE_ANSWER = 200  # characters kept before an answer where a text is cut
 TABLE_BYTES = 3_000_000
 CUTS = (200, 100, 60, 30)  # characters of a question and of an answer in the table: the first at which it fits
@@ -77,7 +78,7 @@ def detail(one: Measured, at: int, questions: list[str] | None, gold: Gold | Non
         passages.append(
             {
                 "rank": n + 1,
-                "title": titles[n] if n < len(titles) else "",
+                "title": cut(titles[n]) if n < len(titles) else "",
                 "text": marked(texts[n], right, gold) if n < len(texts) else [],
                 "score": scores[n] if n < len(scores) else None,
                 "prior": priors[n] if n < len(priors) else None,
@@ -88,13 +89,17 @@ def detail(one: Measured, at: int, questions: list[str] | None, gold: Gold | Non
     shown = shown_passages(passages)
     return {
         "number": at + 1,
-        "question": questions[at] if questions is not None else f"Question {at + 1}",
-        "answer": evaluation.lines[at],
-        "right": right,
+        "question": cut(questions[at]) if questions is not None else f"Question {at + 1}",
+        "answer": cut(evaluation.lines[at]),
+        "right": cut(" | ".join(right)),
         "values": {name: float(one.values[name][at]) for name in ("em", "f1") if name in one.values},
         "passages": shown,
         "left_out": len(passages) - len(shown),
     }
+
+
+def cut(text: str, most: int = LONGEST_LINE) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def shown_passages(passages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -157,9 +162,6 @@ def question_table(measured: list[Measured], questions: list[str] | None, gold: 
 def _table(
     measured: list[Measured], questions: list[str] | None, gold: Gold | None, most: int, rows: int
 ) -> dict[str, Any]:
-    def cut(text: str, most: int = most) -> str:
-        return text if len(text) <= most else f"{text[: most - 1]}…"
-
     runs = []
     for one in measured:
         lines = one.evaluation.lines[:rows]
@@ -175,7 +177,7 @@ def _table(
         runs.append(run)
     table: dict[str, Any] = {"runs": runs, "total": len(measured[0].evaluation.lines), "shown": rows}
     if questions is not None:
-        table["questions"] = [cut(question) for question in questions[:rows]]
+        table["questions"] = [cut(question, most) for question in questions[:rows]]
     if gold is not None:
         table["right"] = [cut(" | ".join(right), most // 2) for right in gold.right[:rows]]
     return table

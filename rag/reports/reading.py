@@ -153,8 +153,11 @@ def record_problem(record: Any) -> str | None:
         if not isinstance(values, list) or not all(map(fits, values)):
             return f"its {name} are no list of {'numbers' if kind is float else 'texts'}"
         lengths.add(len(values))
-    if isinstance(ids := record.get("doc_ids", []), list) and not all(isinstance(one, int) for one in ids):
-        return "its doc_ids are no numbers"
+    ids = record.get("doc_ids", [])
+    if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
+        return "its doc_ids are no list of numbers"
+    if not is_number(record.get("answer_log_prob", 0.0)):
+        return "its answer_log_prob is no number"
     return "its lists differ in length" if len(lengths) > 1 else None
 
 
