@@ -66,6 +66,8 @@ def read_gold(path: str, mode: str) -> Gold:
 
 def read_evaluations(paths: list[str], gold: Gold | None) -> list[Evaluation]:
     """The evaluations in their order; all problems are told at once."""
+    if not paths:
+        return []
     evaluations: list[Evaluation] = []
     problems: list[str] = []
     for name, path in zip(short_names(paths), paths, strict=True):
