@@ -120,6 +120,7 @@ def test_json_in_a_script_ends_no_script():
     assert not set("<>&\u2028") & set(text) and json.loads(text) == content
 
 
+@pytest.mark.slow
 def test_ten_thousand_questions_take_five_megabytes(report, tmp_path):
     gold = write_gold(tmp_path / "gold.qa", 10_000)
     runs = [write_evaluation(tmp_path / f"{n}.txt", gold, 0.5, n_docs=2, words=20, seed=n) for n in (1, 2, 3)]
