@@ -27,6 +27,7 @@ MISTAKES = {
     "use_own_knowledge_dataset": ["--csv_path", GONE, "--output_dir", GONE],
     "consolidate_rag_checkpoint": ["--model_type", "rag_sequence", "--dest", GONE],
     "parse_dpr_relevance_data": ["--src_path", GONE, "--evaluation_set", GONE, "--gold_data_path", GONE],
+    "report_rag": ["--run_dir", GONE, "--predictions_path", GONE, "--output_path", GONE],
     "quickstart": ["--config_file", GONE],
 }
 WAYS = {"--help": 0, "--hlep": 2, "missing files": 2}  # and the status of each

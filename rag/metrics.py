@@ -87,6 +87,21 @@ def answer_recall_at_k(retrieved_texts: Sequence[str], answers: Iterable[str], k
     return any(needle in text for text in map(_dpr_words, retrieved_texts[:k]) for needle in needles)
 
 
+def find_answers(text: str, answers: Iterable[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text in Unicode's decomposed form (NFD), and from where to where in it answers stand, as
+    `answer_recall_at_k` finds them; places may overlap.
+    """
+    text = unicodedata.normalize("NFD", text)
+    matches = list(_DPR_TOKEN.finditer(text))
+    words = [unicodedata.normalize("NFD", match[0].lower()) for match in matches]
+    places = []
+    for needle in (_dpr_words(answer).split() for answer in answers):
+        for at in range(len(words) - len(needle) + 1):
+            if needle and words[at : at + len(needle)] == needle:
+                places.append((matches[at].start(), matches[at + len(needle) - 1].end()))
+    return text, sorted(places)
+
+
 def _dpr_words(text: str) -> str:
     """DPR's words between single spaces, with one before the first and one behind the last."""
     return f" {' '.join(_DPR_TOKEN.findall(unicodedata.normalize('NFD', text.lower())))} "

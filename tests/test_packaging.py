@@ -15,6 +15,7 @@ from tests.test_architecture import MODULES, SCRIPTS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+PAGE = [f"rag/reports/page.{end}" for end in ("css", "html", "js")]
 RAG = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "rag").rglob("*.py"))
 NAMES = [*SCRIPTS, *MODULES, *(path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in RAG)]
 IMPORT = """
@@ -58,7 +59,7 @@ def test_the_wheel_holds_the_package_and_the_ten_modules(wheel):
     expected = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
     expected |= {f"{about}/licenses/{path.name}" for path in ROOT.glob("LICENSE*")}
     with zipfile.ZipFile(wheel) as files:
-        assert set(files.namelist()) == {*RAG, *(f"{name}.py" for name in SCRIPTS | MODULES.keys()), *expected}
+        assert set(files.namelist()) == {*RAG, *PAGE, *(f"{name}.py" for name in SCRIPTS | MODULES.keys()), *expected}
 
 
 def test_every_module_is_imported_from_there(run, installed):

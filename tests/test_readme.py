@@ -29,6 +29,7 @@ MODULES = {"quickstart": "quickstart.__main__"} | {
         "use_own_knowledge_dataset",
         "consolidate_rag_checkpoint",
         "parse_dpr_relevance_data",
+        "report_rag",
     )
 }
 # What each page's commands run, in their order, but for what needs several processes, a cluster or a GPU to search on.
@@ -60,6 +61,7 @@ RUN_ON_EACH_PAGE = {
         "use_own_knowledge_dataset",
         "use_own_knowledge_dataset",
     ],
+    "docs/report.md": ["eval_rag", "eval_rag", "report_rag"],
     "docs/evaluation.md": [
         "eval_rag",
         "eval_rag",
