@@ -18,7 +18,7 @@ writes whole what a training with --lora_r, --question_encoder_lora_r or --freez
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -93,7 +93,7 @@ def main(args: ConsolidateArguments) -> Path:
         raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
 
     if args.merge_adapters is not None:
-        return merge(args.merge_adapters, dest)
+        return merge(args, args.merge_adapters, dest)
     assert args.generator_name_or_path is not None and args.question_encoder_name_or_path is not None
 
     from transformers import RagTokenizer
@@ -146,8 +146,12 @@ def main(args: ConsolidateArguments) -> Path:
             f"max_combined_length is {readable}, all that the generator reads, not {model.config.max_combined_length}"
         )
         model.config.max_combined_length = readable
+    parts = {
+        "question_encoder": args.question_encoder_name_or_path,
+        "generator": args.generator_name_or_path,
+    }
     with writing("--dest", dest), atomic_folder(dest) as folder:
-        save_model(model, folder, tokenizers)
+        save_model(model, folder, tokenizers, making=_making(args, parts))
         reloaded = load_model(str(folder), args.model_type)
         again = weights_digest(reloaded.question_encoder), weights_digest(reloaded.generator)
         assert again == weights, "the reload changed weights"
@@ -161,7 +165,7 @@ def main(args: ConsolidateArguments) -> Path:
     return dest
 
 
-def merge(path: str, dest: Path) -> Path:
+def merge(args: ConsolidateArguments, path: str, dest: Path) -> Path:
     """Write a checkpoint of adapters, or of a frozen generator, whole: as any other, without its base.
 
     Raises:
@@ -170,6 +174,7 @@ def merge(path: str, dest: Path) -> Path:
     from transformers.utils import logging
 
     from rag.models.bases import read_base
+    from rag.models.card import read_results
     from rag.models.checkpoints import load_model, load_tokenizer, save_model, weights_digest
     from rag.models.loading import load_config
 
@@ -179,7 +184,8 @@ def merge(path: str, dest: Path) -> Path:
         raise UserError(f"--merge_adapters {path} is a whole checkpoint, and has nothing to merge; use it as it is")
     model = load_model(path, flag="--merge_adapters")
     with writing("--dest", dest), atomic_folder(dest) as folder:
-        save_model(model, folder, load_tokenizer(path, flag="--merge_adapters"))
+        making = replace(_making(args, {"checkpoint": path}), results=read_results(path))
+        save_model(model, folder, load_tokenizer(path, flag="--merge_adapters"), making=making)
         assert weights_digest(load_model(str(folder))) == weights_digest(model), "the reload changed weights"
     print(
         f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters: those of {base.name_or_path}"
@@ -209,6 +215,14 @@ def consolidate(
             config_name_or_path=config_name_or_path,
         )
     )
+
+
+def _making(args: ConsolidateArguments, parts: dict[str, str]):
+    """What the card of the checkpoint tells."""
+    from rag.models.card import Making, changed_flags
+
+    left_out = ("dest", "push_to_hub", "trust_remote_code")
+    return Making("consolidate_rag_checkpoint.py", parts, changed_flags(args, left_out))
 
 
 def _scale_problems(scale: float | None) -> list[str]:

@@ -20,6 +20,8 @@ from rag.files import space_problems
 
 logger = logging.getLogger(__name__)
 
+CARD_FILE = "README.md"  # what the hub shows of a model or a data set, and reads its metadata from
+
 
 @functools.cache
 def hub_is_reachable() -> bool:
