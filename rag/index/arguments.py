@@ -18,6 +18,7 @@ SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device", "index_pre
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 # FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
+HUB_PREFIX = "hub:"  # before the name of a dataset on the hub, in the place of a folder of passages
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
@@ -49,7 +50,11 @@ class SearchArguments(EffortArguments):
     index_name: Literal["exact", "compressed", "legacy", "custom", "bm25"] | None = flag(
         None, "Kind of index; left out, the checkpoint's, or custom where --passages_path is given."
     )
-    passages_path: str | None = flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
+    passages_path: str | None = flag(
+        None,
+        "Folder of passages from use_own_knowledge_dataset.py (custom, bm25), or hub:OWNER/NAME for what its "
+        "--push_to_hub has left on the Hugging Face hub, with its index.",
+    )
     index_path: str | None = flag(
         None,
         "FAISS file or folder of shards (custom), or a folder (legacy; bm25, where it defaults to a folder "
@@ -84,6 +89,11 @@ class SearchArguments(EffortArguments):
         if self.passages_path is not None and self.index_name is None:
             self.index_name = "custom"  # nothing else reads them
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the passages are named by a dataset on the hub."""
+        return self.passages_path is not None and self.passages_path.startswith(HUB_PREFIX)
+
     def given(self) -> dict[str, Any]:
         """The flags that were given, by name."""
         values = {name: getattr(self, name) for name in INDEX_FLAGS}
@@ -101,7 +111,9 @@ class SearchArguments(EffortArguments):
 
     def path_problems(self) -> list[str]:
         """Paths that this kind of index needs and that are missing, or that it does not read."""
-        if self.index_name == "custom" and not (self.passages_path and self.index_path):
+        if self.is_on_hub and self.index_path:
+            return [f"--index_path {self.index_path}: {self.passages_path} has an index of its own; leave it out"]
+        if self.index_name == "custom" and not self.is_on_hub and not (self.passages_path and self.index_path):
             return [
                 "--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"
             ]

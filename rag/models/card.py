@@ -23,13 +23,11 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, RagConfig, RagTokenForGeneration
 
 from rag.errors import printable
-from rag.hub import CARD_FILE
+from rag.hub import CARD_FILE, is_hub_name, public_name
 from rag.models.loading import checkpoint_file
 
 PARTS_KEY = "rag_parts"  # in the metadata: what the parts are from, for the cards of what is trained from there
@@ -118,23 +116,6 @@ def _default(one: Any) -> Any:
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 
-def public_name(path: str) -> str:
-    """A hub name as it is, and of a local path its last part."""
-    if not is_hub_name(path):
-        absolute = Path(os.path.abspath(os.path.expanduser(path)))
-        return "~" if absolute == Path.home() else absolute.name
-    return path
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether this can be the name of a model on the hub, and is no folder here."""
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return not os.path.exists(path)
-
-
 def hardware(device: torch.device) -> str:
     """What a process computes on, as "2 x NVIDIA H200" or the name of the processor with the threads that it uses."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -166,7 +147,7 @@ def metadata(folder: Path, model: PreTrainedModel, making: Making) -> ModelCardD
     tags += [config.model_type for config in _part_configs(model.config).values()]
     if any(folder.glob("*_adapter")):
         tags.append("lora")
-    learned = "" if making.data is None else f", finetuned on {_plain(public_name(making.data))}"
+    learned = "" if making.data is None else f", finetuned on {plain_text(public_name(making.data))}"
     return ModelCardData(
         **_license(list(cards.values())),
         library_name="transformers",
@@ -199,7 +180,7 @@ def _origins(parts: dict[str, str], cards: dict[str, dict]) -> dict[str, str]:
     for name, path in parts.items():
         known = cards[name].get(PARTS_KEY)
         known = known if isinstance(known, dict) else {name: public_name(path)}
-        origins |= {_plain(key): _plain(value) for key, value in known.items()}
+        origins |= {plain_text(key): plain_text(value) for key, value in known.items()}
     return origins
 
 
@@ -232,7 +213,7 @@ def _datasets(making: Making) -> list[str] | None:
 
 def _text(folder: Path, model: PreTrainedModel, making: Making, data: ModelCardData) -> str:
     sections = {
-        f"# {_plain(data.model_name)}": _summary(folder, model, making),
+        f"# {plain_text(data.model_name)}": _summary(folder, model, making),
         "## Parts": _table(("part", "kind", "from"), _part_rows(model, making, data.get(PARTS_KEY, {}))),
         "## Data": _data_lines(making),
         "## Scores": _score_lines(making.results),
@@ -285,9 +266,9 @@ def _score_lines(results: list[EvalResult]) -> str:
     """A table for each lot of scores that were measured together."""
     tables: dict[str, list[tuple[str, ...]]] = {}
     for one in results:
-        measured = f"{_code(one.dataset_name)}, {_plain(one.dataset_split)}: {_described(one.dataset_args or {})}"
+        measured = f"{_code(one.dataset_name)}, {plain_text(one.dataset_split)}: {_described(one.dataset_args or {})}"
         title = f"{measured}. Measured with {_described(one.metric_args or {})}."
-        tables.setdefault(title, []).append((_plain(one.metric_name), f"{one.metric_value:g}"))
+        tables.setdefault(title, []).append((plain_text(one.metric_name), f"{one.metric_value:g}"))
     return "\n\n".join(f"{title}\n\n{_table(('score', 'value'), rows)}" for title, rows in tables.items())
 
 
@@ -306,7 +287,7 @@ def _origin_lines(making: Making) -> str:
     packages = [f"{name} {found}" for name in PACKAGES if (found := _version(name)) is not None]
     return "\n".join(
         [
-            *([f"- Hardware: {_plain(making.hardware)}"] if making.hardware else []),
+            *([f"- Hardware: {plain_text(making.hardware)}"] if making.hardware else []),
             when,
             f"- Packages: Python {platform.python_version()}, {', '.join(packages)}",
         ]
@@ -340,7 +321,7 @@ def _flag(name: str, value: Any) -> str:
 
 def _quotable(text: str) -> str:
     """A text as it is, with the spaces at its ends, unless it could end the block of code that it stands in."""
-    return _plain(text) if "\n" in text or "`" in text else printable(text)
+    return plain_text(text) if "\n" in text or "`" in text else printable(text)
 
 
 def _shown(value: Any) -> str:
@@ -353,7 +334,7 @@ def _shown(value: Any) -> str:
 
 
 def _described(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_plain(_shown(value))}" for name, value in settings.items())
+    return ", ".join(f"{name} {plain_text(_shown(value))}" for name, value in settings.items())
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -361,10 +342,10 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(name: str) -> str:
-    return f"`{_plain(name)}`"
+    return f"`{plain_text(name)}`"
 
 
-def _plain(text: Any) -> str:
+def plain_text(text: Any) -> str:
     """A stranger's text on one line, that ends no code, no cell of a table and no metadata."""
     return " ".join(printable(str(text)).replace("`", "'").replace("|", "/").split())
 

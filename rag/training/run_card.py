@@ -10,8 +10,9 @@ from huggingface_hub import EvalResult
 from transformers import RagConfig
 
 from rag.files import read_lines
+from rag.hub import public_name
 from rag.index.arguments import SEARCH_FLAGS
-from rag.models.card import Making, changed_flags, hardware, public_name
+from rag.models.card import Making, changed_flags, hardware
 from rag.training.run_folder import FREE_TO_CHANGE, precision_of
 
 if TYPE_CHECKING:

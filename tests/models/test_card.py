@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import consolidate_rag_checkpoint
 import eval_rag
 from rag.files import load_json, write_lines
-from rag.models.card import HERE, Making, changed_flags, public_name, read_card, write_card
+from rag.hub import public_name
+from rag.models.card import HERE, Making, changed_flags, read_card, write_card
 from rag.training.arguments import DataArguments
 from tests.cards import lasting
 from tests.conftest import QUESTIONS, saved
