@@ -285,10 +285,12 @@ def _are_same(folder: Path, other: Path) -> bool:
 
 def _making(args: ConsolidateArguments, parts: dict[str, str]):
     """What the card of the checkpoint tells."""
-    from rag.models.card import Making, changed_flags
+    import torch
 
-    left_out = ("dest", "push_to_hub", "trust_remote_code")
-    return Making("consolidate_rag_checkpoint.py", parts, changed_flags(args, left_out))
+    from rag.models.card import Making, changed_flags, hardware
+
+    settings = changed_flags(args, ("dest", "push_to_hub", "trust_remote_code"))
+    return Making("consolidate_rag_checkpoint.py", parts, settings, hardware=hardware(torch.device("cpu")))
 
 
 def _scale_problems(scale: float | None) -> list[str]:

@@ -62,7 +62,7 @@ def public_name(path: str) -> str:
     if is_hub_name(path):
         return path
     absolute = Path(os.path.abspath(os.path.expanduser(path)))
-    return "~" if absolute == Path.home() else absolute.name
+    return "~" if str(absolute) == os.path.expanduser("~") else absolute.name
 
 
 def fetch_dataset(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,15 @@ from rag.errors import printable
 from rag.hub import CARD_FILE, is_hub_name, public_name
 from rag.models.loading import checkpoint_file
 
+PARTS = ("question_encoder", "generator", "checkpoint")
 PARTS_KEY = "rag_parts"  # in the metadata: what the parts are from, for the cards of what is trained from there
 LARGEST_CARD = 1 << 20  # bytes of a stranger's card that are read
-UNKNOWN_LICENSE = "unknown"
+UNKNOWN_LICENSE, LONGEST_LICENSE = "unknown", 200  # characters
 LICENSE_FIELDS = ("license", "license_name", "license_link")
+RESULT_TYPES: dict[str, Any] = {
+    "task_type": str, "dataset_type": str, "dataset_name": str, "dataset_split": str, "dataset_args": dict,
+    "metric_type": str, "metric_name": str, "metric_value": int | float, "metric_args": dict,
+}  # fmt: skip
 PACKAGES = ("rag-suite", "torch", "transformers", "datasets", "faiss-cpu", "pytorch-lightning", "peft", "bitsandbytes")
 PAPER = "[Lewis et al., 2020](https://arxiv.org/abs/2005.11401)"
 HERE = "path/to/this/folder"
@@ -84,6 +90,16 @@ def write_card(folder: Path, model: PreTrainedModel, making: Making) -> None:
 
 def read_card(path: str, cache_dir: str | None = None) -> dict[str, Any]:
     """The metadata of the card of a model (folder or hub name); empty where it has none that can be read."""
+    return _card_on_hub(path, cache_dir) if is_hub_name(path) else _read_card(path, cache_dir)
+
+
+@cache
+def _card_on_hub(path: str, cache_dir: str | None) -> dict[str, Any]:
+    """Asked for once: a training that exports does not wait for the hub each time."""
+    return _read_card(path, cache_dir)
+
+
+def _read_card(path: str, cache_dir: str | None) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         file = checkpoint_file(path, CARD_FILE, cache_dir)
         if file is not None and Path(file).is_file() and os.path.getsize(file) <= LARGEST_CARD:
@@ -96,11 +112,18 @@ def read_results(path: str) -> list[EvalResult]:
     results: list[EvalResult] = []
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # it is no card of ours
         results = ModelCardData(**read_card(path)).eval_results or []
-    return [one for one in results if isinstance(one.metric_value, int | float) and _is_described(one)]
+    ours = [EvalResult(**{name: getattr(one, name) for name in RESULT_TYPES}) for one in results]
+    return [one for one in ours if _is_of_our_kind(one)]
 
 
-def _is_described(result: EvalResult) -> bool:
-    return isinstance(result.metric_args, dict) and isinstance(result.dataset_args, dict)
+def _is_of_our_kind(result: EvalResult) -> bool:
+    """Whether it has what our results have; of a stranger's YAML a value may be anything, and of any size."""
+    plain = all(isinstance(getattr(result, name), kind) for name, kind in RESULT_TYPES.items())
+    return plain and all(
+        isinstance(name, str) and isinstance(value, str | int | float)
+        for settings in (result.metric_args, result.dataset_args)
+        for name, value in settings.items()  # type: ignore[union-attr]
+    )
 
 
 def changed_flags(arguments: Any, left_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -180,7 +203,7 @@ def _origins(parts: dict[str, str], cards: dict[str, dict]) -> dict[str, str]:
     for name, path in parts.items():
         known = cards[name].get(PARTS_KEY)
         known = known if isinstance(known, dict) else {name: public_name(path)}
-        origins |= {plain_text(key): plain_text(value) for key, value in known.items()}
+        origins |= {key: plain_text(known[key]) for key in known if key in PARTS and isinstance(known[key], str)}
     return origins
 
 
@@ -196,7 +219,14 @@ def _base_models(parts: dict[str, str], cards: dict[str, dict]) -> list[str]:
 
 def _license(cards: list[dict]) -> dict[str, Any]:
     """The license that all parts have; "unknown" where one names none, and "other" where they differ."""
-    licenses = [{name: card[name] for name in LICENSE_FIELDS if isinstance(card.get(name), str)} for card in cards]
+    licenses = [
+        {
+            name: text
+            for name in LICENSE_FIELDS
+            if isinstance(text := card.get(name), str) and len(text) < LONGEST_LICENSE
+        }
+        for card in cards
+    ]
     if not licenses or not all("license" in one for one in licenses):
         return {"license": UNKNOWN_LICENSE}
     return licenses[0] if all(one == licenses[0] for one in licenses) else {"license": "other"}

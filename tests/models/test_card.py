@@ -195,11 +195,23 @@ def test_only_flags_that_were_changed_are_told():
     assert changed_flags(DataArguments("data", n_val=5), ("data_dir",)) == {"n_val": 5}
 
 
+def test_what_a_stranger_writes_cannot_fill_the_memory(bart, bart_tokenizer, question_encoder_folder, tmp_path):
+    """Lists of lists of ... of one another, which YAML writes in some lines."""
+    levels = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 20))
+    folder = saved(bart, bart_tokenizer, tmp_path / "bart")
+    bomb = f"l0: &l0 x\n{levels}rag_parts: {{generator: *l19, *l0 : *l19}}\nlicense: *l19\nbase_model: *l19\n"
+    (folder / "README.md").write_text(f"---\n{bomb}---\n")
+    data = ModelCard.load(of_parts(folder, question_encoder_folder, tmp_path / "rag") / "README.md").data
+    assert data.license == "unknown" and data["rag_parts"] == {"question_encoder": question_encoder_folder.name}
+
+
 def test_scores_of_a_stranger_are_not_repeated(checkpoint, data_dir, tmp_path):
     run(checkpoint(), data_dir, tmp_path / "out", "--lora_r", 2, "--num_train_epochs", 1)
     adapters = tmp_path / "out" / "checkpoint1"
     text = (adapters / "README.md").read_text()
-    for old, new in {"value: ": "value: [x", "args:": "arguments:", "metrics:": "none:"}.items():
+    for old, new in {
+        "value: ": "value: x", "args:": "arguments:", "metrics:": "none:", "n_docs: 2": "n_docs: [2]",
+    }.items():  # fmt: skip
         (adapters / "README.md").write_text(text.replace(old, new))
         dest = tmp_path / f"merged {old[:4]}"
         consolidate("--merge_adapters", adapters, "--dest", dest)
