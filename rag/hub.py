@@ -126,11 +126,11 @@ def require_space(what: str, needs: Mapping[str, int], remedy: str) -> None:
 
 def push_name_problems(repo: str | None) -> list[str]:
     """What is wrong with the value of --push_to_hub, as far as the name shows it."""
+    if repo is None:
+        return []
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if repo is None:
-        return []
     try:
         validate_repo_id(repo)
     except HFValidationError:
