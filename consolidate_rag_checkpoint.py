@@ -18,9 +18,13 @@ writes whole what a training with --lora_r, --question_encoder_lora_r or --freez
 
 import math
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from filecmp import cmpfiles
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import indent
 from typing import Literal, NoReturn
 
@@ -28,7 +32,9 @@ from rag.command_line.flags import flag, required_flag, trust_flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.files import atomic_folder
+from rag.files import atomic_folder, load_json
+from rag.hub import CARD_FILE, push_folder, push_name_problems, require_push
+from rag.index.arguments import HUB_PREFIX
 from rag.models.trust import allow_code
 from rag.outputs import output_folder_problems, writing
 
@@ -69,6 +75,11 @@ class ConsolidateArguments:
         "What a causal language model reads: plain; chat, its tokenizer's own; or a file with {title}, {text} and, "
         "behind these, {question}. The checkpoint keeps it.",
     )
+    push_to_hub: str | None = flag(
+        None,
+        "YOUR_NAME/NAME: upload the checkpoint to the Hugging Face hub, too; an upload that broke goes on by the same "
+        "command.",
+    )
     trust_remote_code: bool = trust_flag()
 
 
@@ -80,20 +91,36 @@ def main(args: ConsolidateArguments) -> Path:
     """Write the checkpoint and return its folder.
 
     Raises:
-        UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer.
+        UserError: `--dest` is taken, or a part cannot be loaded whole or does not fit its tokenizer, or the hub takes
+            nothing from us.
     """
     raise_problems(
         output_folder_problems("--dest", args.dest)
         + _scale_problems(args.question_encoder_scale)
         + _choice_problems(args)
+        + push_name_problems(args.push_to_hub)
     )
     allow_code(args.trust_remote_code)
     dest = Path(args.dest)
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
-
+    if _is_taken(dest) and args.push_to_hub is None:
+        raise _taken(dest)
+    if args.push_to_hub is not None:
+        require_push(args.push_to_hub)
     if args.merge_adapters is not None:
-        return merge(args.merge_adapters, dest)
+        merge(args, args.merge_adapters, dest)
+    else:
+        compose(args, dest)
+    if args.push_to_hub is not None:
+        _push(args.push_to_hub, dest)
+    return dest
+
+
+def compose(args: ConsolidateArguments, dest: Path) -> None:
+    """Write a checkpoint of two parts.
+
+    Raises:
+        UserError: a part cannot be loaded whole or does not fit its tokenizer.
+    """
     assert args.generator_name_or_path is not None and args.question_encoder_name_or_path is not None
 
     from transformers import RagTokenizer
@@ -146,8 +173,12 @@ def main(args: ConsolidateArguments) -> Path:
             f"max_combined_length is {readable}, all that the generator reads, not {model.config.max_combined_length}"
         )
         model.config.max_combined_length = readable
-    with writing("--dest", dest), atomic_folder(dest) as folder:
-        save_model(model, folder, tokenizers)
+    parts = {
+        "question_encoder": args.question_encoder_name_or_path,
+        "generator": args.generator_name_or_path,
+    }
+    with _folder_for(dest) as folder:
+        save_model(model, folder, tokenizers, making=_making(args, parts))
         reloaded = load_model(str(folder), args.model_type)
         again = weights_digest(reloaded.question_encoder), weights_digest(reloaded.generator)
         assert again == weights, "the reload changed weights"
@@ -158,10 +189,9 @@ def main(args: ConsolidateArguments) -> Path:
     print(f"  question encoder  {describe_encoder(question_encoder)}, {encoder_dimension(question_encoder)}-d")
     print(f"  generator         {type(generator).__name__}")
     print(f"Next: python finetune_rag.py --model_name_or_path {dest} --model_type {args.model_type} --data_dir ...")
-    return dest
 
 
-def merge(path: str, dest: Path) -> Path:
+def merge(args: ConsolidateArguments, path: str, dest: Path) -> None:
     """Write a checkpoint of adapters, or of a frozen generator, whole: as any other, without its base.
 
     Raises:
@@ -170,6 +200,7 @@ def merge(path: str, dest: Path) -> Path:
     from transformers.utils import logging
 
     from rag.models.bases import read_base
+    from rag.models.card import read_results
     from rag.models.checkpoints import load_model, load_tokenizer, save_model, weights_digest
     from rag.models.loading import load_config
 
@@ -178,14 +209,14 @@ def merge(path: str, dest: Path) -> Path:
     if (base := read_base(path, flag="--merge_adapters")) is None:
         raise UserError(f"--merge_adapters {path} is a whole checkpoint, and has nothing to merge; use it as it is")
     model = load_model(path, flag="--merge_adapters")
-    with writing("--dest", dest), atomic_folder(dest) as folder:
-        save_model(model, folder, load_tokenizer(path, flag="--merge_adapters"))
+    with _folder_for(dest) as folder:
+        making = replace(_making(args, {"checkpoint": path}), results=read_results(path))
+        save_model(model, folder, load_tokenizer(path, flag="--merge_adapters"), making=making)
         assert weights_digest(load_model(str(folder))) == weights_digest(model), "the reload changed weights"
     print(
         f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters: those of {base.name_or_path}"
         f" and what {path} has learned; the reload gives the same."
     )
-    return dest
 
 
 def consolidate(
@@ -211,6 +242,57 @@ def consolidate(
     )
 
 
+def _push(repo: str, dest: Path) -> None:
+    """Upload the checkpoint; a training's config.json remembers folders of this machine, and so that is said."""
+    config = load_json(dest / "config.json")
+    for name in ("passages_path", "index_path"):
+        if config.get(name) and not config[name].startswith(HUB_PREFIX):
+            print(f"{dest / 'config.json'} names {name} {config[name]}, which those who open {repo} will read, too")
+    print(f"{dest} is at {push_folder(repo, 'model', dest)}")
+
+
+@contextmanager
+def _folder_for(dest: Path) -> Iterator[Path]:
+    """The folder that takes --dest's place; where an earlier command wrote that and its upload broke, one to compare.
+
+    Raises:
+        UserError: --dest holds something else.
+    """
+    if not _is_taken(dest):
+        with writing("--dest", dest), atomic_folder(dest) as folder:
+            yield folder
+        return
+    with writing("--dest", dest), TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as name:
+        yield Path(name)
+        if not _are_same(dest, Path(name)):
+            raise _taken(dest)
+
+
+def _is_taken(dest: Path) -> bool:
+    return dest.exists() and not (dest.is_dir() and not any(dest.iterdir()))
+
+
+def _taken(dest: Path) -> UserError:
+    return UserError(f"--dest {dest} already exists; give the name of a new folder or remove it")
+
+
+def _are_same(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, apart from the card, which has the time in it."""
+    files, theirs = ({file.relative_to(one) for file in one.rglob("*") if file.is_file()} for one in (folder, other))
+    compared = sorted(map(str, files - {Path(CARD_FILE)}))
+    return files == theirs and cmpfiles(folder, other, compared, shallow=False)[0] == compared
+
+
+def _making(args: ConsolidateArguments, parts: dict[str, str]):
+    """What the card of the checkpoint tells."""
+    import torch
+
+    from rag.models.card import Making, changed_flags, hardware
+
+    settings = changed_flags(args, ("dest", "push_to_hub", "trust_remote_code"))
+    return Making("consolidate_rag_checkpoint.py", parts, settings, hardware=hardware(torch.device("cpu")))
+
+
 def _scale_problems(scale: float | None) -> list[str]:
     if scale is None or 0 < scale < math.inf:
         return []
@@ -224,7 +306,7 @@ def _choice_problems(args: ConsolidateArguments) -> list[str]:
         missing = " and ".join(f"--{name}" for name in parts if getattr(args, name) is None)
         return [f"{missing} must be given: a folder or a hub name (or --merge_adapters CHECKPOINT)"] if missing else []
     others = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
-    given = sorted(others - {"merge_adapters", "dest", "trust_remote_code"})
+    given = sorted(others - {"merge_adapters", "dest", "push_to_hub", "trust_remote_code"})
     return [f"--merge_adapters writes a checkpoint as it is; leave --{' and --'.join(given)} out"] if given else []
 
 

@@ -81,17 +81,23 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
     if args.search:
         return search(args)
 
+    from rag.hub import require_push
     from rag.knowledge.contents import verify
+    from rag.knowledge.sharing import push_knowledge
     from rag.locks import one_at_a_time
     from rag.outputs import writing
 
     output = Path(args.output_dir)
     if args.verify:
         return verify(output)
+    if args.push_to_hub is not None:
+        require_push(args.push_to_hub)
     with writing(OUTPUT_FLAG, output), one_at_a_time(output / ".lock", OUTPUT_FLAG, output):
         source = read_source(args)
         rag_config = open_rag_config(args)
         knowledge = build(args, source, rag_config)
+        if args.push_to_hub is not None:
+            push_knowledge(args.push_to_hub, output)
     return finish(args, knowledge, rag_config)
 
 

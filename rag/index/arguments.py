@@ -19,6 +19,7 @@ WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 # FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
 READING_TEXT = ("bm25", "given")  # kinds that read a question's words, so that no question encoder runs
+HUB_PREFIX = "hub:"  # before the name of a dataset on the hub, in the place of a folder of passages
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", "passages_file", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
@@ -52,7 +53,11 @@ class SearchArguments(EffortArguments):
         "Kind of index; left out, the checkpoint's, custom where --passages_path is given, or given where "
         "--passages_file is.",
     )
-    passages_path: str | None = flag(None, "Folder of passages from use_own_knowledge_dataset.py (custom, bm25).")
+    passages_path: str | None = flag(
+        None,
+        "Folder of passages from use_own_knowledge_dataset.py (custom, bm25), or hub:OWNER/NAME for what its "
+        "--push_to_hub has left on the Hugging Face hub, with its index.",
+    )
     passages_file: str | None = flag(
         None,
         "Passages that another system found, in the place of an index (given): .jsonl of `{question, titles, texts, "
@@ -94,6 +99,11 @@ class SearchArguments(EffortArguments):
         if self.passages_file is not None and self.index_name is None:
             self.index_name = "given"
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the passages are named by a dataset on the hub."""
+        return self.passages_path is not None and self.passages_path.startswith(HUB_PREFIX)
+
     def given(self) -> dict[str, Any]:
         """The flags that were given, by name."""
         values = {name: getattr(self, name) for name in INDEX_FLAGS}
@@ -117,7 +127,9 @@ class SearchArguments(EffortArguments):
 
     def path_problems(self) -> list[str]:
         """Paths that this kind of index needs and that are missing, or that it does not read."""
-        if self.index_name == "custom" and not (self.passages_path and self.index_path):
+        if self.is_on_hub and self.index_path:
+            return [f"--index_path {self.index_path}: {self.passages_path} has an index of its own; leave it out"]
+        if self.index_name == "custom" and not self.is_on_hub and not (self.passages_path and self.index_path):
             return [
                 "--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"
             ]

@@ -6,10 +6,12 @@
 Neither torch nor transformers is imported: an actor that only searches is back in a moment.
 """
 
+import copy
 import logging
 
 from rag.errors import UserError
-from rag.index.arguments import index_effort
+from rag.hub import fetch_dataset
+from rag.index.arguments import HUB_PREFIX, index_effort
 from rag.index.bm25 import open_bm25
 from rag.index.given_passages import open_given
 from rag.index.index_files import read_description
@@ -48,4 +50,31 @@ def open_index(config) -> KnowledgeIndex:
     """
     if config.index_name not in INDEX_SOURCES:
         raise UserError(f"--index_name {config.index_name} is none of {', '.join(INDEX_SOURCES)}")
+    if config.index_name in ("custom", "bm25") and (config.passages_path or "").startswith(HUB_PREFIX):
+        config = fetched(config)
     return INDEX_SOURCES[config.index_name](config)
+
+
+def fetched(config):
+    """The config with the paths of the hub's cache in place of `hub:OWNER/NAME`; what is not there yet is fetched.
+
+    Every process of a job may call this at once: one fetches, the others wait.
+
+    Raises:
+        UserError: there is no such dataset, it cannot be fetched, or holds no passages or an index of another kind.
+    """
+    name, source = config.passages_path.removeprefix(HUB_PREFIX), f"--passages_path {config.passages_path}"
+    instead = "a folder of passages, with --index_path"
+    folder = fetch_dataset(name, ["*"], None, lambda sizes: {}, "", source, instead)
+    passages = next(iter(sorted(folder.glob("*/state.json"))), None)
+    if passages is None:
+        raise UserError(f"{source} holds no passages; give one that use_own_knowledge_dataset.py --push_to_hub wrote")
+    description = read_description(passages.parent, source)
+    kind = "bm25" if description.factory == "bm25" else "custom"
+    if not description.index or (kind != config.index_name and kind == "bm25"):
+        has = "an index of words: give --index_name bm25" if kind == "bm25" else "no index: push the whole folder"
+        raise UserError(f"{source} holds {has}")
+    config = copy.copy(config)
+    config.passages_path = str(passages.parent)
+    config.index_path = str(folder / description.index) if kind == config.index_name else None
+    return config

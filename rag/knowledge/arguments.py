@@ -14,6 +14,7 @@ from typing import Literal
 
 from rag.command_line.flags import flag, trust_flag
 from rag.errors import file_problems
+from rag.hub import push_name_problems
 from rag.index.arguments import EffortArguments
 from rag.outputs import output_folder_problems
 
@@ -109,6 +110,11 @@ class KnowledgeArguments(EffortArguments):
         256, "Pieces of passages on which the index is compared with an exact search; 0 for none."
     )
     n_docs: int = flag(5, "Passages that --search shows and that recall is counted over.")
+    push_to_hub: str | None = flag(
+        None,
+        "YOUR_NAME/NAME: upload passages and index to the Hugging Face hub, as a dataset that --passages_path "
+        "hub:YOUR_NAME/NAME opens; an upload that broke goes on by the same command.",
+    )
     search: list[str] | None = flag(
         None, "Questions: print the passages that --output_dir has for them, build nothing."
     )
@@ -171,7 +177,9 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
     problems += [
         f"--{name} '' asks nothing; give a question, or leave it out" for name, text in asked if not text.strip()
     ]
-    return problems + _mode_problems(args)
+    if args.push_to_hub is not None and args.mode in ("--search", "--verify"):
+        problems.append(f"--push_to_hub {args.push_to_hub}: {args.mode} makes nothing to upload; leave one of them out")
+    return problems + push_name_problems(args.push_to_hub) + _mode_problems(args)
 
 
 def _mode_problems(args: KnowledgeArguments) -> list[str]:

@@ -40,6 +40,7 @@ from rag.errors import UserError, raise_problems
 from rag.files import atomic_folder, new_digest
 from rag.models.adapters import merge_adapters
 from rag.models.bases import Base, load_learned, read_base, require_base, save_learned
+from rag.models.card import Making, write_card
 from rag.models.causal_rag import CAUSAL_CLASSES
 from rag.models.custom_code import code_beside, code_files, gather_tokenizer_code, is_custom, save_code
 from rag.models.encoders import encoder_dimension
@@ -309,11 +310,18 @@ def _keep_to_search(settings: GenerationConfig, path: str, flag: str) -> None:
         )
 
 
-def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=None, base: Base | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    tokenizer=None,
+    base: Base | None = None,
+    making: Making | None = None,
+) -> None:
     """Write a checkpoint that `load_model` and transformers' `from_pretrained` open; whole or not at all.
 
     Args:
         base: that of a model of which not all was trained: only that is written, and `load_model` alone opens it.
+        making: what its card tells of its making; None writes no card.
     """
     generator = model.generator if isinstance(model.config, RagConfig) else model
     settings = generator.generation_config
@@ -333,6 +341,8 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike, tokenizer=N
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             gather_tokenizer_code(folder)
+        if making is not None:
+            write_card(folder, model, making)
 
 
 def load_tokenizer(

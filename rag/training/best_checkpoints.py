@@ -63,7 +63,8 @@ class BestCheckpoints(Checkpoint):
         self.save_interval, self.keep = save_interval, keep
         self.monitor, self.sign = monitor, {"max": 1, "min": -1}[mode]
         self.validations = 0
-        # {"number", "score", "exported": `records_of` the folder, "stamp": `stamp_of` the .ckpt}, the best first
+        # {"number", "score", "measured" (what its card tells), "exported": `records_of` the folder, "stamp": `stamp_of`
+        # the .ckpt}, the best first
         self.kept: list[dict[str, Any]] = []
         self._last_saved, self._saved_step, self._is_due = time.monotonic(), 0, False
 
@@ -134,6 +135,7 @@ class BestCheckpoints(Checkpoint):
 
     def _export_again(self, trainer: pl.Trainer, pl_module: Any, kept: dict[str, Any]) -> None:
         weights = read_checkpoint(self._paths(kept["number"])[1])["state_dict"]
+        pl_module.measured = kept.get("measured", {})
         if isinstance(trainer.strategy, ShardedStrategy):
             with trainer.strategy.holding(weights):
                 self._export(pl_module, kept)
@@ -163,6 +165,7 @@ class BestCheckpoints(Checkpoint):
             return
         self.validations += 1
         new: dict[str, Any] = {"number": self.validations, "score": self._score(trainer.callback_metrics)}
+        new["measured"] = getattr(pl_module, "measured", {})
         ranking = sorted([*self.kept, new], key=lambda kept: (self.sign * kept["score"], kept["number"]), reverse=True)
         self.kept = ranking[: self.keep]
         if new in self.kept:

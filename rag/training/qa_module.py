@@ -55,6 +55,7 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
+from rag.training.run_card import making_of, measured
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ class GenerativeQAModule(BaseTransformer):
         self.tokens, self.counted_since = 0, None  # read since that time: what tokens_per_second is made of
         self.answering: list[PreTrainedModel] = []  # one at most, and in a list no part of this module
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
+        self.measured: dict[str, float] = {}  # by the last validation, of the weights that are exported next
+        self.started = time.time()
 
     @classmethod
     def load_from_checkpoint(
@@ -447,7 +450,9 @@ class GenerativeQAModule(BaseTransformer):
     def on_validation_epoch_end(self) -> None:
         """`val_em` steers checkpoints and early stopping; a subclass may name another measure by `val_metric`."""
         self.answering.clear()
-        metrics = means(self.gather_rows(self.rows), "val")
+        rows = self.gather_rows(self.rows)
+        metrics = means(rows, "val")
+        self.measured = measured(metrics, len(rows), self.global_step, self.current_epoch)
         if self.trainer.is_global_zero and not math.isfinite(metrics["val_avg_loss"]):
             logger.warning(f"validation at step {self.trainer.global_step}: the loss is {metrics['val_avg_loss']}")
         self.log_dict({**metrics, f"val_{self.val_metric}": metrics[f"val_avg_{self.val_metric}"]}, sync_dist=True)
@@ -474,4 +479,4 @@ class GenerativeQAModule(BaseTransformer):
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
                 backend.no_padding()
                 backend.no_truncation()
-        save_model(self.model, folder, self.tokenizer, self.base)
+        save_model(self.model, folder, self.tokenizer, self.base, making_of(self))

@@ -20,6 +20,7 @@ from typing import IO, Any
 import xxhash
 
 from rag.checksums import file_checksum
+from rag.hub import CARD_FILE
 
 MARK = b"xxh3:"
 COMMENT_BYTES = len(MARK) + 32  # the hash in hexadecimal
@@ -92,8 +93,12 @@ def stamp_of(path: Path) -> list[int]:
 
 
 def records_of(folder: Path) -> dict[str, list]:
-    """Size, time of change (ns) and checksum of each file in a folder, by its path below it."""
-    return {str(file.relative_to(folder)): _record(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    """Size, time of change (ns) and checksum of each file in a folder but its card, by its path below it.
+
+    A card is for its readers, who may write more into it.
+    """
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / CARD_FILE)
+    return {str(file.relative_to(folder)): _record(file) for file in files}
 
 
 def _record(file: Path) -> list:

@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+from tests.cards import lasting
 from tests.conftest import PASSAGES, QUESTIONS
 from tests.faults.processes import Process, Seen, run, start
 
@@ -115,7 +116,7 @@ def content(path: Path):
         return {(row["step"], name): value for row in rows for name, value in row.items() if not VARIES.search(name)}
     if path.name == "test_results.txt":
         return [line for line in path.read_text().splitlines() if not VARIES.search(line)]
-    return path.read_bytes()
+    return lasting(path)
 
 
 def _plain(value):

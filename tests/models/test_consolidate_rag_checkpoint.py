@@ -41,7 +41,7 @@ def test_the_checkpoint_holds_the_very_parts(
     dest = consolidate(folder, question_encoder_folder, tmp_path / "rag", "--model_type", model_type)
     assert {path.name for path in dest.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "question_encoder_tokenizer",
-        "generator_tokenizer",
+        "generator_tokenizer", "README.md",
     }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["rag"]
     loaded = model_class.from_pretrained(dest)
