@@ -329,7 +329,7 @@ def generic_train(
     if early_stopping_callback:
         callbacks.append(early_stopping_callback)
     if logger is True:
-        callbacks.append(LogKeeper(args.run.output_dir))
+        callbacks.insert(0, LogKeeper(args.run.output_dir))
     trainer = build_trainer(args, callbacks, build_logger(args) if logger is True else logger, profiler)
     if args.run.do_train:
         trainer.fit(model, datamodule=_data_for(model, args), ckpt_path=args.run.resume_from_checkpoint)

@@ -223,6 +223,7 @@ class LogKeeper(Callback):
     """Has the log's lines in every checkpoint, so that a run that goes on has each step once, and tells the loggers.
 
     What was cut or lost of `training_log.jsonl` since the checkpoint is there again, and what came after it is not.
+    Stands before callbacks that log when the training starts.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
@@ -273,6 +274,8 @@ class LogKeeper(Callback):
         if self.has_begun or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self.has_begun, is_new = True, step is not None and not trainer.ckpt_path
+        if is_new:
+            remove(self.path)  # an earlier run's, which would be in the checkpoints before the first row is logged
         for logger in trainer.loggers:
             if isinstance(logger, CsvLogger) and not is_new:
                 logger.begin_with(_rows(self._content()))

@@ -153,6 +153,15 @@ def test_a_new_run_in_the_folder_begins_new_logs(calls, tmp_path):
     assert not (tmp_path / "out" / "run_ids.json").exists()
 
 
+def test_an_earlier_run_s_rows_are_not_in_a_new_one_s_checkpoints(tmp_path):
+    fit(toy_args(tmp_path))
+    flags = ["--log_every_n_steps", "5", "--save_interval", "1e-9"]
+    with pytest.raises(Killed):  # before the first row is logged
+        fit(toy_args(tmp_path, *flags, "--overwrite_output_dir"), (), [At("on_train_batch_start", 3)])
+    fit(toy_args(tmp_path, *flags))
+    assert [row["step"] for row in log_of(tmp_path)] == [4, 5, 9, 11]
+
+
 def test_a_test_alone_goes_on_with_the_training_s_logs(calls, tmp_path):
     flags = ["--report_to", "csv,wandb", "--num_train_epochs", "1"]
     fit(toy_args(tmp_path, *flags))
