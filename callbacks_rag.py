@@ -19,7 +19,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rag.files import atomic_write
@@ -27,11 +27,12 @@ from rag.training.arguments import FinetuneArguments, trainer_kwargs
 
 # Public names of this module, whose code is in rag/, beside others.
 from rag.training.best_checkpoints import MONITOR, BestCheckpoints
+from rag.training.loggers import LogKeeper
 from rag.training.reports import (
-    LogKeeper,
     MetricsWriter,
     ProgressLines,
     Seq2SeqLoggingCallback,
+    TrainingBar,
     any_rank,
     collects_gradients,
     count_trainable_parameters,
@@ -46,6 +47,7 @@ __all__ = [
     "Seq2SeqLoggingCallback",
     "SharedFolder",
     "StopTogether",
+    "TrainingBar",
     "ValidationAtTheEnd",
     "ValidationEarlyStopping",
     "build_callbacks",
@@ -65,16 +67,15 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
         ValidationAtTheEnd(),
         BestCheckpoints(args.run.output_dir, save_interval=60 * args.run.save_interval),
         MetricsWriter(args.run.output_dir),
+        LogKeeper(args.run.output_dir),
     ]
-    if args.run.logger_name == "default":
-        callbacks.append(LogKeeper(Path(args.run.output_dir) / "training_log.jsonl"))
     if args.training.early_stopping_patience >= 0:
         callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
     kwargs = trainer_kwargs(args)
     if not kwargs["enable_progress_bar"]:
         callbacks.append(ProgressLines())
-    elif torch.cuda.is_available():  # each refreshing reads the loss, for which the device is waited for
-        callbacks.append(TQDMProgressBar(refresh_rate=kwargs["log_every_n_steps"] or 50))
+    else:  # a GPU is to be waited for no more often than the log does it
+        callbacks.append(TrainingBar(kwargs["log_every_n_steps"] or 50 if torch.cuda.is_available() else 1))
     return [*callbacks, StopTogether()]
 
 

@@ -11,13 +11,10 @@ The module's base class is `rag.training.base_module.BaseTransformer`.
 
 import argparse
 import dataclasses
-import json
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -43,6 +40,7 @@ from rag.training.arguments import DataArguments, FinetuneArguments, trainer_kwa
 from rag.training.base_module import BaseTransformer
 from rag.training.batches import GlobalBatchSampler, ResumableDataLoader
 from rag.training.loading import read_checkpoint
+from rag.training.loggers import LogKeeper, build_logger
 from rag.training.namespaces import add_run_flags, finetune_arguments
 from rag.training.optimizer import SCHEDULES
 from rag.training.reports import raise_on_all_ranks
@@ -169,60 +167,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location)
 
 
-class JsonLinesLogger(Logger):
-    """Every logged step as one JSON line, by the process of rank 0; a resumed run goes on with the same file."""
-
-    def __init__(self, path: str | os.PathLike, append: bool):
-        super().__init__()
-        self.path, self.mode, self.is_open = Path(path), "a" if append else "w", False
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.is_open and self.path.is_symlink():
-            self.path.unlink()  # in a stranger's folder it may lead anywhere: the file takes its place
-        if self.mode == "a" and not self.is_open:
-            _drop_half_line(self.path)
-        with open(self.path, self.mode, encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.mode, self.is_open = "a", True
-
-    def log_hyperparams(self, params: Any) -> None:
-        """They are in hparams.json."""
-
-
-def _drop_half_line(path: Path) -> None:
-    """Cut off what a kill or a full disk has left of a last line, so that the next one is not glued to it."""
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-
-
 # --- The Trainer ------------------------------------------------------------------------------------------------------
 
 
-def build_logger(args: FinetuneArguments) -> Logger:
-    """The logger that `--logger_name` asks for; the public suite's project names for Weights & Biases."""
-    output_dir = Path(args.run.output_dir)
-    if args.run.logger_name == "default":
-        continues = args.run.resume_from_checkpoint is not None or not args.run.do_train
-        return JsonLinesLogger(output_dir / "training_log.jsonl", append=continues)
-    from pytorch_lightning.loggers import WandbLogger
-
-    dataset = Path(args.data.data_dir).name
-    project = os.environ.get("WANDB_PROJECT", dataset) if args.run.logger_name == "wandb" else f"hf_{dataset}"
-    return WandbLogger(name=output_dir.name, project=project, save_dir=str(output_dir))
-
-
 def build_trainer(
-    args: FinetuneArguments, callbacks: list[pl.Callback], logger: Logger | bool, profiler: Any = None
+    args: FinetuneArguments, callbacks: list[pl.Callback], logger: Logger | list[Logger] | bool, profiler: Any = None
 ) -> pl.Trainer:
     """The Trainer that the flags ask for; what it refuses is a `UserError`.
 
@@ -237,6 +186,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", message="Found .* in eval mode", module="pytorch_lightning")  # what is frozen
     warnings.filterwarnings("ignore", message=".*not supported by the model summary", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message="You have overridden .on_before_batch", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message="Experiment logs directory", module="lightning_fabric")  # `CsvLogger`
     if args.run.profile and profiler is None:
         profiler = SimpleProfiler(dirpath=args.run.output_dir, filename="profile")
     if kwargs["strategy"] == "fsdp":
@@ -359,7 +309,7 @@ def generic_train(
 
     Args:
         model: its `question_tokenizer` and `answer_tokenizer` read the data; a `train_dataloader` of its own is used.
-        logger: True for `--logger_name`'s.
+        logger: True for those of `--report_to`.
         custom_ddp_plugin: None; `--strategy` chooses the strategy.
         checkpoint_callback: None keeps the checkpoint of the lowest `val_avg_loss`.
         logging_callback: None for `LoggingCallback`.
@@ -378,6 +328,8 @@ def generic_train(
     callbacks = [logging_callback or LoggingCallback(), *extra_callbacks, checkpoint_callback, InitCallback()]
     if early_stopping_callback:
         callbacks.append(early_stopping_callback)
+    if logger is True:
+        callbacks.insert(0, LogKeeper(args.run.output_dir))
     trainer = build_trainer(args, callbacks, build_logger(args) if logger is True else logger, profiler)
     if args.run.do_train:
         trainer.fit(model, datamodule=_data_for(model, args), ckpt_path=args.run.resume_from_checkpoint)

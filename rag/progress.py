@@ -44,7 +44,15 @@ class Pace:
         text = f"{rate:,.{self.digits}f} {self.unit}/s"
         if total is None:
             return text
-        return f"{text}, {tqdm.format_interval((total - done) / rate) if done else '?'} left"
+        return f"{text}, {self._interval(done, total)} left"
+
+    def time_left(self, done: int, total: int) -> str:
+        """The time left now, if the rest of `total` is done as fast as what is done."""
+        self.seconds = time.monotonic() - self._start
+        return self._interval(done, total)
+
+    def _interval(self, done: int, total: int) -> str:
+        return tqdm.format_interval((total - done) * self.seconds / done) if done else "?"
 
 
 def progress(

@@ -251,6 +251,14 @@ def _(folder):
     require(loop.epoch_loop.batch_progress.is_last_batch is False, "a loop that has not begun is at its last batch")
 
 
+@row("pytorch-lightning", "Trainer._logger_connector, which has a step's row before it is logged", "_logger_connector")
+def _(folder):
+    connector = lightning_trainer()._logger_connector
+    written = inspect.getsource(type(connector).update_train_step_metrics)
+    require(connector.should_update_logs in (True, False), "it does not say whether this step is logged")
+    require('self.log_metrics(self.metrics["log"])' in written, "what is logged of a step is not in metrics['log']")
+
+
 @row("pytorch-lightning", "Trainer._signal_connector.received_sigterm", "_signal_connector")
 def _(folder):
     trainer = lightning_trainer()

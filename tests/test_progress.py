@@ -1,7 +1,7 @@
 """rag/progress.py: lines with rate and time left where there is no terminal."""
 
 from rag import progress as progress_module
-from rag.progress import progress
+from rag.progress import Pace, progress
 
 
 def test_progress_logs_lines_when_piped(capsys, monkeypatch):
@@ -12,3 +12,11 @@ def test_progress_logs_lines_when_piped(capsys, monkeypatch):
         "Answering: 6 of 7 questions, 0.5 questions/s, 00:02 left",
         "Answering: 7 questions in 00:20, 0.3 questions/s",
     ]
+
+
+def test_the_time_left_is_by_the_pace_so_far(monkeypatch):
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    now = 100.0
+    pace = Pace("steps")
+    now = 130.0
+    assert (pace.time_left(0, 40), pace.time_left(10, 40), pace.time_left(40, 40)) == ("?", "01:30", "00:00")

@@ -25,7 +25,7 @@ SET_BY_THE_SUITE = {
     "enable_checkpointing",
     "gradient_clip_val",  # --max_grad_norm
     "limit_predict_batches",
-    "logger",  # --logger_name
+    "logger",  # --report_to
     "max_epochs",  # --num_train_epochs
     "model_registry",
     "plugins",
@@ -89,7 +89,7 @@ class TrainerArguments:
         None, "Show a progress bar; left out, on a terminal only, and lines in a log file instead."
     )
     enable_model_summary: bool | None = flag(
-        None, "Print the model's parts and their parameters first; left out, true."
+        None, "Print Lightning's table of the model's parts first; left out, one line says how much learns."
     )
     gradient_clip_algorithm: str | None = flag(
         None, "How --max_grad_norm limits gradients: norm (of all together) or value (each); left out, norm."

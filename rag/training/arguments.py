@@ -182,8 +182,15 @@ class RunArguments:
     save_interval: float = flag(
         30.0, "Minutes between writings of last.ckpt inside an epoch, which is the work a kill can cost; 0 is off."
     )
+    report_to: list[str] | None = flag(
+        None,
+        "Where the log goes beside training_log.jsonl (jsonl), which is always written: csv, tensorboard, wandb, "
+        "trackio, mlflow; several by commas or blanks.",
+    )
     logger_name: Literal["default", "wandb", "wandb_shared"] = flag(
-        "default", "default writes training_log.jsonl; wandb and wandb_shared send to Weights & Biases."
+        "default",
+        "wandb is another name for --report_to wandb, wandb_shared is that with the project hf_ and the name of "
+        "--data_dir; default leaves it to --report_to.",
     )
     rank_timeout: float = flag(
         600.0,
@@ -206,9 +213,18 @@ class RunArguments:
 
     def __post_init__(self):
         self.do_train = self.do_train or not self.do_predict
+        if self.report_to is not None:
+            text = self.report_to if isinstance(self.report_to, str) else ",".join(self.report_to)
+            self.report_to = [name for name in text.replace(" ", ",").split(",") if name]
         last = Path(self.output_dir) / "last.ckpt"
         if self.do_train and self.resume_from_checkpoint is None and not self.overwrite_output_dir and last.is_file():
             self.resume_from_checkpoint = str(last)
+
+    @property
+    def reports(self) -> list[str]:
+        """Where the log goes, each once, jsonl first."""
+        by_logger_name = [] if self.logger_name == "default" else ["wandb"]
+        return list(dict.fromkeys(["jsonl", *(self.report_to or []), *by_logger_name]))
 
 
 @dataclass
@@ -289,6 +305,8 @@ def trainer_kwargs(args: FinetuneArguments) -> dict[str, Any]:
             kwargs["devices"] = int(ranks_on_node)
         if kwargs["num_nodes"] == 1:
             kwargs["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(ranks_on_node)
+    if kwargs["enable_model_summary"] is None:
+        kwargs["enable_model_summary"] = False  # `GenerativeQAModule.setup` says how much learns
     if kwargs["enable_progress_bar"] is None:
         kwargs["enable_progress_bar"] = sys.stdout.isatty()  # in a log file, callbacks_rag.ProgressLines instead
     return kwargs | {

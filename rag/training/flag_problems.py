@@ -5,6 +5,7 @@
 All of it is found before torch is imported, one line a problem.
 """
 
+import difflib
 import importlib.util
 import math
 import re
@@ -23,6 +24,15 @@ LARGEST_NUMBER = 2**31 - 1  # of anything counted: libraries in C take no larger
 LARGEST_SEED = 2**32 - 1  # numpy's generator takes no larger one
 LARGEST_LEARNING_RATE = 10.0  # of both optimizers; a step of such a size leaves nothing of a pretrained model
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+# Where a log can go, and the package that it takes.
+REPORTS = {
+    "jsonl": None,
+    "csv": None,
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+}
 A_TIME = re.compile(r"\d+:\d\d:\d\d:\d\d")
 
 
@@ -299,6 +309,34 @@ def run_problems(run: "RunArguments") -> list[str]:
         problems.append(f"--resume_from_checkpoint {resumed} {what}; leave it out to resume from last.ckpt")
     if resumed is not None and run.overwrite_output_dir:
         problems.append("--overwrite_output_dir would remove what --resume_from_checkpoint resumes; give one")
-    if run.logger_name != "default" and importlib.util.find_spec("wandb") is None:
-        problems.append(f"--logger_name {run.logger_name} needs a package that is not installed: pip install wandb")
+    return problems + report_problems(run)
+
+
+def report_problems(run: "RunArguments") -> list[str]:
+    """Loggers that there are not, that need a package, or that --logger_name and --report_to disagree about."""
+    named = run.report_to
+    if named is not None and not named:
+        return [f"--report_to names nothing; give some of {', '.join(REPORTS)}, or leave it out"]
+    problems = []
+    for name in named or []:
+        if name not in REPORTS:
+            close = difflib.get_close_matches(name, REPORTS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"--report_to {name} is none of {', '.join(REPORTS)}{hint}")
+    if named is not None and run.logger_name != "default" and "wandb" not in named:
+        problems.append(
+            f"--logger_name {run.logger_name} sends to Weights & Biases, --report_to {','.join(named)} does not; "
+            "add wandb to --report_to, or leave --logger_name out"
+        )
+    for name in run.reports:
+        package = REPORTS.get(name)
+        if package is not None and not is_installed(package):
+            flag = f"--report_to {name}" if name in (named or []) else f"--logger_name {run.logger_name}"
+            problems.append(f"{flag} needs a package that is not installed: pip install {package}")
     return problems
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name, such as one that wandb left, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -190,7 +190,7 @@ class GenerativeQAModule(BaseTransformer):
         """Open the index. Collective where the retriever's `init_retrieval` is; a second call does nothing."""
         if stage == "fit":
             self.train()  # transformers loads models in evaluation mode, which Lightning leaves as it is
-            if self.learned is not None and self.trainer.is_global_zero:
+            if self.trainer.is_global_zero:
                 print(learning_summary(self.model), flush=True)
         if self.retriever is not None:
             self.retriever.init_retrieval()

@@ -1,23 +1,24 @@
 """What a training says of itself: `metrics.json`, log lines, learning rates and sizes in the log.
 
-    callbacks = [MetricsWriter(output_dir), ProgressLines()]
+    callbacks = [MetricsWriter(output_dir), ProgressLines()]  # or TrainingBar() on a terminal
 
 Rank 0 writes; a resumed run drops what it makes again.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from rag.errors import ReportedError, UserError
-from rag.files import atomic_write, save_json
+from rag.files import save_json
 from rag.progress import Pace
 from rag.public_names import Replaced
 from rag.training.run_folder import SPLITS, read_metrics
@@ -127,28 +128,6 @@ class MetricsWriter(Callback):
         save_json(rows, self.path)
 
 
-class LogKeeper(Callback):
-    """Has the lines of a log in every checkpoint: what was cut or lost since is there again when the run goes on."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.lines: bytes | None = None  # of the resumed run, up to its checkpoint
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"lines": self._content().decode(errors="replace")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lines = state_dict["lines"].encode()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and self.lines is not None and not self._content().startswith(self.lines):
-            with atomic_write(self.path, "wb") as file:
-                file.write(self.lines)
-
-    def _content(self) -> bytes:
-        return self.path.read_bytes() if self.path.is_file() else b""
-
-
 class ProgressLines(Callback):
     """The training as lines in a log file, where a progress bar would be a mess: one about every `seconds`."""
 
@@ -182,6 +161,38 @@ class ProgressLines(Callback):
     def _print(trainer: pl.Trainer, line: str) -> None:
         if trainer.is_global_zero:
             print(line, flush=True)
+
+
+class TrainingBar(TQDMProgressBar):
+    """The training on a terminal: a bar an epoch with loss, last validation's EM, and time left of the whole training.
+
+    Args:
+        refresh_rate: batches between two refreshings, each of which reads the loss, for which the device is waited for.
+    """
+
+    def __init__(self, refresh_rate: int = 1):
+        super().__init__(refresh_rate)
+        self.left: Callable[[int], str] | None = None  # of the step that is reached; None before the training
+
+    def on_train_start(self, trainer: pl.Trainer, *module: Any) -> None:
+        super().on_train_start(trainer, *module)
+        pace, start = Pace("steps"), trainer.global_step
+        total = int(trainer.estimated_stepping_batches) - start
+        self.left = lambda step: pace.time_left(step - start, total)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *module: Any) -> None:
+        super().on_train_epoch_start(trainer, *module)
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}")
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float]:
+        """What stands behind the rate; Lightning's own has the version of the first logger before it."""
+        metrics: dict[str, int | str | float] = {**trainer.progress_bar_metrics}
+        measure = f"val_{getattr(pl_module, 'val_metric', 'em')}"
+        if measure in trainer.callback_metrics:
+            metrics[measure] = float(trainer.callback_metrics[measure])
+        if self.left is not None:
+            metrics["left"] = self.left(trainer.global_step)
+        return metrics
 
 
 def count_trainable_parameters(model: torch.nn.Module) -> int:

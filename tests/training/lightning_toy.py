@@ -42,7 +42,7 @@ class ToyModule(BaseTransformer):
         self.trained_on.append(batch["index"])
         losses = self.losses(batch)
         loss = losses.mean() * batch["loss_weight"]
-        self.log("loss", self.note_losses(loss, losses, batch))
+        self.log("loss", self.note_losses(loss, losses, batch), prog_bar=True)
         return loss
 
     def losses(self, batch):

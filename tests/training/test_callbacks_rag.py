@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from itertools import chain, count
 from pathlib import Path
@@ -213,6 +214,15 @@ def test_lines_tell_step_loss_rate_and_time_left(tmp_path, capsys, monkeypatch):
     assert "validated at step 6: val_em 0.25, val_examples 5" in lines
     fit(toy_args(tmp_path, *epochs(2)), [0.25, 0.5])
     assert capsys.readouterr().out.startswith("going on at step 6 of 12, from ")
+
+
+def test_the_bar_shows_loss_em_rate_and_time_left(tmp_path, capsys):
+    trainer, module = fit(toy_args(tmp_path, "--enable_progress_bar", "true"), [0.25, 0.5])
+    last = capsys.readouterr().out.replace("\n", "\r").split("\r")
+    ends = [line for line in last if line.startswith("Epoch 2: 100%")]
+    assert re.search(r"6/6 \[.*it/s, loss=[\d.]+, val_em=0.500, left=00:00\]", ends[-1])
+    shown = trainer.progress_bar_callback.get_metrics(trainer, module)
+    assert shown["loss"] == pytest.approx(float(trainer.callback_metrics["loss"]), abs=1e-3)
 
 
 def test_one_step_ends_the_training_with_a_validation(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -46,9 +47,11 @@ def model_folder(checkpoint):
     return checkpoint("rag_sequence", "bart")
 
 
-def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path):
+def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path, capsys):
     out = tmp_path / "out"
     metrics = run(model_folder, data_dir, out, "--do_train", "--do_predict", "--num_train_epochs", 4)
+    said = capsys.readouterr()
+    assert re.match(r"([\d,]+) of \1 parameters learn\n", said.out) and "FLOPs" not in said.out + said.err
     names = {path.name for path in out.iterdir()}
     assert {"metrics.json", "hparams.json", "git_log.json", "test_results.txt", "test_generations.txt"} <= names
     exported = sorted(path for path in out.glob("checkpoint*") if path.is_dir())
