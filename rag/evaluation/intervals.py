@@ -17,7 +17,7 @@ SEED = 0
 DRAWS_AT_A_TIME = 2**22  # 32 MB of question numbers
 
 
-def intervals(values: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+def intervals(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, tuple[float, float]]:
     """The middle 95% of the means of 2,000 resamples, by the score's name; between values, linearly.
 
     Args:

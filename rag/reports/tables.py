@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from rag.evaluation.intervals import intervals
 from rag.evaluation.scores import label
 from rag.reports.measures import Measured, softmax
-from rag.reports.statistics import intervals, sign_test
+from rag.reports.statistics import sign_test
 
 QUESTION_WORDS = ("who", "whom", "whose", "what", "which", "when", "where", "why", "how")
 LENGTHS = ((1, "1 word"), (2, "2 words"), (4, "3 or 4 words"), (float("inf"), "5 words or more"))
@@ -40,12 +41,8 @@ def score_table(measured: list[Measured]) -> tuple[list[str], list[dict[str, Sco
     rows = []
     for one in measured:
         row = {name: Score(value) for name, value in one.evaluation.scores.items()}
-        if one.values:
-            bounds = intervals(np.stack(list(one.values.values())))
-            row |= {
-                name: Score(float(values.mean()), *bound)
-                for (name, values), bound in zip(one.values.items(), bounds, strict=True)
-            }
+        bounds = intervals(one.values)
+        row |= {name: Score(float(values.mean()), *bounds[name]) for name, values in one.values.items()}
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     return sorted(names, key=lambda name: [not name.startswith(start) for start in ("em", "f1", "recall")]), rows
@@ -96,11 +93,10 @@ def same_questions(a: Measured, b: Measured, of_a: list[str] | None, of_b: list[
 
 def compare(a: Measured, b: Measured) -> list[Comparison]:
     names = [name for name in a.values if name in b.values and name.startswith(COMPARED)]
-    if not names:
-        return []
-    differences = np.stack([b.values[name] - a.values[name] for name in names])
+    differences = {name: b.values[name] - a.values[name] for name in names}
     rows = []
-    for name, values, (low, high) in zip(names, differences, intervals(differences), strict=True):
+    for name, (low, high) in intervals(differences).items():
+        values = differences[name]
         wins, losses = int((values > 1e-9).sum()), int((values < -1e-9).sum())
         ties = len(values) - wins - losses
         p = sign_test(wins, losses)
