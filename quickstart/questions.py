@@ -35,7 +35,6 @@ NEEDED = (
     "test.pages",
 )
 OPTIONAL = ("train.qa", "val.qa")
-TEST_QUESTIONS = 200  # of a source, the first: three times answered, they are a third of the quickstart's time
 # Of a sample: questions of each split, and passages beside those that answer them.
 SAMPLE = {"train": 4, "val": 2, "test": 5}
 SAMPLED_PASSAGES = 20
@@ -71,12 +70,11 @@ def find_source(data_dir: str | None) -> Path:
 
 
 def write_data(source: Path, dest: Path, sample: bool = False) -> QuestionData:
-    """Write questions and passages of a source to the folder `dest`: all but some tests, or with `sample` a few."""
+    """Write the questions and passages of a source to the folder `dest`, or with `sample` a few of them."""
     folder = source if source == OWN else source / QUESTIONS_FOLDER
     names = [*NEEDED, *(name for name in OPTIONAL if (folder / name).is_file())]
     questions = {name: read_lines(folder / name) for name in names}
     passages = own_passages() if source == OWN else read_real_passages(source)
-    questions = {name: lines[:TEST_QUESTIONS] if "test" in name else lines for name, lines in questions.items()}
     if sample:
         questions = {name: lines[: SAMPLE[name.partition(".")[0]]] for name, lines in questions.items()}
         passages = sample_passages(passages, set(questions["test.pages"]))
