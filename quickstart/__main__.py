@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quickstart.steps import Steps, as_words, print_answers, run
+from quickstart.steps import Steps, as_words, print_answers, run, write_report
 from quickstart.weights import minilm_folder
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
@@ -95,6 +95,9 @@ def main(args: QuickstartArguments) -> dict[str, float]:
         run("finetune_rag", model_name_or_path=checkpoint, data_dir=data, output_dir=finetuned, **index, **settings)
     with steps("Measure after", folder / "after" / "answers.txt.scores.json"):
         after = measure(finetuned / "checkpoint1", data, index, folder / "after")
+    with steps("Report", folder / "report.html"):
+        answers = [folder / name / "answers.txt" for name in ("before", "after")]
+        write_report(folder / "report.html", finetuned, answers, data / "test.qa")
 
     results = {
         "precision_at_1": after["precision_at_1"],
@@ -191,6 +194,7 @@ def print_next_commands(folder: Path, checkpoint: Path, index: dict[str, Any]) -
         f"""
 === Next
 
+Look at the runs, question by question: open {folder / "report.html"} in a browser.
 Ask the model something about documents of your own (a line `title TAB text` each):
   python use_own_knowledge_dataset.py --csv_path my.tsv --output_dir {knowledge} \\
       --dpr_ctx_encoder_model_name {encoder} --rag_model_name {checkpoint} --question "..."

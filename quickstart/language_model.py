@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quickstart.questions import QuestionData, find_source, write_data
-from quickstart.steps import Steps, as_words, print_answers, run
+from quickstart.steps import Steps, as_words, print_answers, run, write_report
 from quickstart.weights import make_language_model, minilm_folder
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
@@ -97,6 +97,9 @@ def main(args: LanguageModelArguments) -> dict[str, float]:
         finetune(checkpoint, data, index, finetuned, SMOKE_FINETUNING if args.smoke else FINETUNING)
     with steps("Measure after", folder / "after.txt.scores.json"):
         after = measure_answers(finetuned / "checkpoint1", data, folder / "after.txt", n_docs=N_DOCS, **index)
+    with steps("Report", folder / "report.html"):
+        answers = [folder / f"{name}.txt" for name in ("closed_book", "before", "after")]
+        write_report(folder / "report.html", finetuned, answers, data.folder / "test.qa")
 
     results = {
         "em_closed_book": closed_book["em"],
@@ -204,6 +207,7 @@ def print_next_commands(folder: Path, checkpoint: Path, index: dict[str, Any]) -
         f"""
 === Next
 
+Look at the runs, question by question: open {folder / "report.html"} in a browser.
 Ask the model something about documents of your own (a line `title TAB text` each):
   python use_own_knowledge_dataset.py --csv_path my.tsv --output_dir {folder / "my_knowledge"} \\
       --dpr_ctx_encoder_model_name {folder / "models" / "encoder"} --rag_model_name {checkpoint} --question "..."

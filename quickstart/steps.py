@@ -33,6 +33,11 @@ def run(script: str, **flags: Any) -> Any:
         gc.collect()  # models and caches in circles would stay beside the next script's
 
 
+def write_report(path: Path, run_dir: Path, answers: list[Path], gold: Path) -> None:
+    """A page of the training, and of files of answers beside each other."""
+    run("report_rag", output_path=path, run_dir=run_dir, predictions_path=answers, gold_data_path=gold)
+
+
 def as_words(flags: dict[str, Any]) -> list[str]:
     """Flags as the words of a command line."""
     words = []

@@ -92,6 +92,7 @@ def test_quickstart_in_small(tmp_path, capsys):
     before = Steps(tmp_path / "none.json").peak_memory_mb  # of the tests that came before in this process
     results = quickstart_main.main(args)
     assert json.loads((tmp_path / "quickstart_results.json").read_text()) == results
+    assert "RAG report" in (tmp_path / "report.html").read_text(encoding="utf-8")
     names = ["precision_at_1", "precision_at_5", "em_before", "em_after", "f1_after", "seconds", "peak_memory_mb"]
     assert list(results) == names
     assert results["precision_at_1"] == 1.0
