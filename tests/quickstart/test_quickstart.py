@@ -105,5 +105,5 @@ def test_quickstart_in_small(tmp_path, capsys):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again = quickstart_main.main(args)  # its memory is this process's, which only grows
     assert {**again, "peak_memory_mb": 0} == {**results, "peak_memory_mb": 0}
-    assert capsys.readouterr().out.count("(done in an earlier run)") == 6
+    assert capsys.readouterr().out.count("(done in an earlier run)") == 7
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
