@@ -59,14 +59,16 @@ class Bounds:
         kinds[slots] = own
         kinds = kinds.view(len(self.doc_log_probs), -1)  # (Q, n_docs * N)
         alike = (kinds[:, :, None] == kinds[:, None]) & (kinds >= 0)[:, None]
-        self.kinds = alike.int().argmax(-1).view(-1, beams)
+        most_beams, numbers = self.most.shape[1], torch.arange(alike.shape[1], device=own.device)
+        first = numbers.where(alike, len(numbers)).amin(-1)  # that is equal
+        self.kinds = first.view(-1, beams).expand(-1, most_beams)
         in_document, beam = alike.unflatten(2, (self.n_docs, beams)).int().max(-1)  # (Q, n_docs * N, n_docs)
         row = own.new_zeros(len(self.most))
         row[slots] = torch.arange(items, device=own.device)
         place = row.view(-1, 1, self.n_docs) * beams + beam
         of_beams = [known.view(-1, beams, self.n_docs)[slots] for known in (in_document > 0, place)]  # (I, N, n_docs)
         # (I, K, n_docs), where one beam at first stands for all; places are those in `log_probs`.
-        self.is_known, self.places = (known.expand(-1, self.most.shape[1], -1) for known in of_beams)
+        self.is_known, self.places = (known.expand(-1, most_beams, -1) for known in of_beams)
         self.log_probs = log_probs.flatten(0, 1)
 
     def gains(self, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
