@@ -301,7 +301,7 @@ def test_merging_writes_a_whole_checkpoint(learned, tmp_path, capsys):
     assert f"those of {base} and what {folder} has learned" in capsys.readouterr().out
     shutil.rmtree(base)
     assert {path.name for path in dest.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "question_encoder_tokenizer",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "question_encoder_tokenizer",
         "generator_tokenizer",
     }  # fmt: skip
     from transformers import RagSequenceForGeneration
