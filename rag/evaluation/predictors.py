@@ -150,7 +150,11 @@ def answer_from_passages(
     (posteriors,) = noted
     numbers = {"scores": contexts.doc_scores, "posteriors": posteriors.passages}
     details = passage_details(contexts.doc_ids, contexts.docs, numbers, "title", "text")
-    details = [{"answer": answer, **detail} for answer, detail in zip(answers, details, strict=True)]
+    log_probs = posteriors.answers.tolist()
+    details = [
+        {"answer": answer, "answer_log_prob": log_prob, **detail}
+        for answer, log_prob, detail in zip(answers, log_probs, details, strict=True)
+    ]
     if posteriors.tokens is not None:
         words = [retriever.generator_tokenizer.batch_decode([[word] for word in row[1:]]) for row in token_ids]
         for detail, shares in zip(details, token_details(contexts.doc_ids, words, posteriors.tokens), strict=True):

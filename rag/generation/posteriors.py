@@ -26,10 +26,12 @@ class Posteriors:
     Attributes:
         passages: (B, n_docs) float32.
         tokens: (B, T, n_docs) float32, RAG-Token's of each token behind the first one, zero behind the last; else None.
+        answers: (B) float32, log p(y | x) of the answers themselves, in nats.
     """
 
     passages: torch.Tensor
     tokens: torch.Tensor | None
+    answers: torch.Tensor
 
 
 def posteriors_of(
@@ -55,9 +57,12 @@ def posteriors_of(
     paths = to_device(trees.paths, edges.device)  # (B, 1, T)
     log_probs = edges.gather(2, paths.expand(-1, edges.shape[1], -1))  # (B, n_docs, T), 0 of what is not scored
     if not of_tokens:
-        return Posteriors((log_probs.sum(-1) + doc_log_probs).softmax(-1).float(), None)
+        joint = log_probs.sum(-1) + doc_log_probs
+        return Posteriors(joint.softmax(-1).float(), None, joint.logsumexp(-1).float())
     is_scored = (paths < edges.shape[2] - 1).mT  # (B, T, 1)
-    tokens = (log_probs + doc_log_probs[..., None]).softmax(1).mT * is_scored
+    joint = log_probs + doc_log_probs[..., None]
+    tokens = joint.softmax(1).mT * is_scored
     count = is_scored.sum(1)
     passages = torch.where(count > 0, tokens.sum(1) / count.clamp(min=1), doc_log_probs.exp())
-    return Posteriors(passages.float(), tokens.float())
+    answers = (joint.logsumexp(1) * is_scored[..., 0]).sum(1)
+    return Posteriors(passages.float(), tokens.float(), answers.float())

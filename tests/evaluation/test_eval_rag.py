@@ -70,7 +70,8 @@ def test_rag_answers_end_to_end(run, checkpoint, files, model_type, generator):
     for number, (record, (question, _)) in enumerate(zip(records, QUESTIONS, strict=True), start=1):
         of_tokens = ["tokens", "token_posteriors"] * (model_type == "rag_token")
         of_passages = ["doc_ids", "titles", "texts", "scores", "posteriors"]
-        assert list(record) == ["id", "question", "answer", *of_passages, *of_tokens, "digest"]
+        assert list(record) == ["id", "question", "answer", "answer_log_prob", *of_passages, *of_tokens, "digest"]
+        assert record["answer_log_prob"] <= 0
         assert (record["id"], record["question"], record["answer"]) == (number, question, answers[number - 1])
         assert [record["titles"], record["texts"]] == [[PASSAGES[i][n] for i in record["doc_ids"]] for n in (0, 1)]
         assert len(record["scores"]) == len(record["posteriors"]) == 3

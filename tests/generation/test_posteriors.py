@@ -28,7 +28,7 @@ def token_log_probs(generator, ids, mask, answer: list[int], start: int) -> list
 
 
 def brute_force(model, contexts, answers: list[list[int]], of_tokens: bool):
-    """Lists: of each question, and there of each token where they draw their own, the documents' shares."""
+    """Of each question the documents' shares, of each token where they draw their own, and the answer's log p(y|x)."""
     ids, mask, doc_scores = contexts
     found = []
     for question, answer in enumerate(answers):
@@ -37,11 +37,11 @@ def brute_force(model, contexts, answers: list[list[int]], of_tokens: bool):
         log_probs = torch.tensor([token_log_probs(model.generator, *pair, answer, START) for pair in pairs]).double()
         prior = doc_scores[question].double().log_softmax(0)
         if of_tokens:
-            found.append((prior[:, None] + log_probs).exp().T)
-            found[-1] = found[-1] / found[-1].sum(1, keepdim=True)
+            weights = (prior[:, None] + log_probs).exp().T
+            found.append((weights / weights.sum(1, keepdim=True), weights.sum(1).log().sum()))
         else:
             weights = (prior + log_probs.sum(1)).exp()
-            found.append(weights / weights.sum())
+            found.append((weights / weights.sum(), weights.sum().log()))
     return found
 
 
@@ -69,7 +69,8 @@ def test_posteriors_are_bayes_rule_on_full_passes(model_class, kind, num_beams):
     expected = brute_force(model, (ids, mask, doc_scores), answers, of_tokens)
     torch.testing.assert_close(posteriors.passages.sum(1), torch.ones(len(answers)))
     assert posteriors.passages[0, 1] == posteriors.passages[1, 2] == 0
-    for question, own in enumerate(expected):
+    for question, (own, log_prob) in enumerate(expected):
+        torch.testing.assert_close(posteriors.answers[question], log_prob.float(), atol=1e-4, rtol=1e-4)
         whole = own.mean(0) if of_tokens else own
         torch.testing.assert_close(posteriors.passages[question], whole.float(), atol=1e-5, rtol=1e-4)
         if of_tokens:
