@@ -45,11 +45,12 @@ class ContextMemory(Memory):
         kept: (layers, 2, D', key heads, S + ROOM, head size), the start token's at S, of these and other contexts.
         mask: (D, 1, 1, S) bool; padding may stand anywhere.
         root: (D, d) what the output layer reads of the start token.
+        longest: tokens of the longest context, S at most.
         numbers: (D) of the contexts in `kept`; None for all. Nothing is copied until it is asked for.
     """
 
-    def __init__(self, kept: torch.Tensor, mask: torch.Tensor, root: torch.Tensor, numbers: torch.Tensor | None = None):
-        self.kept, self.mask, self.root, self.numbers = kept, mask, root, numbers
+    def __init__(self, kept: torch.Tensor, mask: torch.Tensor, root: torch.Tensor, longest: int, numbers=None):
+        self.kept, self.mask, self.root, self.longest, self.numbers = kept, mask, root, longest, numbers
 
     @cached_property
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
@@ -62,7 +63,7 @@ class ContextMemory(Memory):
 
     def select(self, documents):
         numbers = torch.arange(len(self.mask), device=self.mask.device) if self.numbers is None else self.numbers
-        return ContextMemory(self.kept, self.mask[documents], self.root[documents], numbers[documents])
+        return ContextMemory(self.kept, self.mask[documents], self.root[documents], self.longest, numbers[documents])
 
 
 class CausalDecoder(TokenScores):
@@ -101,7 +102,7 @@ class CausalDecoder(TokenScores):
         for block in _blocks(lengths - borders, pace_of(input_ids.device).chunk_tokens):
             roots.append(self._read_rests(rests[block], room, block, mask))
         assert room.kept is not None, "each context has a start token at least"
-        return ContextMemory(room.kept, mask, torch.cat(roots))
+        return ContextMemory(room.kept, mask, torch.cat(roots), int(lengths.max()))
 
     def _read_heads(
         self, heads: list[np.ndarray], device: torch.device, cache: HeadCache | None

@@ -64,5 +64,4 @@ def posteriors_of(
     tokens = joint.softmax(1).mT * is_scored
     count = is_scored.sum(1)
     passages = torch.where(count > 0, tokens.sum(1) / count.clamp(min=1), doc_log_probs.exp())
-    answers = (joint.logsumexp(1) * is_scored[..., 0]).sum(1)
-    return Posteriors(passages.float(), tokens.float(), answers.float())
+    return Posteriors(passages.float(), tokens.float(), (joint.logsumexp(1) * is_scored[..., 0]).sum(1).float())

@@ -80,7 +80,7 @@ class Search:
         self.start_token_id = self.config.bos_token_id if start is None else start
         positions = getattr(owner.config, "max_position_embeddings", None)
         if positions is not None and not owner.config.is_encoder_decoder:
-            positions -= memory.mask.shape[-1]  # the contexts have theirs before the answers
+            positions -= memory.longest  # the contexts have theirs before the answers
         self.stops = _stopping_criteria(self.config, positions)
         self.past = Past(decoder.depth, capacity=1 + self.config.num_beams * (self.config.max_length - 1))
         self.ancestors: torch.Tensor | None = None  # (I, N, tokens in self.past)
@@ -94,6 +94,7 @@ class Search:
         noted = (0,) if bounds is None else bounds.noted
         beams = rules.start(self.items, self.start_token_id, self.decoder.pad, self.decoder.dtype, self.device, noted)
         found = Found(beams.sequences.clone(), beams.scores.clone(), beams.finished.clone())
+        is_decided = torch.zeros_like(rules.is_over(beams))
         for length in range(1, longest):
             nodes = 1 if length == 1 else rules.num_beams  # all beams start alike
             prefixes, parents = beams.running[:, :nodes, :length], beams.parents[:, :nodes]
@@ -105,7 +106,6 @@ class Search:
             scores = self.processors(prefixes.flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
             beams = rules.advance(beams, scores, length, self.stops, None if bounds is None else bounds.gains)
             over = rules.is_over(beams)
-            is_decided = torch.zeros_like(over)
             if bounds is not None:
                 bounds.note(beams, over, rules.stays(beams, length))
                 is_decided = bounds.decided(beams.item) if self.decides else is_decided

@@ -407,10 +407,11 @@ def test_in_float32_and_below(family):
 @torch.no_grad()
 def test_positions_that_the_prompt_takes_are_not_the_answers():
     lm = make_lm("llama")
-    ids, mask, _, _ = make_contexts()
+    ids, mask = torch.arange(3, 17).view(2, 7), torch.ones(2, 7, dtype=torch.long)
     decoder = decoder_of(lm)
-    search = Search(lm, {"max_length": MAX_LENGTH}, decoder, decoder.read(ids, mask), ids)
-    assert search.stops[0].max_position_embeddings == 64 - int(mask.sum(1).max())
+    for heads in (None, np.array([6, 2])):  # the longest head with the longest rest would be eleven
+        search = Search(lm, {"max_length": MAX_LENGTH}, decoder, decoder.read(ids, mask, heads), ids)
+        assert search.stops[0].max_position_embeddings == 64 - 7
 
 
 def test_adapters_run_as_modules():
