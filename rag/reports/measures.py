@@ -11,14 +11,8 @@ import numpy as np
 
 from rag.errors import UserError
 from rag.evaluation.gold import strip_title
-from rag.metrics import (
-    answer_recall_at_k,
-    exact_match_score,
-    f1_score,
-    metric_max_over_ground_truths,
-    pattern_match_score,
-    pattern_recall_at_k,
-)
+from rag.evaluation.scores import answer_values, pattern_values
+from rag.metrics import answer_recall_at_k, pattern_recall_at_k
 from rag.reports.reading import Evaluation, Gold
 
 KS = (1, 5, 10, 20, 50, 100)
@@ -62,28 +56,10 @@ def measure(evaluation: Evaluation, gold: Gold | None) -> Measured:
         what = "it has titles, no answers" if evaluation.is_retrieval else "the gold file has titles"
         measured.missing.append(f"scores of answers: {what}")
     else:
-        measured.values |= answer_scores(evaluation.lines, gold)
+        found = (pattern_values if gold.mode == "regex" else answer_values)(evaluation.lines, gold.right)
+        measured.values |= {name: np.array(own) for name, own in found.items()}
     _measure_passages(measured, gold)
     return measured
-
-
-def answer_scores(lines: list[str], gold: Gold) -> dict[str, np.ndarray]:
-    """EM and F1 of each line, as `rag.evaluation.scores` has their means; patterns have no F1."""
-    pairs = list(zip(lines, gold.right, strict=True))
-    if gold.mode == "regex":
-        return {"em": np.array([any(_matches(line, one) for one in right) for line, right in pairs], float)}
-    metrics = {"em": exact_match_score, "f1": f1_score}
-    return {
-        name: np.array([metric_max_over_ground_truths(metric, line, right) for line, right in pairs], float)
-        for name, metric in metrics.items()
-    }
-
-
-def _matches(line: str, pattern: str) -> bool:
-    try:
-        return pattern_match_score(line, pattern)
-    except ValueError as error:
-        raise UserError(f"--gold_data_path: {error}; write it in another way") from error
 
 
 def _measure_passages(measured: Measured, gold: Gold | None) -> None:
