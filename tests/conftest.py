@@ -334,6 +334,20 @@ def in_float64(model):
     return model
 
 
+def assert_the_generator_alone_learned(start, checkpoint: Path) -> None:
+    """The checkpoint of a run that began at `start` has other weights in its generator alone, and the loss fell."""
+    import torch
+
+    from rag.files import load_json
+    from rag.models.checkpoints import load_model
+
+    losses = [validation["val_avg_loss"] for validation in load_json(checkpoint.parent / "metrics.json")["val"]]
+    assert losses[-1] < losses[0]
+    before, after = load_model(str(start)).state_dict(), load_model(str(checkpoint)).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("decoder" in name for name in changed) and not any("question_encoder" in name for name in changed)
+
+
 def assert_equal_but_for_rounding(found, expected) -> None:
     """Tensors, arrays, or dicts of these, differ by no more than 1024 roundings of the largest value in `expected`.
 

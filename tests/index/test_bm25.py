@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 
 import eval_rag
 import finetune_rag
@@ -21,11 +20,10 @@ from rag.files import load_json, read_lines, write_lines
 from rag.index import bm25
 from rag.index.bm25 import QUERY_SIZE, largest, stop_words, words_of
 from rag.index.sources import open_index
-from rag.models.checkpoints import load_model
 from rag.retrieval.actor import RayRetriever, index_config
 from rag.retrieval.remote import search_to_send
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
-from tests.conftest import PASSAGES, QUESTIONS
+from tests.conftest import PASSAGES, QUESTIONS, assert_the_generator_alone_learned
 from tests.distributed.many_ranks import FORK_SERVER, run_ranks
 from tests.knowledge.test_use_own_knowledge_dataset import run as run_knowledge
 from tests.retrieval.test_distributed_pytorch_retriever import rag_config
@@ -425,12 +423,8 @@ def test_finetuning_leaves_the_question_encoder_as_it_is(evaluate, rag_folder, p
     --index_name bm25 --passages_path {passages_path} --train_batch_size 4 --num_workers 0 --accelerator cpu --n_docs 2
     --num_train_epochs 3 --learning_rate 0.01 --max_source_length 32 --num_sanity_val_steps 0 --log_every_n_steps 1"""
     finetune_rag.main(finetune_rag.parse_args(words.split()))
-    losses = [validation["val_avg_loss"] for validation in load_json(tmp_path / "out" / "metrics.json")["val"]]
-    assert losses[-1] < losses[0]
     folder = tmp_path / "out" / "checkpoint3"
-    before, after = load_model(str(rag_folder)).state_dict(), load_model(str(folder)).state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("decoder" in name for name in changed) and not any("question_encoder" in name for name in changed)
+    assert_the_generator_alone_learned(rag_folder, folder)
     assert evaluate("--eval_mode", "retrieval", "--k", 1, model=folder, index=())["precision_at_1"] == 1.0
 
 

@@ -15,7 +15,7 @@ from rag.files import load_json, read_lines, write_lines
 from rag.index.sources import open_index
 from rag.models.checkpoints import load_model
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
-from tests.conftest import DIMENSION, PASSAGES, QUESTIONS
+from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, assert_the_generator_alone_learned
 
 ASKED, ANSWERS = zip(*QUESTIONS, strict=True)
 FOUND = [
@@ -276,12 +276,8 @@ def test_finetuning_from_given_passages(evaluate, rag_folder, found, data_dir, t
     --num_train_epochs 3 --learning_rate 0.01 --max_source_length 32 --num_sanity_val_steps 0 --log_every_n_steps 1"""
     finetune_rag.main(finetune_rag.parse_args(words.split()))
     assert "the question encoder does not learn" in caplog.text
-    losses = [validation["val_avg_loss"] for validation in load_json(tmp_path / "out" / "metrics.json")["val"]]
-    assert losses[-1] < losses[0]
     folder = tmp_path / "out" / "checkpoint3"
-    before, after = load_model(str(rag_folder)).state_dict(), load_model(str(folder)).state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("decoder" in name for name in changed) and not any("question_encoder" in name for name in changed)
+    assert_the_generator_alone_learned(rag_folder, folder)
     assert evaluate("--eval_mode", "retrieval", model=folder)["precision_at_1"] == 1.0  # it remembers the file
 
 
