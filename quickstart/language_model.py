@@ -30,7 +30,7 @@ SCORE_SCALE = 20
 FINETUNING = {
     "n_docs": 1,  # the first passage holds the answer nine times in ten: twice as many questions in the same time
     "train_batch_size": 8,
-    "max_steps": 160,  # one validation, at the end, before the epoch is over
+    "max_steps": 150,  # one validation, at the end, before the epoch is over
     "max_time": "00:00:10:00",  # on a slower machine fewer
     "learning_rate": 7e-4,
     "warmup_steps": 10,

@@ -35,6 +35,13 @@ def test_a_data_folder_is_taken_whole(real, tmp_path):
     assert passages[-1] == ("other", "a text")
 
 
+def test_of_many_test_questions_the_first_are_taken(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "TEST_QUESTIONS", 7)
+    data = write_data(find_source(str(real)), tmp_path / "data")
+    lengths = {name: len(read_lines(data.folder / name)) for name in (*questions.NEEDED, *questions.OPTIONAL)}
+    assert {name: n for name, n in lengths.items() if n != 12} == {name: 7 for name in lengths if "test" in name}
+
+
 def test_a_sample_has_the_passages_that_answer(real, tmp_path):
     data = write_data(find_source(str(real)), tmp_path / "data", sample=True)
     assert [len(read_lines(data.folder / f"{split}.source")) for split in ("train", "val", "test")] == [4, 2, 5]
