@@ -71,7 +71,7 @@ def find_source(data_dir: str | None) -> Path:
 
 
 def write_data(source: Path, dest: Path, sample: bool = False) -> QuestionData:
-    """Write the questions and passages of a source to the folder `dest`, or with `sample` a few of them."""
+    """Write questions (of the test's the first) and passages of a source to `dest`, or with `sample` a few of them."""
     folder = source if source == OWN else source / QUESTIONS_FOLDER
     names = [*NEEDED, *(name for name in OPTIONAL if (folder / name).is_file())]
     questions = {name: read_lines(folder / name) for name in names}

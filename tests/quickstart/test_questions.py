@@ -58,7 +58,7 @@ def test_the_suites_own_questions_take_the_place(tmp_path, monkeypatch, capsys):
     data = write_data(source, tmp_path / "data")
     passages = list(read_passages(data.passages, ReadingOptions("none")))
     assert passages == list(read_passages(questions.OWN / "my_knowledge_dataset.csv"))
-    assert len(read_lines(data.folder / "test.qa")) == 250
+    assert len(read_lines(data.folder / "test.qa")) == questions.TEST_QUESTIONS
 
 
 def test_the_folder_beside_the_checkout_is_taken(real, monkeypatch, capsys):
