@@ -105,8 +105,9 @@ class RankWatch(threading.Thread):
         """
         deadline = time.monotonic() + 2 * INTERVAL
         while not self._look() and self.lost is None and time.monotonic() < deadline:
-            if not self.launched:  # nobody tells us how a sibling ended
-                gone = [rank for rank, process in sorted(self.peers.items()) if is_gone(process)]
+            if not self.launched:  # nobody tells us how a sibling ended; of the launcher the next look does
+                siblings = {rank: process for rank, process in self.peers.items() if process != self.launcher}
+                gone = [rank for rank, process in sorted(siblings.items()) if is_gone(process)]
                 self.lost = f"{self._named(gone[0])} was lost" if gone else None
             time.sleep(0.1)
         if self.lost is None and self.beats is not None and (silent := self.beats.silent()):

@@ -175,6 +175,24 @@ def test_the_first_rank_that_is_left_says_which_was_lost(ours):
     )
 
 
+def test_a_launcher_that_ends_between_two_looks_was_killed_all_the_same(start, monkeypatch, capfd):
+    launcher = psutil.Process(start().pid)
+    monkeypatch.setattr(watch, "is_launched_by_rank_zero", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    watched, looks = RankWatch({0: launcher}, 1, lambda: "step 7"), []
+
+    def look() -> bool:
+        looks.append(watched)
+        if len(looks) > 1:
+            return RankWatch._look(watched)
+        launcher.kill()  # right after the first look, which found it running
+        return not until(lambda: is_gone(launcher))
+
+    monkeypatch.setattr(watched, "_look", look)
+    watched.explain("a call failed")
+    assert "was killed; rank 1 was at step 7" in capfd.readouterr().err
+
+
 def test_a_process_that_was_started_alone_has_no_peers(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv(LAUNCHER, "1")
