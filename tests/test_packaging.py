@@ -16,6 +16,7 @@ from tests.test_architecture import MODULES, SCRIPTS
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 PAGE = [f"rag/reports/page.{end}" for end in ("css", "html", "js")]
+PAGE += [f"rag/pages/common.{end}" for end in ("css", "js")]
 RAG = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "rag").rglob("*.py"))
 NAMES = [*SCRIPTS, *MODULES, *(path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in RAG)]
 IMPORT = """
