@@ -73,7 +73,8 @@
 
   function showAnswer(panel, answer) {
     say(panel, answer.answer || "(an empty answer)", false);
-    panel.facts.textContent = `p(y|x) ${percent(answer.probability)}, ${answer.seconds.toFixed(2)} s`;
+    const probability = answer.probability < 0.001 ? "below 0.1%" : percent(answer.probability);
+    panel.facts.textContent = `p(y|x) ${probability}, ${answer.seconds.toFixed(2)} s`;
     showPosteriors(panel, answer.posteriors);
     panel.shares.forEach(({ text }, n) => mark(text, panel.found.texts[n], answer.answer));
     if (answer.tokens && panel.shares.length) showTokens(panel, answer);
