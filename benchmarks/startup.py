@@ -28,6 +28,7 @@ MISTAKES = {
     "consolidate_rag_checkpoint": ["--model_type", "rag_sequence", "--dest", GONE],
     "parse_dpr_relevance_data": ["--src_path", GONE, "--evaluation_set", GONE, "--gold_data_path", GONE],
     "report_rag": ["--run_dir", GONE, "--predictions_path", GONE, "--output_path", GONE],
+    "demo_rag": ["--model_name_or_path", GONE, "--passages_path", GONE, "--index_path", GONE],
     "quickstart": ["--config_file", GONE],
 }
 WAYS = {"--help": 0, "--hlep": 2, "missing files": 2}  # and the status of each

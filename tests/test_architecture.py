@@ -23,6 +23,7 @@ SCRIPTS = {
     "consolidate_rag_checkpoint",
     "parse_dpr_relevance_data",
     "report_rag",
+    "demo_rag",
 }
 # The public suite's modules, with those of them that each may import.
 MODULES = {

@@ -30,9 +30,11 @@ MODULES = {"quickstart": "quickstart.__main__"} | {
         "consolidate_rag_checkpoint",
         "parse_dpr_relevance_data",
         "report_rag",
+        "demo_rag",
     )
 }
-# What each page's commands run, in their order, but for what needs several processes, a cluster or a GPU to search on.
+# What each page's commands run, in their order, but for what needs several processes, a cluster or a GPU to search on,
+# and for the demo, which runs until it is interrupted.
 RUN_ON_EACH_PAGE = {
     "README.md": [
         "use_own_knowledge_dataset",
@@ -116,7 +118,8 @@ OURS = list(dict.fromkeys(command for _, command in COMMANDS if script_and_words
 
 def needs_more_than_this_process(command: str) -> bool:
     words = command.split()
-    return words[0] == "torchrun" or "quickstart" in words or bool({"ray", "--devices", "--index_device"} & set(words))
+    others = {"quickstart", "demo_rag.py", "ray", "--devices", "--index_device"}
+    return words[0] == "torchrun" or bool(others & set(words))
 
 
 def on_this_machine(script: str, words: list[str]) -> list[str]:

@@ -19,9 +19,8 @@ from rag.index.arguments import SearchArguments
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST_ONE = ("n_docs", "eval_batch_size", "max_source_length", "num_beams", "max_length")
-# Above these it is a slip of the keyboard, and would end for want of memory.
-AT_MOST = dict.fromkeys(AT_LEAST_ONE, 1_000_000) | {"num_beams": 10_000}
+# Above this it is a slip of the keyboard, and would end for want of memory.
+MOST, MOST_BEAMS = 1_000_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,69 @@ class AnswerPlan:
     max_length: int
 
 
-@dataclass
-class EvalArguments(SearchArguments):
+@dataclass(kw_only=True)
+class AnswerArguments(SearchArguments):
+    """Which model answers, from which passages, and how its answers are searched for."""
+
+    model_name_or_path: str = required_flag("Checkpoint to ask: a folder or a name on the hub.")
+    n_docs: int = flag(5, "Passages a question.")
+    max_source_length: int = flag(128, "Question tokens kept, as in finetune_rag.py.")
+    prefix: str = flag("", "Put before every question, as --prefix of finetune_rag.py was.")
+    num_beams: int = flag(4, "Beams of generation; 1 is greedy.")
+    decoding: Literal["thorough", "fast"] = flag(
+        "thorough", "rag_sequence: thorough scores every candidate under every passage, fast only where beams found it."
+    )
+    min_length: int = flag(1, "Fewest tokens of an answer.")
+    max_length: int = flag(50, "Most tokens of an answer.")
+    trust_remote_code: bool = trust_flag()
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = flag(
+        "fp32",
+        "Of weights and products. auto takes bf16 where the machine multiplies it fast (GPUs, CPUs with AMX or "
+        "AVX512-BF16), else fp32.",
+    )
+    device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
+
+    @property
+    def answer_plan(self) -> AnswerPlan:
+        names = [field.name for field in fields(AnswerPlan)]
+        return AnswerPlan(**{name: getattr(self, name) for name in names})
+
+    @property
+    def gives_answers(self) -> bool:
+        """Whether the generator runs."""
+        return True
+
+    @property
+    def passages_per_question(self) -> int:
+        """Passages to retrieve."""
+        return self.n_docs
+
+    def answer_problems(self) -> list[str]:
+        """What is out of range."""
+        problems = [
+            line for name in ("n_docs", "max_source_length", "max_length") for line in self.count_problems(name)
+        ]
+        problems += self.count_problems("num_beams", MOST_BEAMS) + self.search_problems()
+        if self.max_length == 1:
+            problems.append("--max_length 1 must be 2 or more: the token that generation begins with counts")
+        if self.min_length < 0:
+            problems.append(f"--min_length {self.min_length} must be 0 or more")
+        if self.min_length > self.max_length:
+            problems.append(f"--min_length {self.min_length} is more than --max_length {self.max_length}; lower it")
+        return problems
+
+    def count_problems(self, name: str, most: int = MOST) -> list[str]:
+        """The problem with a flag that counts something, if any."""
+        value = getattr(self, name)
+        if value < 1:
+            return [f"--{name} {value} must be 1 or more"]
+        return [f"--{name} {value} is too much; give {most:,} or fewer"] if value > most else []
+
+
+@dataclass(kw_only=True)
+class EvalArguments(AnswerArguments):
     """What is measured, on which questions, with which passages."""
 
-    model_name_or_path: str = required_flag("Checkpoint to measure: a folder or a name on the hub.")
     evaluation_set: str = required_flag(
         "File of questions, one a line; of a .jsonl file of NQ-open's or KILT's records the questions are taken."
     )
@@ -61,7 +118,10 @@ class EvalArguments(SearchArguments):
     answers_path: str | None = flag(
         None, "retrieval: file of answers (qa or regex), for recall@k: is an answer in one of k passages?"
     )
-    predictions_path: str = flag("predictions.txt", "File of predictions: written, continued or scored again.")
+    predictions_path: str = flag(
+        "predictions.txt",
+        "File of predictions: written, continued (in the precision that it was begun in) or scored again.",
+    )
     recalculate: bool = flag(False, "Overwrite the predictions that are there.")
     eval_all_checkpoints: bool = flag(
         False, "Measure every folder checkpoint* in --model_name_or_path, and print a table."
@@ -69,14 +129,6 @@ class EvalArguments(SearchArguments):
     n_docs: int = flag(5, "Passages a question; retrieval takes a larger --k in its place.")
     k: list[int] = flag([1], "retrieval: one or more k, scored from one predictions file.")
     eval_batch_size: int = flag(8, "Questions at a time.")
-    max_source_length: int = flag(128, "Question tokens kept, as in finetune_rag.py.")
-    prefix: str = flag("", "Put before every question, as --prefix of finetune_rag.py was.")
-    num_beams: int = flag(4, "Beams of generation; 1 is greedy.")
-    decoding: Literal["thorough", "fast"] = flag(
-        "thorough", "rag_sequence: thorough scores every candidate under every passage, fast only where beams found it."
-    )
-    min_length: int = flag(1, "Fewest tokens of an answer.")
-    max_length: int = flag(50, "Most tokens of an answer.")
     contains: bool = flag(
         False, "e2e: also score how many answers contain a right one, word for word, whatever else they say."
     )
@@ -87,23 +139,14 @@ class EvalArguments(SearchArguments):
         "torchrun: seconds that process 0 waits for the slowest one's batch; a stopped or killed one of this machine "
         "is told within half a minute.",
     )
-    trust_remote_code: bool = trust_flag()
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = flag(
-        "fp32",
-        "Of weights and products. auto takes bf16 where the machine multiplies it fast (GPUs, CPUs with AMX or "
-        "AVX512-BF16), else fp32; a predictions file is finished in the one that it was begun in.",
-    )
-    device: str | None = flag(None, "Where the model runs (cpu, cuda:1); left out, the GPU if there is one.")
 
     @property
-    def answer_plan(self) -> AnswerPlan:
-        names = [field.name for field in fields(AnswerPlan)]
-        return AnswerPlan(**{name: getattr(self, name) for name in names})
+    def gives_answers(self) -> bool:
+        return self.eval_mode == "e2e"
 
     @property
     def passages_per_question(self) -> int:
-        """Passages to retrieve."""
-        return self.n_docs if self.eval_mode == "e2e" else max(self.n_docs, *self.k)
+        return self.n_docs if self.gives_answers else max(self.n_docs, *self.k)
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> EvalArguments:
@@ -114,23 +157,10 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 def _range_problems(args: EvalArguments) -> list[str]:
-    problems = [f"--{name} {getattr(args, name)} must be 1 or more" for name in AT_LEAST_ONE if getattr(args, name) < 1]
-    problems += [
-        f"--{name} {getattr(args, name)} is too much; give {most:,} or fewer"
-        for name, most in AT_MOST.items()
-        if getattr(args, name) > most
-    ]
-    most_k = AT_MOST["n_docs"]
-    if min(args.k, default=0) < 1 or max(args.k) > most_k:
+    problems = args.answer_problems() + args.count_problems("eval_batch_size") + timeout_problems(args.rank_timeout)
+    if min(args.k, default=0) < 1 or max(args.k) > MOST:
         ks = " ".join(map(str, args.k))
-        problems.append(f"--k {ks}: give one or more numbers, each 1 or more, and {most_k:,} or fewer")
-    problems += args.search_problems() + timeout_problems(args.rank_timeout)
-    if args.max_length == 1:
-        problems.append("--max_length 1 must be 2 or more: the token that generation begins with counts")
-    if args.min_length < 0:
-        problems.append(f"--min_length {args.min_length} must be 0 or more")
-    if args.min_length > args.max_length:
-        problems.append(f"--min_length {args.min_length} is more than --max_length {args.max_length}; lower it")
+        problems.append(f"--k {ks}: give one or more numbers, each 1 or more, and {MOST:,} or fewer")
     if args.eval_mode == "retrieval" and args.model_type in ("bart", "t5", "causal", "auto"):
         problems.append(f"--model_type {args.model_type} retrieves nothing; measure it with --eval_mode e2e")
     if args.eval_mode == "e2e" and args.answers_path is not None:

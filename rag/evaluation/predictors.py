@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, RagConfig
 
 from rag.errors import UserError
-from rag.evaluation.arguments import AnswerPlan, EvalArguments
+from rag.evaluation.arguments import AnswerArguments, AnswerPlan, EvalArguments
 from rag.evaluation.gold import strip_title
 from rag.generation.causal_cache import HeadCache
 from rag.generation.decoding import answer_prompts, generate_answers
@@ -33,6 +33,7 @@ from rag.models.prompts import decode_answers
 from rag.models.questions import encode_questions
 from rag.retrieval.retriever import (
     RagKnowledgeRetriever,
+    RetrievedContexts,
     question_vectors,
     require_passages_for,
     retrieve_contexts,
@@ -65,49 +66,78 @@ def load_predictor(
         holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
         questions: that will be asked; passages that were found already have to hold those of each.
     """
-    where = pick_device(device)
-    tokenizer = load_tokenizer(model_name_or_path, model_type)
-    source = f"{MODEL_FLAG} {model_name_or_path}"
     if config is None:
-        model = load_model(model_name_or_path, model_type).to(where, dtype)
+        tokenizer, source = load_tokenizer(model_name_or_path, model_type), f"{MODEL_FLAG} {model_name_or_path}"
+        model = load_model(model_name_or_path, model_type).to(pick_device(device), dtype)
         settle_prompt(model, tokenizer, source)
         require_fit(model, tokenizer, source)
         complete_start(model, tokenizer, source)
         require_runs(model, tokenizer, source, **generation_kwargs(plan, model))
         return partial(answer_closed_book, plan, model, tokenizer), {}
+    model, retriever = load_rag(
+        model_name_or_path, model_type, plan, config, device, dtype, questions, retrieve_only=retrieve_only
+    )
+    index = retriever.index.description()
+    if retrieve_only:
+        encoder = model.rag.question_encoder
+        return partial(retrieve_passages, plan, encoder, retriever, holds_answer=holds_answer), index
+    return partial(answer_from_passages, plan, model, retriever, **head_cache_of(model)), index
+
+
+def load_rag(
+    model_name_or_path: str,
+    model_type: str,
+    plan: AnswerPlan,
+    config: RagConfig,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    questions: Iterable[str] = (),
+    retrieve_only: bool = False,
+    flag: str = MODEL_FLAG,
+) -> tuple[Any, RagKnowledgeRetriever]:
+    """A RAG model that was tried, and its retriever with the open index; arguments as of `load_predictor`.
+
+    Args:
+        flag: that named the model, for the messages.
+    """
+    where, source = pick_device(device), f"{flag} {model_name_or_path}"
+    tokenizer = load_tokenizer(model_name_or_path, model_type, flag=flag)
     require_family(config.generator, source)
     # The index first: it opens in milliseconds, and says what does not fit.
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
     require_passages_for(retriever.index, questions, "--evaluation_set")
-    index = retriever.index.description()
-    model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
+    model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs}, flag=flag)
     require_fit(model, tokenizer, source)
     complete_start(model, tokenizer, source)
     if retrieve_only:
-        question_encoder = model.rag.question_encoder.to(where, dtype)
+        model.rag.question_encoder.to(where, dtype)
         require_runs(model, tokenizer, source, answers=False)
-        return partial(retrieve_passages, plan, question_encoder, retriever, holds_answer=holds_answer), index
-    model = model.to(where, dtype)
-    require_runs(model, tokenizer, source, **generation_kwargs(plan, model.generator))
-    cache: dict[str, Any] = {} if model.generator.config.is_encoder_decoder else {"head_cache": HeadCache()}
-    return partial(answer_from_passages, plan, model, retriever, **cache), index
+    else:
+        model = model.to(where, dtype)
+        require_runs(model, tokenizer, source, **generation_kwargs(plan, model.generator))
+    return model, retriever
 
 
-def rag_config(args: EvalArguments) -> RagConfig:
+def head_cache_of(model) -> dict[str, Any]:
+    """`head_cache=` of a RAG model, where its passages are kept from batch to batch; an encoder-decoder keeps none."""
+    return {} if model.generator.config.is_encoder_decoder else {"head_cache": HeadCache()}
+
+
+def rag_config(args: AnswerArguments, flag: str = MODEL_FLAG) -> RagConfig:
     """The checkpoint's config with the index and the number of passages that the flags ask for."""
-    config = load_config(args.model_name_or_path)
+    config = load_config(args.model_name_or_path, flag=flag)
     config.n_docs = args.passages_per_question
     args.apply_to(config)
     return config
 
 
-def size_problems(args: EvalArguments, config: PreTrainedConfig) -> list[str]:
+def size_problems(args: AnswerArguments, config: PreTrainedConfig, flag: str = MODEL_FLAG) -> list[str]:
     """Flags that ask for more than the model can read or write."""
-    answers = ("max_length", "min_length") if args.eval_mode == "e2e" else ()
+    answers = ("max_length", "min_length") if args.gives_answers else ()
     lengths = {name: getattr(args, name) for name in ("max_source_length", *answers)}
-    problems = length_problems(config, lengths, f"{MODEL_FLAG} {args.model_name_or_path}")
-    if args.eval_mode == "e2e":
+    problems = length_problems(config, lengths, f"{flag} {args.model_name_or_path}")
+    if args.gives_answers:
         problems += beams_problems(config.generator if isinstance(config, RagConfig) else config, args.num_beams)
     return problems
 
@@ -129,10 +159,29 @@ def pick_device(name: str | None) -> torch.device:
 def answer_from_passages(
     plan: AnswerPlan, model, retriever, questions: list[str], _, head_cache: HeadCache | None = None
 ) -> tuple[list[str], list[dict]]:
-    tokens = encode(plan, retriever.question_encoder_tokenizer, questions, model.device)
     before = _context_counts(retriever)
-    contexts = retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
+    contexts = fetch_contexts(plan, model, retriever, questions)
     made, cut = (now - then for now, then in zip(_context_counts(retriever), before, strict=True))
+    answers, details = answer_contexts(plan, model, retriever, contexts, head_cache)
+    details[0][CONTEXT_COUNTS] = [made, cut, getattr(retriever, "context_length", 0)]
+    return answers, details
+
+
+def fetch_contexts(plan: AnswerPlan, model, retriever, questions: list[str]) -> RetrievedContexts:
+    """What the generator reads for these questions."""
+    tokens = encode(plan, retriever.question_encoder_tokenizer, questions, model.device)
+    return retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
+
+
+def answer_contexts(
+    plan: AnswerPlan,
+    model,
+    retriever,
+    contexts: RetrievedContexts,
+    head_cache: HeadCache | None = None,
+    note_step: Callable[[torch.Tensor], None] | None = None,
+) -> tuple[list[str], list[dict]]:
+    """The answers, and of each the passages and their part in it; `note_step` is that of `generate_answers`."""
     noted: list[Posteriors] = []
     token_ids = generate_answers(
         model,
@@ -144,6 +193,7 @@ def answer_from_passages(
         heads=contexts.heads,
         head_cache=head_cache,
         note_posteriors=noted.append,
+        note_step=note_step,
         **generation_kwargs(plan, model.generator),
     )
     answers = decode(retriever.generator_tokenizer, token_ids)
@@ -159,7 +209,6 @@ def answer_from_passages(
         words = [retriever.generator_tokenizer.batch_decode([[word] for word in row[1:]]) for row in token_ids]
         for detail, shares in zip(details, token_details(contexts.doc_ids, words, posteriors.tokens), strict=True):
             detail |= shares
-    details[0][CONTEXT_COUNTS] = [made, cut, getattr(retriever, "context_length", 0)]
     return answers, details
 
 
@@ -184,15 +233,21 @@ def retrieve_passages(
     answers,
     holds_answer: Callable[..., bool] = answer_recall_at_k,
 ) -> tuple[list[str], list[dict]]:
-    tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
-    vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
-    embeddings, doc_ids, docs = retriever.retrieve(vectors, retriever.config.n_docs)  # (B, n, d), (B, n)
-    details = passage_details(doc_ids, docs, {"scores": (embeddings @ vectors[:, :, None])[:, :, 0]}, "title")
+    doc_ids, docs, scores = find_passages(plan, question_encoder, retriever, questions, retriever.config.n_docs)
+    details = passage_details(doc_ids, docs, {"scores": scores}, "title")
     lines = ["\t".join(one_line(strip_title(title)) for title in detail["titles"]) for detail in details]
     if answers is not None:
         for detail, doc, right in zip(details, docs, answers, strict=True):
             detail["answer_rank"] = answer_rank(doc["text"], right, holds_answer)
     return lines, details
+
+
+def find_passages(plan: AnswerPlan, question_encoder, retriever, questions: list[str], n_docs: int):
+    """doc_ids (B, n_docs), best first, B dicts of the passages' columns, and scores (B, n_docs) float32."""
+    tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
+    vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
+    embeddings, doc_ids, docs = retriever.retrieve(vectors, n_docs)  # (B, n_docs, d), (B, n_docs)
+    return doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0]
 
 
 def answer_rank(texts: list[str], answers: list[str], holds_answer: Callable[..., bool]) -> int | None:

@@ -29,6 +29,7 @@ from rag.generation.causal_cache import HeadCache
 from rag.generation.causal_decoder import CausalDecoder
 from rag.generation.plain_decoder import decoder_of
 from rag.generation.posteriors import Posteriors, posteriors_of
+from rag.generation.running import RunningBest
 from rag.generation.search import Search
 from rag.generation.token_trees import Memory
 from rag.packing import Heads, to_device
@@ -54,6 +55,7 @@ def generate_answers(
     heads: Heads | None = None,
     head_cache: HeadCache | None = None,
     note_posteriors: Callable[[Posteriors], None] | None = None,
+    note_step: Callable[[torch.Tensor], None] | None = None,
     **generate_kwargs,
 ) -> torch.Tensor:
     """The best answers to B questions, (B * num_return_sequences, T), best first, padded with the generator's pad id.
@@ -71,6 +73,8 @@ def generate_answers(
         heads: of the contexts of a causal language model: equal ones are read once.
         head_cache: of that model: what it holds is not read again.
         note_posteriors: is told the documents' parts in each question's best answer.
+        note_step: is told after each step of the search what it has of each answer, token ids (B, T) on the CPU
+            (`RunningBest`). What it raises ends the search.
         generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...). Of a
             language model, too, lengths and rules on tokens are the answer's alone, from the start token on: `generate`
             would have them hold for the prompt.
@@ -94,15 +98,18 @@ def generate_answers(
             kept = to_device(slots, doc_scores.device)
             contexts = contexts[0][kept], contexts[1][kept]
             head_lengths = None if head_lengths is None else head_lengths[slots]
-        memory = read(decoder, *contexts, head_lengths, head_cache)
+        memory, running = read(decoder, *contexts, head_lengths, head_cache), None
+        if note_step is not None:
+            running = RunningBest(note_step, doc_log_probs, None if is_token_model else slots, decoder.pad)
         if is_token_model:
-            found = Search(model, settings, decoder, memory, context_input_ids, doc_log_probs).run()
+            found = Search(model, settings, decoder, memory, context_input_ids, doc_log_probs, running=running).run()
             answers = found.sequences.cpu().numpy()
         else:
             bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
             answers = _sequence_answers(
                 model.generator, decoder, memory, contexts[0], slots, doc_log_probs, settings,
                 bos=bos, rows=num_return_sequences, distinct=do_deduplication, thorough=decoding == "thorough",
+                running=running,
             )  # fmt: skip
         if note_posteriors is not None:
             note_posteriors(posteriors_of(decoder, memory, slots, answers[:, 0], doc_log_probs, is_token_model))
@@ -144,7 +151,7 @@ def _attention_and_precision(generator) -> Iterator[None]:
 
 def _sequence_answers(
     generator, decoder, memory: Memory, context_input_ids, slots: np.ndarray, doc_log_probs, settings: dict,
-    *, bos, rows: int, distinct: bool, thorough: bool,
+    *, bos, rows: int, distinct: bool, thorough: bool, running: RunningBest | None,
 ) -> np.ndarray:  # fmt: skip
     """RAG-Sequence's `rows` best candidates, (B, at most `rows`, T), best first, padded; -inf scores of none at all.
 
@@ -156,7 +163,7 @@ def _sequence_answers(
     if thorough and isinstance(decoder, CausalDecoder):
         places = to_device(slots, doc_log_probs.device)
         bounds = Bounds(places, doc_log_probs, decoder, settings["num_beams"], rows)
-    found = Search(generator, settings, decoder, memory, context_input_ids, bounds=bounds).run()
+    found = Search(generator, settings, decoder, memory, context_input_ids, bounds=bounds, running=running).run()
     sequences, is_one = found.sequences.cpu().numpy(), found.is_one.cpu().numpy()
     candidates = Candidates.of(sequences, slots, doc_log_probs.shape[1], decoder.pad, is_one)
     if not thorough:

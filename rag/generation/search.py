@@ -29,6 +29,7 @@ from transformers.generation import (
 
 from rag.generation.beams import Beams, BeamSearch, GreedySearch
 from rag.generation.pace import Watch, pace_of
+from rag.generation.running import RunningBest
 from rag.generation.token_trees import Past
 
 # Rules on tokens by which no log-probability rises above 0.
@@ -64,11 +65,15 @@ class Search:
 
     Args:
         bounds: of the sequences' scores under all documents (RAG-Sequence); None where nobody asks.
+        running: is told what each step has come to; None where nobody watches.
     """
 
-    def __init__(self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None, bounds=None):
+    def __init__(
+        self, owner, settings: dict, decoder, memory, context_input_ids, doc_log_probs=None, bounds=None,
+        running: RunningBest | None = None,
+    ):  # fmt: skip
         self.owner, self.decoder, self.memory, self.context_input_ids = owner, decoder, memory, context_input_ids
-        self.doc_log_probs, self.bounds = doc_log_probs, bounds
+        self.doc_log_probs, self.bounds, self.running = doc_log_probs, bounds, running
         self.documents = 1 if doc_log_probs is None else doc_log_probs.shape[1]  # of an item
         self.items = len(context_input_ids) // self.documents
         self.device = context_input_ids.device
@@ -109,6 +114,8 @@ class Search:
             if bounds is not None:
                 bounds.note(beams, over, rules.stays(beams, length))
                 is_decided = bounds.decided(beams.item) if self.decides else is_decided
+            if self.running is not None:
+                self.running.note(beams, over | is_decided, length + 1)
             if (rows := self._rows_left(over | is_decided)) is None:
                 continue
             if not len(rows):

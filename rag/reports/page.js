@@ -1,15 +1,6 @@
-"use strict";
 (() => {
   const $ = (id) => document.getElementById(id);
   const state = new URLSearchParams(location.hash.slice(1));
-
-  // Light or dark: the system's, until the switch is pressed (or #theme=dark is in the address).
-  const root = document.documentElement;
-  const isDark = () => root.dataset.theme
-    ? root.dataset.theme === "dark"
-    : matchMedia("(prefers-color-scheme: dark)").matches;
-  if (["light", "dark"].includes(state.get("theme"))) root.dataset.theme = state.get("theme");
-  $("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; });
 
   const data = $("data");
   if (!data) return;
@@ -37,13 +28,6 @@
     lowest: (run) => (a, b) => score(run, a) - score(run, b) || a - b,
     highest: (run) => (a, b) => score(run, b) - score(run, a) || a - b,
   };
-
-  function element(tag, text, className) {
-    const made = document.createElement(tag);
-    if (text !== undefined) made.textContent = text;
-    if (className) made.className = className;
-    return made;
-  }
 
   function numberCell(n) {
     const cell = element("td", undefined, "n");

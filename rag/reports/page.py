@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rag.evaluation.scores import label
+from rag.pages.templates import environment, script_json
 from rag.reports.figures import MOST_SERIES, line_chart
 from rag.reports.measures import Measured, collapse_signs, measure
-from rag.reports.questions import MOST_PASSAGES, detail, details_each, extremes, question_table, script_json
+from rag.reports.questions import MOST_PASSAGES, detail, details_each, extremes, question_table
 from rag.reports.reading import Evaluation, Gold, questions_of
 from rag.reports.tables import (
     Calibration,
@@ -34,20 +35,12 @@ NAMES = {"attribution": "Attribution", "attribution_prior": "Attribution, prior"
 
 def render(run: TrainingRun | None, evaluations: list[Evaluation], gold: Gold | None) -> str:
     """The whole page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"percent": percent, "score_name": score_name, "p_value": p_value, "number": number}
+    templates = environment(Path(__file__).parent)
+    templates.filters |= {"percent": percent, "score_name": score_name, "p_value": p_value, "number": number}
     measured = [measure(evaluation, gold) for evaluation in evaluations]
     content: dict[str, Any] = {"run": training_part(run), "gold": gold, "limits": {"passages": MOST_PASSAGES}}
     content |= evaluation_part(measured, gold) if measured else {"measured": [], "notes": [], "table": None}
-    return environment.get_template(TEMPLATE).render(content)
+    return templates.get_template(TEMPLATE).render(content)
 
 
 def training_part(run: TrainingRun | None) -> dict[str, Any] | None:

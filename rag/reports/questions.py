@@ -7,7 +7,6 @@
 Texts stay texts here; the template and the page's script escape them.
 """
 
-import json
 import unicodedata
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import regex
 
 from rag.metrics import PATTERN_SECONDS, compile_pattern, find_answers
+from rag.pages.templates import script_json
 from rag.reports.measures import Measured, softmax
 from rag.reports.reading import Gold
 
@@ -185,11 +185,3 @@ def _table(
 
 def _bytes(table: dict[str, Any]) -> int:
     return len(script_json(table).encode(errors="replace"))
-
-
-def script_json(content: Any) -> str:
-    """JSON that ends no `<script>` element, whatever texts it holds."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text

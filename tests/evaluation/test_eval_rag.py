@@ -475,7 +475,7 @@ def test_missing_files_and_bad_values_are_named_together(run, files, no_model):
     with pytest.raises(UserError) as error:
         run("nowhere", n_docs=0, k=[5, 0], min_length=9, answers_path="x")
     assert [line.split()[0] for line in str(error.value).splitlines()] == [
-        "--n_docs", "--k", "--min_length", "--answers_path",
+        "--n_docs", "--min_length", "--k", "--answers_path",
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import report_rag as script
 from rag.errors import UserError
-from rag.reports.questions import script_json
+from rag.pages.templates import script_json
 from tests.evaluation.report_files import write_evaluation, write_files, write_gold, write_run
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -2,24 +2,15 @@
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import report_rag as script
+from tests import browser
 from tests.evaluation.report_files import write_evaluation, write_gold, write_run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-ALONE = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-]
+pytestmark = browser.NEEDS_CHROMIUM
 # What a reader does, and what is to be seen of it; the answer goes into the page's title.
 SESSION = """
 const seen = [];
@@ -63,10 +54,7 @@ def page(tmp_path_factory) -> Path:
 
 def browse(page: Path, *flags: str, address: str = "") -> tuple[str, list[str]]:
     """What the browser prints, and what the page's console says."""
-    command = [CHROMIUM, *ALONE, f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", *flags]
-    command += ["--virtual-time-budget=3000", f"file://{page}{address}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return shown.stdout, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    return browser.browse(f"file://{page}{address}", page.parent / "profile", *flags)
 
 
 def test_a_reader_filters_orders_and_switches_the_theme(page):

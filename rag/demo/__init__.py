@@ -1,0 +1,1 @@
+"""A page that asks RAG models a question and shows which passages say the answer."""
