@@ -54,7 +54,9 @@ def file_problems(flag: str, path: str | os.PathLike | None, remedy: str) -> lis
     """The problem with an input file as a list of none or one line, ready for `problems += file_problems(...)`."""
     if path is None:
         return [f"{flag} is missing; {remedy}"]
-    if not Path(path).is_file():
-        what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
-        return [f"{flag} {path} {what}; {remedy}"]
-    return []
+    if not str(path).strip():
+        return [f"{flag} {str(path)!r} names nothing; {remedy}"]
+    if Path(path).is_file():
+        return []
+    what = "is a device or a pipe, not a file" if os.path.exists(path) else "does not exist"
+    return [f"{flag} {path} {'is a folder, not a file' if Path(path).is_dir() else what}; {remedy}"]

@@ -47,14 +47,23 @@ def hub_is_reachable() -> bool:
 
 def is_hub_name(path: str) -> bool:
     """Whether this can be the name of a repository on the hub, and is no file or folder here."""
+    return _is_valid_name(path) and not os.path.exists(path)
+
+
+def is_owned_name(name: str) -> bool:
+    """Whether this can be the name of somebody's repository on the hub: OWNER/NAME."""
+    return "/" in name and _is_valid_name(name)
+
+
+def _is_valid_name(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(path)
+        validate_repo_id(name)
     except HFValidationError:
         return False
-    return not os.path.exists(path)
+    return True
 
 
 def public_name(path: str) -> str:
@@ -126,16 +135,11 @@ def require_space(what: str, needs: Mapping[str, int], remedy: str) -> None:
 
 def push_name_problems(repo: str | None) -> list[str]:
     """What is wrong with the value of --push_to_hub, as far as the name shows it."""
-    if repo is None:
+    if repo is None or is_owned_name(repo):
         return []
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
+    if not _is_valid_name(repo):
         return [f"{PUSH_FLAG} {repo!r} is no name on the hub; give YOUR_NAME/NAME"]
-    return [] if "/" in repo else [f"{PUSH_FLAG} {repo} does not say whose it is; give YOUR_NAME/{repo}"]
+    return [f"{PUSH_FLAG} {repo} does not say whose it is; give YOUR_NAME/{repo}"]
 
 
 def require_push(repo: str) -> None:

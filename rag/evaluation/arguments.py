@@ -165,6 +165,8 @@ def _range_problems(args: EvalArguments) -> list[str]:
         problems.append(f"--model_type {args.model_type} retrieves nothing; measure it with --eval_mode e2e")
     if args.eval_mode == "e2e" and args.answers_path is not None:
         problems.append(f"--answers_path {args.answers_path} is for --eval_mode retrieval; leave it out")
+    if args.eval_mode == "retrieval" and args.contains:
+        problems.append("--contains is for answers, --eval_mode e2e; leave it out, or give --answers_path for recall@k")
     if args.eval_mode == "retrieval" and args.answers_path is None and args.gold_data_mode == "regex":
         problems.append("--gold_data_mode regex is for answers; with --eval_mode retrieval give --answers_path, too")
     return problems

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rag.command_line.flags import flag
-from rag.errors import raise_problems
+from rag.errors import UserError, raise_problems
+from rag.hub import is_owned_name
 
 # What bears on a search of any index, and what belongs to wiki_dpr alone.
 SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device", "index_precision")
@@ -20,6 +21,7 @@ WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 MOST_EFFORT = 2**31 - 1
 READING_TEXT = ("bm25", "given")  # kinds that read a question's words, so that no question encoder runs
 HUB_PREFIX = "hub:"  # before the name of a dataset on the hub, in the place of a folder of passages
+NO_PASSAGES_FILE = "--index_name given needs --passages_file, the passages that were found for each question"
 INDEX_FLAGS = ("index_name", "index_path", "passages_path", "passages_file", *SEARCH_FLAGS, *WIKI_FLAGS)
 
 
@@ -110,8 +112,10 @@ class SearchArguments(EffortArguments):
         return {name: value for name, value in values.items() if value not in (None, False)}
 
     def search_problems(self) -> list[str]:
-        """What is out of range, no device's name, a precision without a device, or passages from two places."""
+        """What is out of range, no name of a device or a dataset, an idle precision, or passages from two places."""
         problems = self.effort_problems() + device_problems("--index_device", self.index_device)
+        if self.is_on_hub and not is_owned_name(str(self.passages_path).removeprefix(HUB_PREFIX)):
+            problems.append(f"--passages_path {self.passages_path} names no dataset; give hub:OWNER/NAME")
         if self.passages_file is not None and self.index_name != "given":
             other = "--passages_path" if self.passages_path is not None else f"--index_name {self.index_name}"
             problems.append(
@@ -138,7 +142,7 @@ class SearchArguments(EffortArguments):
                 "--index_name bm25 needs --passages_path, a folder of passages; use_own_knowledge_dataset.py makes one"
             ]
         if self.index_name == "given" and not self.passages_file:
-            return ["--index_name given needs --passages_file, the passages that were found for each question"]
+            return [NO_PASSAGES_FILE]
         if self.index_name not in (None, "custom", "bm25") and self.passages_path:
             return [f"--passages_path is read with --index_name custom and bm25 only, not with {self.index_name}"]
         return []
@@ -147,7 +151,8 @@ class SearchArguments(EffortArguments):
         """Put the flags that were given into a `RagConfig`, which has no fields for some of them.
 
         Raises:
-            UserError: flags were given and it is the config of a model that retrieves nothing.
+            UserError: flags were given and it is the config of a model that retrieves nothing, or --index_name given
+                where neither names a file.
         """
         if not hasattr(config, "index_name"):
             raise_problems(
@@ -158,6 +163,8 @@ class SearchArguments(EffortArguments):
             )
         for name, value in self.given().items():
             setattr(config, name, value)
+        if getattr(config, "index_name", None) == "given" and not getattr(config, "passages_file", None):
+            raise UserError(NO_PASSAGES_FILE)
 
 
 def device_problems(flag: str, name: str | None) -> list[str]:

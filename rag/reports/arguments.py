@@ -42,9 +42,7 @@ def path_problems(args: ReportArguments) -> list[str]:
     problems = []
     if args.run_dir is None and not args.predictions_path:
         problems.append("--run_dir and --predictions_path are missing; give one of them, or both")
-    if args.run_dir is not None and not Path(args.run_dir).is_dir():
-        what = "is a file, not a folder" if Path(args.run_dir).exists() else "does not exist"
-        problems.append(f"--run_dir {args.run_dir} {what}; give the --output_dir of finetune_rag.py")
+    problems += _run_problems(args.run_dir)
     for path in args.predictions_path:
         problems += file_problems("--predictions_path", path, "give a --predictions_path of eval_rag.py")
     if len({os.path.realpath(path) for path in args.predictions_path}) < len(args.predictions_path):
@@ -54,6 +52,16 @@ def path_problems(args: ReportArguments) -> list[str]:
         if not args.predictions_path:
             problems.append("--gold_data_path judges predictions; give --predictions_path, too")
     return problems + _output_problems(args)
+
+
+def _run_problems(run_dir: str | None) -> list[str]:
+    if run_dir is None or (run_dir.strip() and Path(run_dir).is_dir()):
+        return []
+    what = "is a file, not a folder" if Path(run_dir).is_file() else "is no folder"
+    what = what if run_dir.strip() and os.path.exists(run_dir) else "does not exist"
+    return [
+        f"--run_dir {run_dir if run_dir.strip() else repr(run_dir)} {what}; give the --output_dir of finetune_rag.py"
+    ]
 
 
 def _output_problems(args: ReportArguments) -> list[str]:

@@ -174,6 +174,12 @@ class TrainingBar(TQDMProgressBar):
         super().__init__(refresh_rate)
         self.left: Callable[[int], str] | None = None  # of the step that is reached; None before the training
 
+    def init_train_tqdm(self) -> Any:
+        """Without the times of the epoch: beside them a terminal of 80 columns has no room for `left`."""
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{rate_noinv_fmt}{postfix}]"
+        return bar
+
     def on_train_start(self, trainer: pl.Trainer, *module: Any) -> None:
         super().on_train_start(trainer, *module)
         pace, start = Pace("steps"), trainer.global_step

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PASSAGES, QUESTIONS
+from tests.evaluation.report_files import write_evaluation, write_run
 
 
 @dataclass
@@ -63,7 +64,21 @@ def world(
     (folder / "documents.tsv").write_text("".join(f"{title}\t{text}\n" for title, text in PASSAGES * 2))
     records = [{"question": question, "positive_ctxs": [{"title": answer}]} for question, answer in QUESTIONS]
     (folder / "dpr.json").write_text(json.dumps(records))
+    write_other_records(folder)
     return World(folder, FLAGS)
+
+
+def write_other_records(folder: Path) -> None:
+    """An evaluation and a training for a report, passages of another system, KILT's gold."""
+    write_evaluation(folder / "answers.txt", folder / "gold.qa", accuracy=0.5)
+    write_run(folder / "run")
+    texts = dict(PASSAGES)
+    found = [
+        {"question": q, "titles": [a, "x"], "texts": [texts[a], "a river"], "scores": [2, 1]} for q, a in QUESTIONS
+    ]
+    kilt = [{"id": a, "input": q, "output": [{"answer": a, "provenance": [{"title": a}]}]} for q, a in QUESTIONS]
+    for name, records in (("found.jsonl", found), ("kilt.jsonl", kilt)):
+        (folder / name).write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def save_adapters_of(base: Path, folder: Path) -> None:
@@ -103,5 +118,9 @@ FLAGS = {
     },
     "parse_dpr_relevance_data.py": {
         "--src_path": "{world}/dpr.json", "--evaluation_set": "{out}/out/q.txt", "--gold_data_path": "{out}/out/titles",
+    },
+    "report_rag.py": {
+        "--output_path": "{out}/out/report.html", "--predictions_path": "{world}/answers.txt",
+        "--run_dir": "{world}/run", "--gold_data_path": "{world}/gold.qa",
     },
 }  # fmt: skip

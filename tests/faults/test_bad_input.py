@@ -1,21 +1,20 @@
 """Bad input, a row a case: told in lines that name the flag, with status 2 and nothing left; what is right works.
 
-REFUSED is a pattern that the error lines hold; WORKS is status 0; CLEANLY is either.
+What a row says is in cases.py. test_bad_records.py has the rows of reports, logs, the hub and KILT.
 """
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from tests.faults.cases import CONSOLIDATE, EVAL, FINETUNE, KNOWLEDGE, PARSE, Cases, require_answered_well
 from tests.faults.makers import (
     NOT_JSON,
     Changed,
     Copy,
     File,
     Index,
-    Maker,
     Passages,
     Special,
     cut,
@@ -26,41 +25,9 @@ from tests.faults.makers import (
     settings,
     utf16,
 )
-from tests.faults.processes import left_behind, run, tree
 
-EVAL, FINETUNE, KNOWLEDGE = "eval_rag.py", "finetune_rag.py", "use_own_knowledge_dataset.py"
-CONSOLIDATE, PARSE = "consolidate_rag_checkpoint.py", "parse_dpr_relevance_data.py"
-MOST_LINES = 12  # a line for each thing that is wrong, ten at most and a word on the rest
-
-
-@dataclass
-class Case:
-    name: str
-    script: str
-    changes: dict
-    outcome: str  # "refused", "works" or "cleanly"
-    says: str = ""
-    short: bool = False  # part of `make test`
-
-    @property
-    def id(self) -> str:
-        return f"{self.script}: {self.name}"
-
-
-CASES: list[Case] = []
-
-
-def refused(script: str, name: str, changes: dict, says: str, short: bool = False) -> None:
-    CASES.append(Case(name, script, changes, "refused", says, short))
-
-
-def works(script: str, name: str, changes: dict, says: str = "", short: bool = False) -> None:
-    CASES.append(Case(name, script, changes, "works", says, short))
-
-
-def cleanly(script: str, name: str, changes: dict, says: str = "") -> None:
-    CASES.append(Case(name, script, changes, "cleanly", says))
-
+CASES = Cases()
+refused, works, cleanly = CASES.refused, CASES.works, CASES.cleanly
 
 # --- Files that are read ----------------------------------------------------------------------------------------------
 
@@ -382,26 +349,7 @@ for script in (EVAL, FINETUNE, KNOWLEDGE, CONSOLIDATE, PARSE):
     works(script, "as it should be", {}, short=script in (EVAL, KNOWLEDGE))
     refused(script, "a flag with a typo", {"--evalution_set": "x"}, "evalution_set")
 
-PARAMETERS = [pytest.param(case, id=case.id, marks=[] if case.short else [pytest.mark.faults]) for case in CASES]
 
-
-@pytest.mark.parametrize("case", PARAMETERS)
+@pytest.mark.parametrize("case", CASES.parameters())
 def test_bad_input(world, tmp_path, case):
-    folder = tmp_path / "case"
-    folder.mkdir()
-    made = {
-        flag: value.make(world.folder, folder) if isinstance(value, Maker) else value
-        for flag, value in case.changes.items()
-    }
-    before, world_before = tree(folder), tree(world.folder)
-    seen = run(case.script, world.flags_of(case.script, folder, made), folder)
-    assert seen.status is not None, "it does not end"
-    assert not seen.has_traceback, seen.text[-2000:]
-    assert tree(world.folder).items() >= world_before.items()
-    if case.outcome == "works":
-        assert seen.status == 0, seen.text[-1000:]
-        assert re.search(case.says, seen.text)
-    elif case.outcome == "refused" or seen.status != 0:
-        assert seen.status == 2 and 1 <= len(seen.errors) <= MOST_LINES, (seen.status, seen.text[-1000:])
-        assert re.search(case.says, "\n".join(seen.errors)), seen.errors
-        assert not left_behind(before, tree(folder))
+    require_answered_well(case, world, tmp_path / "case")
