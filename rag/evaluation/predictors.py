@@ -54,6 +54,7 @@ def load_predictor(
     dtype: torch.dtype = torch.float32,
     holds_answer: Callable[..., bool] = answer_recall_at_k,
     questions: Iterable[str] = (),
+    questions_flag: str = "--evaluation_set",
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
 
@@ -64,6 +65,7 @@ def load_predictor(
         dtype: of the weights; query vectors and documents' scores are float32 in any case.
         holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
         questions: that will be asked; passages that were found already have to hold those of each.
+        questions_flag: which names them.
     """
     where = pick_device(device)
     tokenizer = load_tokenizer(model_name_or_path, model_type)
@@ -79,7 +81,7 @@ def load_predictor(
     # The index first: it opens in milliseconds, and says what does not fit.
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
-    require_passages_for(retriever.index, questions, "--evaluation_set")
+    require_passages_for(retriever.index, questions, questions_flag)
     index = retriever.index.description()
     model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs})
     require_fit(model, tokenizer, source)

@@ -42,12 +42,14 @@ def making_of(module: "GenerativeQAModule") -> Making:
     settings: dict[str, Any] = {}
     for group in groups:
         settings |= changed_flags(group, OF_THE_MACHINE)
+    if args.data.dataset_name is not None:
+        del settings["data_dir"]  # which nobody gave
     index = index_of(module)
     return Making(
         "finetune_rag.py",
         {"checkpoint": args.model.model_name_or_path},
         settings,
-        args.data.data_dir,
+        args.data.name,
         _sizes(module),
         index,
         _results(module, index),
@@ -78,7 +80,7 @@ def _sizes(module: "GenerativeQAModule") -> dict[str, int]:
     """Examples used of each split that a training reads."""
     data, sizes = module.args.data, {}
     for split, most in {"train": data.n_train, "val": data.n_val}.items():
-        file = Path(data.data_dir, f"{split}.source")
+        file = Path(data.folder, f"{split}.source")
         if file.is_file():
             count = len(read_lines(file))
             sizes[split] = count if most < 0 else min(count, most)
@@ -97,7 +99,7 @@ def _results(module: "GenerativeQAModule", index: dict[str, Any]) -> list[EvalRe
     }
     if data.prefix:
         settings["prefix"] = data.prefix
-    name = public_name(data.data_dir)
+    name = public_name(data.name)
     return [
         EvalResult(
             task_type="question-answering",
