@@ -323,6 +323,7 @@ def generic_train(
     if custom_ddp_plugin is not None:
         raise UserError("custom_ddp_plugin: Lightning 2 has no such plugins; leave it out and give --strategy")
     settle_data(args)
+    model.args.data.data_dir = args.data.data_dir
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     if checkpoint_callback is None:
         best = {"monitor": "val_avg_loss", "mode": "min", "save_top_k": 1}

@@ -43,7 +43,7 @@ def making_of(module: "GenerativeQAModule") -> Making:
     for group in groups:
         settings |= changed_flags(group, OF_THE_MACHINE)
     if args.data.dataset_name is not None:
-        del settings["data_dir"]  # which nobody gave
+        settings.pop("data_dir", None)  # which nobody gave
     index = index_of(module)
     return Making(
         "finetune_rag.py",
@@ -79,8 +79,10 @@ def index_of(module: "GenerativeQAModule") -> dict[str, Any]:
 def _sizes(module: "GenerativeQAModule") -> dict[str, int]:
     """Examples used of each split that a training reads."""
     data, sizes = module.args.data, {}
+    if data.data_dir is None:  # a module from the checkpoint of a run by --dataset_name
+        return {}
     for split, most in {"train": data.n_train, "val": data.n_val}.items():
-        file = Path(data.folder, f"{split}.source")
+        file = Path(data.data_dir, f"{split}.source")
         if file.is_file():
             count = len(read_lines(file))
             sizes[split] = count if most < 0 else min(count, most)
