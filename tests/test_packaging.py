@@ -54,7 +54,7 @@ def run(installed, tmp_path):
 
 def test_the_wheel_holds_the_package_and_the_ten_modules(wheel):
     assert wheel.name == f"rag_suite-{PROJECT['version']}-py3-none-any.whl"
-    assert wheel.stat().st_size < 500_000
+    assert wheel.stat().st_size < 600_000
     about = f"rag_suite-{PROJECT['version']}.dist-info"
     expected = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
     expected |= {f"{about}/licenses/{path.name}" for path in ROOT.glob("LICENSE*")}

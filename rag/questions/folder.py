@@ -67,8 +67,8 @@ def awaited_folder(args: DatasetArguments, folder: Path, needed: Sequence[str], 
     while not _is_written(folder, identity, needed):
         if time.monotonic() > deadline:
             raise RankError(
-                f"{folder} with the examples of --dataset_name {args.dataset_name} is not there after {seconds:g} s: "
-                "rank 0 has failed, or sees another --output_dir or another data set than this rank does"
+                f"{folder} with the examples of --dataset_name {args.dataset_name} is not there after --rank_timeout "
+                f"{seconds:g}: rank 0 has failed, or sees another --output_dir or another data set than this rank does"
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
 

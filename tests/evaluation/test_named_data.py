@@ -78,6 +78,9 @@ def test_titles_stay_a_file_and_answers_are_those_of_the_data(run, rag_folder, f
     path = named("nq.jsonl", records())
     assert run(rag_folder, predictions="named.tsv", dataset_name=path, **retrieval, **flags) == expected
     assert "recall_at_3" in expected
+    changed = named("nq.jsonl", [one | {"answers": ["x"]} for one in records()])
+    with pytest.raises(UserError, match=r"dataset_name .*nq\.jsonl \(its content has changed\)"):
+        run(rag_folder, predictions="named.tsv", dataset_name=changed, **retrieval, **flags)
     with pytest.raises(UserError, match=r"nq\.jsonl has no titles of right passages, .*; give --gold_data_path"):
         run(rag_folder, predictions="x.tsv", dataset_name=path, **retrieval, **NO_FILES)
     questions = named("q.jsonl", [{"question": q} for q, _ in QUESTIONS])

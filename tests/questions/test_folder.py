@@ -104,7 +104,7 @@ def test_others_wait_for_the_files_of_this_data_set(source, tmp_path):
     splits = {"train": [record("q", "a")], "val": [record("q", "a")]}
     written_folder(source(**splits), tmp_path / "dataset", ALL[:2], may_replace=True)
     args = source(**splits | {"train": [record("q", "b")]})
-    with pytest.raises(RankError, match=r"is not there after 0\.3 s: rank 0 has failed, or sees another"):
+    with pytest.raises(RankError, match=r"is not there after --rank_timeout 0\.3: rank 0 has failed, or sees another"):
         awaited_folder(args, tmp_path / "dataset", ALL[:2], 0.3)
     first = threading.Timer(0.3, written_folder, (args, tmp_path / "dataset", ALL[:2], True))
     first.start()
