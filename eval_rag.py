@@ -18,7 +18,8 @@ fractions in files, percent in print.
 
 Gold files, line n for question n: e2e `qa`: `question TAB ['answer', 'another']`; e2e `ans`: the answer; e2e `regex`:
 as qa, with regular expressions for answers; retrieval: the titles of the right passages, tab-separated. KILT's files
-(.jsonl) are read as they are, for both. Behind each score stands its 95% interval over the questions.
+(.jsonl) are read as they are, for both. In the place of both files --dataset_name takes OWNER/NAME on the hub, or a
+local Parquet, JSONL or CSV file with columns. Behind each score stands its 95% interval over the questions.
 """
 
 import os
@@ -33,6 +34,7 @@ from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.arguments import parse_args as parse_eval_args
 from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_path, read_data
 from rag.evaluation.intervals import intervals
+from rag.evaluation.named_data import read_named_data
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
 from rag.evaluation.scores import (
     get_precision_at_k,
@@ -87,15 +89,20 @@ def main(args: EvalArguments) -> dict[str, Any]:
     """
     allow_code(args.trust_remote_code)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        data = read_data(args)  # its mistakes are told before torch is imported
+        data = data_of(args)  # its mistakes are told before torch is imported
         from rag.distributed.ranks import Ranks
 
         return measure(args, data, Ranks(args.rank_timeout))
     from rag.distributed.ranks import joined_job
 
     with joined_job(args.rank_timeout) as ranks:
-        data = EvalData(**ranks.from_rank_zero("reading the questions", lambda: vars(read_data(args))))
+        data = EvalData(**ranks.from_rank_zero("reading the questions", lambda: vars(data_of(args))))
         return measure(args, data, ranks)
+
+
+def data_of(args: EvalArguments) -> EvalData:
+    """Questions and gold, wherever they come from."""
+    return read_data(args) if args.dataset_name is None else read_named_data(args)
 
 
 def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def open_predictions(args: EvalArguments, data: EvalData, held: ExitStack) -> Pr
     """The predictions file, which no other run may use until `held` is closed."""
     enough = {"n_docs": max(args.k)} if args.eval_mode == "retrieval" else {}
     kept = ["precision"] if args.precision == "auto" else []
-    identity = run_identity(args, model_type_of(args), precision_of(args))
+    identity = run_identity(args, data, model_type_of(args), precision_of(args))
     with writing("--predictions_path", args.predictions_path):
         lock = lock_beside(args.predictions_path)
         held.enter_context(one_at_a_time(lock, "--predictions_path", args.predictions_path))
@@ -154,7 +161,7 @@ def score(args: EvalArguments, data: EvalData, predictions: Predictions) -> dict
 # --- What made the predictions ----------------------------------------------------------------------------------------
 
 
-def run_identity(args: EvalArguments, model_type: str, precision: str) -> dict[str, Any]:
+def run_identity(args: EvalArguments, data: EvalData, model_type: str, precision: str) -> dict[str, Any]:
     """All that the predictions depend on; read from files, without loading a model or an index.
 
     Args:
@@ -167,7 +174,9 @@ def run_identity(args: EvalArguments, model_type: str, precision: str) -> dict[s
         "eval_mode": args.eval_mode,
         "model_name_or_path": file_identity(args.model_name_or_path, CHECKPOINT_FILES),
         "model_type": model_type,
-        "evaluation_set": file_identity(args.evaluation_set),
+        **(
+            {"dataset_name": data.identity} if data.identity else {"evaluation_set": file_identity(args.evaluation_set)}
+        ),
         "max_source_length": args.max_source_length,
         "prefix": args.prefix,
         "precision": precision,
@@ -184,8 +193,9 @@ def run_identity(args: EvalArguments, model_type: str, precision: str) -> dict[s
         identity |= {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
         if model_type == "rag_sequence":
             identity["decoding"] = args.decoding
-    elif args.answers_path is not None:
-        identity["answers_path"] = file_identity(args.answers_path)
+    elif data.answers is not None:
+        if args.answers_path is not None:
+            identity["answers_path"] = file_identity(args.answers_path)
         if args.gold_data_mode == "regex":
             identity["gold_data_mode"] = "regex"
     return identity
@@ -246,7 +256,7 @@ def predict_missing(
 
     def load():
         if ranks.rank != 0:
-            require_same_files(identity, run_identity(args, model_type, precision), ranks.rank)
+            require_same_files(identity, run_identity(args, data, model_type, precision), ranks.rank)
         config = rag_config(args) if model_type in RAG_TYPES else None
         return load_predictor(
             args.model_name_or_path,
@@ -256,6 +266,7 @@ def predict_missing(
             args.device,
             retrieve_only=args.eval_mode == "retrieval",
             questions=data.questions,
+            questions_flag="--evaluation_set" if args.dataset_name is None else "--dataset_name",
             dtype=getattr(torch, precision),
             holds_answer=pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k,
         )
@@ -318,7 +329,7 @@ def report(
     """
     made_with = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
     path = f"{args.predictions_path}.scores.json"
-    gold = {"gold_data_path": args.gold_data_path, "questions": len(data.questions)}
+    gold = {"gold_data_path": args.gold_data_path or args.dataset_name, "questions": len(data.questions)}
     with writing("--predictions_path", args.predictions_path):
         save_json({"scores": scores, "intervals": ranges, **gold, **made_with}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):

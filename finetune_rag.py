@@ -5,10 +5,10 @@
     two nodes     torchrun --nnodes 2 --nproc_per_node 8 --node_rank N --master_addr NODE_0 --master_port 29500 \\
                       finetune_rag.py ... --fp16
 
-DATA holds train|val|test .source and .target, one example a line. OUT receives metrics.json, hparams.json,
-git_log.json, the best three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging
-Face's) and, with --do_predict, test_results.txt and test_generations.txt. If a run is killed, the same command resumes
-it.
+DATA holds train|val|test .source and .target, one example a line. In its place --dataset_name takes OWNER/NAME on the
+hub, or a local folder of Parquet, JSONL or CSV files. OUT receives metrics.json, hparams.json, git_log.json, the best
+three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging Face's) and, with
+--do_predict, test_results.txt and test_generations.txt. If a run is killed, the same command resumes it.
 """
 
 import logging
@@ -24,8 +24,10 @@ from rag.files import read_lines, save_json
 from rag.models.trust import allow_code
 from rag.outputs import output_folder_problems, writing
 from rag.public_names import module_getattr
+from rag.questions.tables import path_problems
 from rag.training.arguments import FinetuneArguments
 from rag.training.arguments import parse_args as parse_finetune_args
+from rag.training.named_data import settle_data, splits_read
 from rag.training.namespaces import finetune_arguments
 from rag.training.run_folder import checkpoint_to_resume, continuation_problems, held
 from utils_rag import data_file_problems, save_git_info
@@ -60,23 +62,24 @@ def main(args: FinetuneArguments | Namespace) -> dict[str, float]:
     )
     with writing("--output_dir", output_dir), held(output_dir):
         raise_problems(continuation_problems(args))
+        if args.data.dataset_name is not None:
+            settle_data(args)
+            raise_problems(_data_problems(args))
         args.run.resume_from_checkpoint = checkpoint_to_resume(args)
         return finetune(args)
 
 
-def _splits(args: FinetuneArguments) -> list[str]:
-    """Those whose files are read."""
-    return (["train", "val"] if args.run.do_train else []) + (["test"] if args.run.do_predict else [])
-
-
 def _data_problems(args: FinetuneArguments) -> list[str]:
-    return data_file_problems(args.data.data_dir, _splits(args))
+    """What is wrong with the files of --data_dir, or with the path of a --dataset_name that was not read yet."""
+    if args.data.data_dir is None:
+        return path_problems(args.data)
+    return data_file_problems(args.data.data_dir, splits_read(args))
 
 
 def _questions(args: FinetuneArguments) -> Iterator[tuple[Path, list[str]]]:
     """The files of questions, and those of them that are asked."""
-    for split in _splits(args):
-        path, count = Path(args.data.data_dir) / f"{split}.source", getattr(args.data, f"n_{split}")
+    for split in splits_read(args):
+        path, count = Path(args.data.folder) / f"{split}.source", getattr(args.data, f"n_{split}")
         yield path, read_lines(path)[: None if count < 0 else count]
 
 

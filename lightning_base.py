@@ -41,6 +41,7 @@ from rag.training.base_module import BaseTransformer
 from rag.training.batches import GlobalBatchSampler, ResumableDataLoader
 from rag.training.loading import read_checkpoint
 from rag.training.loggers import LogKeeper, build_logger
+from rag.training.named_data import settle_data
 from rag.training.namespaces import add_run_flags, finetune_arguments
 from rag.training.optimizer import SCHEDULES
 from rag.training.reports import raise_on_all_ranks
@@ -62,7 +63,7 @@ __getattr__ = module_getattr(__name__, replaced=REPLACED)
 
 
 class Seq2SeqDataModule(pl.LightningDataModule):
-    """The three splits of `--data_dir` as batches of `Seq2SeqDataset`; the training ones with a "loss_weight" (float).
+    """The three splits of the data as batches of `Seq2SeqDataset`; the training ones with a "loss_weight" (float).
 
     `prefetch` is called with each training batch while the one before is trained on (`ResumableDataLoader.prefetch`).
     Validation and test come in the order of the file. Rows made of a batch keep its "index", so that
@@ -82,7 +83,7 @@ class Seq2SeqDataModule(pl.LightningDataModule):
             self.datasets[split] = self.trainer.lightning_module.get_dataset(split)  # which may come back for ours
 
     def get_dataset(self, type_path: str) -> Seq2SeqDataset:
-        """The dataset of a split ("train", "val", "test") of `--data_dir`, as the flags limit it."""
+        """The dataset of a split ("train", "val", "test"), as the flags limit it."""
         data = self.data
         limits = {
             "train": (data.max_target_length, data.n_train),
@@ -92,7 +93,7 @@ class Seq2SeqDataModule(pl.LightningDataModule):
         max_target_length, n_obs = limits[type_path]
         return Seq2SeqDataset(
             self.tokenizer,
-            data.data_dir,
+            data.folder,
             data.max_source_length,
             max_target_length,
             type_path=type_path,
@@ -302,7 +303,7 @@ def generic_train(
     logging_callback: pl.Callback | None = None,
     profiler: Any = None,
 ) -> pl.Trainer:
-    """Train a module on `--data_dir`, unless `--do_predict` stands alone; returns the Trainer.
+    """Train a module on `--data_dir` or `--dataset_name`, unless `--do_predict` stands alone; returns the Trainer.
 
     `trainer.test(model, datamodule=trainer.datamodule)` comes next. `finetune_rag.main` does more: it keeps the best
     checkpoints, describes the run and writes metrics.json.
@@ -321,6 +322,8 @@ def generic_train(
     args = finetune_arguments(args)
     if custom_ddp_plugin is not None:
         raise UserError("custom_ddp_plugin: Lightning 2 has no such plugins; leave it out and give --strategy")
+    settle_data(args)
+    model.args.data.data_dir = args.data.data_dir
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     if checkpoint_callback is None:
         best = {"monitor": "val_avg_loss", "mode": "min", "save_top_k": 1}

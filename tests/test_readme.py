@@ -43,7 +43,13 @@ RUN_ON_EACH_PAGE = {
         "eval_rag",
         "eval_rag",
     ],
-    "docs/finetuning.md": ["finetune_rag", "finetune_rag", "consolidate_rag_checkpoint", "finetune_rag"],
+    "docs/finetuning.md": [
+        "finetune_rag",
+        "finetune_rag",
+        "finetune_rag",
+        "consolidate_rag_checkpoint",
+        "finetune_rag",
+    ],
     "docs/language_models.md": [
         "consolidate_rag_checkpoint",
         "finetune_rag",
@@ -65,6 +71,7 @@ RUN_ON_EACH_PAGE = {
     ],
     "docs/report.md": ["eval_rag", "eval_rag", "report_rag"],
     "docs/evaluation.md": [
+        "eval_rag",
         "eval_rag",
         "eval_rag",
         "eval_rag",
@@ -179,6 +186,10 @@ def small_world(
     (folder / "biencoder-nq-dev.json").write_text(json.dumps(records))
     records = [{"question": q, "titles": [a], "texts": [dict(PASSAGES)[a]], "scores": [1]} for q, a in QUESTIONS]
     (folder / "path/to/found.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    (folder / "path/to/my_questions").mkdir()
+    for split in ("train", "validation"):
+        named = "".join(f"{json.dumps({'question': q, 'answers': [a]})}\n" for q, a in QUESTIONS)
+        (folder / f"path/to/my_questions/{split}.jsonl").write_text(named)
     records = [{"input": q, "output": [{"answer": a, "provenance": [{"title": a}]}]} for q, a in QUESTIONS]
     (folder / "path/to/nq-dev-kilt.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return folder

@@ -16,6 +16,7 @@ from rag.command_line.parser import parse_into
 from rag.distributed.meeting import timeout_problems
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
+from rag.questions.arguments import DatasetArguments
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class AnswerPlan:
     max_length: int
 
 
+<<<<<<< HEAD
 @dataclass(kw_only=True)
 class AnswerArguments(SearchArguments):
     """Which model answers, from which passages, and how its answers are searched for."""
@@ -96,13 +98,20 @@ class AnswerArguments(SearchArguments):
 
 
 @dataclass(kw_only=True)
-class EvalArguments(AnswerArguments):
+class EvalArguments(AnswerArguments, DatasetArguments):
     """What is measured, on which questions, with which passages."""
 
-    evaluation_set: str = required_flag(
-        "File of questions, one a line; of a .jsonl file of NQ-open's or KILT's records the questions are taken."
+    evaluation_set: str | None = flag(
+        None,
+        "File of questions, one a line; of a .jsonl file of NQ-open's or KILT's records the questions are taken; or "
+        "give --dataset_name.",
     )
-    gold_data_path: str = required_flag("File of the right answers or titles, a line a question.")
+    gold_data_path: str | None = flag(
+        None, "File of the right answers or titles, a line a question; or give --dataset_name."
+    )
+    dataset_split: str | None = flag(
+        None, "Split of --dataset_name; left out, its test, or the validation where there is none."
+    )
     model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
         None, "Left out, it is read from the checkpoint; bart, t5 and causal (a language model) answer closed-book."
     )
@@ -167,6 +176,25 @@ def _range_problems(args: EvalArguments) -> list[str]:
         problems.append(f"--answers_path {args.answers_path} is for --eval_mode retrieval; leave it out")
     if args.eval_mode == "retrieval" and args.contains:
         problems.append("--contains is for answers, --eval_mode e2e; leave it out, or give --answers_path for recall@k")
-    if args.eval_mode == "retrieval" and args.answers_path is None and args.gold_data_mode == "regex":
+    has_answers = args.answers_path is not None or args.dataset_name is not None
+    if args.eval_mode == "retrieval" and not has_answers and args.gold_data_mode == "regex":
         problems.append("--gold_data_mode regex is for answers; with --eval_mode retrieval give --answers_path, too")
-    return problems
+    return problems + _source_problems(args)
+
+
+def _source_problems(args: EvalArguments) -> list[str]:
+    """Questions and gold that come from nowhere, or from two places."""
+    files = {"evaluation_set": "a file of questions", "gold_data_path": "the file of right answers or titles"}
+    if args.dataset_name is None:
+        missing = [f"--{name} is missing; give {what}" for name, what in files.items() if getattr(args, name) is None]
+        return [f"{problem}, or --dataset_name" for problem in missing] + args.dataset_problems()
+    if args.eval_mode == "retrieval":
+        files["answers_path"] = files.pop("gold_data_path")
+    problems = [
+        f"--{name} {path} and --dataset_name {args.dataset_name} both say what is asked or right; leave one out"
+        for name in files
+        if (path := getattr(args, name)) is not None
+    ]
+    if args.gold_data_mode == "ans":
+        problems.append("--gold_data_mode ans is for files of lines; leave it out with --dataset_name")
+    return problems + args.dataset_problems()

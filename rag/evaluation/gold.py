@@ -18,10 +18,11 @@ from typing import Any
 from rag.errors import UserError, file_problems, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.kilt import answers_of, is_kilt, pages_of, question_of, read_record
-from rag.evaluation.literals import CSV_FIELD, read_list, unquoted
 from rag.files import read_lines
 from rag.metrics import compile_pattern
 from rag.outputs import output_file_problems
+from rag.questions.literals import CSV_FIELD, read_list, unquoted
+from rag.questions.tables import json_of, path_problems
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,13 @@ class EvalData:
     gold: list[list[str]]  # answers or patterns (e2e), titles (retrieval)
     answers: list[list[str]] | None = None  # retrieval: answers or patterns, for recall@k
     pages: list[list[list[str]]] | None = None  # of KILT's gold: the titles of each evidence set
+    identity: dict[str, str] | None = None  # of --dataset_name: path and digest, as `file_identity` gives them
 
 
 def read_data(args: EvalArguments) -> EvalData:
     """Questions and gold; one `UserError` for all the files that are missing or do not fit each other."""
-    raise_problems(_input_problems(args))
+    raise_problems(input_problems(args))
+    assert args.evaluation_set is not None and args.gold_data_path is not None, "of parsed arguments"
     questions = _read_questions("--evaluation_set", args.evaluation_set)
     blank = [number for number, line in enumerate(questions, start=1) if not line.strip()]
     if blank or not questions:
@@ -60,13 +63,13 @@ def read_data(args: EvalArguments) -> EvalData:
     if args.gold_data_mode == "kilt" or (mode in ("qa", "titles") and _holds_kilt(args.gold_data_path)):
         pages = _read_pages("--gold_data_path", args.gold_data_path, questions)
     if is_retrieval and pages is not None:
-        gold = [list(dict.fromkeys(title for own in sets for title in own)) for sets in pages]
+        gold = titles_in(pages)
     else:
-        gold = _read_gold("--gold_data_path", args.gold_data_path, questions, mode)
+        gold = read_gold("--gold_data_path", args.gold_data_path, questions, mode)
     data = EvalData(questions, gold, pages=pages)
     if args.answers_path is not None:
         mode = "regex" if args.gold_data_mode == "regex" else "qa"
-        data.answers = _read_gold("--answers_path", args.answers_path, questions, mode)
+        data.answers = read_gold("--answers_path", args.answers_path, questions, mode)
     return data
 
 
@@ -85,17 +88,23 @@ def own_predictions_path(path: str, folder: Path) -> str:
     return str(Path(path).with_name(f"{Path(path).stem}.{folder.name}{Path(path).suffix}"))
 
 
-def _input_problems(args: EvalArguments) -> list[str]:
-    inputs = {
+def titles_in(pages: list[list[list[str]]]) -> list[list[str]]:
+    """The titles of all evidence sets of each question, each once."""
+    return [list(dict.fromkeys(title for own in sets for title in own)) for sets in pages]
+
+
+def input_problems(args: EvalArguments) -> list[str]:
+    """Files that are missing, and outputs that cannot be written or are files that are read."""
+    remedies = {
         "evaluation_set": "give a file of questions, one a line",
         "gold_data_path": "give the file of right answers or titles",
         "answers_path": "give a file `question TAB ['answer', ...]`",
+        "dataset_name": "",
     }
-    if args.answers_path is None:
-        del inputs["answers_path"]
+    inputs = {name: remedy for name, remedy in remedies.items() if getattr(args, name) is not None}
     problems = []
     for name, remedy in inputs.items():
-        problems += file_problems(f"--{name}", getattr(args, name), remedy)
+        problems += file_problems(f"--{name}", getattr(args, name), remedy) if remedy else path_problems(args)
     folders = checkpoint_folders(args.model_name_or_path) if args.eval_all_checkpoints else []
     if args.eval_all_checkpoints and not folders:
         problems.append(
@@ -130,7 +139,7 @@ def _side_file_problems(outputs: list[str]) -> list[str]:
 def _read_questions(flag: str, path: str) -> list[str]:
     """The lines of a file; of a .jsonl file of records as NQ-open and KILT have them, their questions alone."""
     lines = read_flag_lines(flag, path)
-    if path.endswith(".jsonl") and lines and isinstance(_json_of(lines[0]), dict):
+    if path.endswith(".jsonl") and lines and isinstance(json_of(lines[0]), dict):
         return _each(flag, path, lines, _question_of_json)
     return lines
 
@@ -149,12 +158,12 @@ def _read_pages(flag: str, path: str, questions: list[str]) -> list[list[list[st
 def _require_as_many(flag: str, path: str, lines: list[str], questions: list[str]) -> None:
     if len(lines) != len(questions):
         raise UserError(
-            f"{flag} {path} has {len(lines)} lines, but --evaluation_set has {len(questions)}; "
+            f"{flag} {path} has {len(lines)} lines, but the number of questions is {len(questions)}; "
             f"line n of one belongs to line n of the other{_header_hint(lines)}"
         )
 
 
-def _read_gold(flag: str, path: str, questions: list[str], mode: str) -> list[list[str]]:
+def read_gold(flag: str, path: str, questions: list[str], mode: str) -> list[list[str]]:
     lines = gold_lines(flag, path, mode)
     _require_as_many(flag, path, lines, questions)
     gold = parse_lines(flag, path, lines, mode)
@@ -213,7 +222,7 @@ def _each(flag: str, path: str, lines: list[str], parse: Callable[[str], Any]) -
 
 def _qa_line_of_json(line: str) -> str:
     """`{"question": ..., "answer": [...]}`, as NQ-open has it, with `answers`, or KILT's, as a line with a tab."""
-    record = _json_of(line)
+    record = json_of(line)
     if is_kilt(record):
         record = read_record(line)
         record = {"question": question_of(record), "answers": answers_of(record)}
@@ -227,7 +236,7 @@ def _qa_line_of_json(line: str) -> str:
 
 
 def _question_of_json(line: str) -> str:
-    record = _json_of(line)
+    record = json_of(line)
     question = record.get("input" if is_kilt(record) else "question") if isinstance(record, dict) else None
     if not isinstance(question, str):
         raise ValueError(f"a record with a `question`, or KILT's `input`, is expected, not {line[:80]!r}")
@@ -238,7 +247,7 @@ def _holds_kilt(path: str) -> bool:
     if not path.endswith(".jsonl"):
         return False
     with open(path, encoding="utf-8", errors="replace") as file:
-        return is_kilt(_json_of(file.readline()))
+        return is_kilt(json_of(file.readline()))
 
 
 def _joined_fields(flag: str, path: str, lines: list[str]) -> list[str]:
@@ -326,7 +335,7 @@ def with_answers(lines: list[str]) -> bool:
     if lines and HEADER.fullmatch(lines[0]):
         return True
     if "".join(lines[:2]).lstrip("[ \t").startswith("{"):
-        whole = _json_of("\n".join(lines))
+        whole = json_of("\n".join(lines))
         if isinstance(whole, dict) or (isinstance(whole, list) and any(isinstance(one, dict) for one in whole)):
             return True
     return sum(map(_has_answers, lines)) > len(lines) / 2
@@ -334,18 +343,10 @@ def with_answers(lines: list[str]) -> bool:
 
 def _has_answers(line: str) -> bool:
     if line.startswith("{"):
-        return isinstance(_json_of(line), dict)
+        return isinstance(json_of(line), dict)
     if "\t" not in line and (gap := _LIST_FIELD.search(line)):
         line = f"{line[: gap.start()]}\t{line[gap.end() :]}"
     return _is_qa_line(line)
-
-
-def _json_of(text: str) -> Any:
-    """What is written there; None where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def strip_title(title: str) -> str:

@@ -55,6 +55,7 @@ def load_predictor(
     dtype: torch.dtype = torch.float32,
     holds_answer: Callable[..., bool] = answer_recall_at_k,
     questions: Iterable[str] = (),
+    questions_flag: str = "--evaluation_set",
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
 
@@ -65,6 +66,7 @@ def load_predictor(
         dtype: of the weights; query vectors and documents' scores are float32 in any case.
         holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
         questions: that will be asked; passages that were found already have to hold those of each.
+        questions_flag: which names them.
     """
     if config is None:
         tokenizer, source = load_tokenizer(model_name_or_path, model_type), f"{MODEL_FLAG} {model_name_or_path}"
@@ -75,7 +77,7 @@ def load_predictor(
         require_runs(model, tokenizer, source, **generation_kwargs(plan, model))
         return partial(answer_closed_book, plan, model, tokenizer), {}
     model, retriever = load_rag(
-        model_name_or_path, model_type, plan, config, device, dtype, questions, retrieve_only=retrieve_only
+        model_name_or_path, model_type, plan, config, device, dtype, questions, questions_flag, retrieve_only
     )
     index = retriever.index.description()
     if retrieve_only:
@@ -92,6 +94,7 @@ def load_rag(
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
     questions: Iterable[str] = (),
+    questions_flag: str = "--evaluation_set",
     retrieve_only: bool = False,
     flag: str = MODEL_FLAG,
 ) -> tuple[Any, RagKnowledgeRetriever]:
@@ -106,7 +109,7 @@ def load_rag(
     # The index first: it opens in milliseconds, and says what does not fit.
     retriever = RagKnowledgeRetriever(config, tokenizer.question_encoder, tokenizer.generator)
     retriever.init_retrieval()
-    require_passages_for(retriever.index, questions, "--evaluation_set")
+    require_passages_for(retriever.index, questions, questions_flag)
     model = load_model(model_name_or_path, model_type, config_overrides={"n_docs": config.n_docs}, flag=flag)
     require_fit(model, tokenizer, source)
     complete_start(model, tokenizer, source)

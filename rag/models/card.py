@@ -234,8 +234,8 @@ def _license(cards: list[dict]) -> dict[str, Any]:
 
 def _datasets(making: Making) -> list[str] | None:
     """Data sets on the hub that were trained on, or whose passages were read."""
-    wikipedia = making.index.get("dataset")
-    return [wikipedia] if isinstance(wikipedia, str) and "/" in wikipedia and is_hub_name(wikipedia) else None
+    names = [making.data, making.index.get("dataset")]
+    return [name for name in names if isinstance(name, str) and "/" in name and is_hub_name(name)] or None
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ TEMPLATE = "page.html"
 MOST_DETAILED = 10  # evaluations with a chart of calibration and single questions
 PERCENT_CHARTS = ("Answers of the validation", "Distinct passages, share", "Contexts cut, share")
 SHOWN_SETTINGS = ("model_name_or_path", "model_type", "eval_mode", "n_docs", "num_beams", "decoding", "max_length",
-                  "precision", "index_name", "passages_path", "index_path", "evaluation_set", "prefix")  # fmt: skip
+                  "precision", "index_name", "passages_path", "index_path", "evaluation_set", "dataset_name",
+                  "prefix")  # fmt: skip
 NAMES = {"attribution": "Attribution", "attribution_prior": "Attribution, prior", "mrr": "MRR"}
 
 

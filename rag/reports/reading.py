@@ -14,8 +14,8 @@ from typing import Any
 
 from rag.errors import UserError, one_line, raise_problems
 from rag.evaluation.gold import WITH_QUESTIONS, gold_lines, parse_lines, read_flag_lines, split_qa_line
-from rag.evaluation.literals import unquoted
 from rag.files import read_state
+from rag.questions.literals import unquoted
 
 LISTS = {"titles": str, "texts": str, "scores": float, "posteriors": float}  # of a record, an entry a passage
 REMEDY = "run eval_rag.py again with --recalculate, or remove the file to go without what it holds"

@@ -19,6 +19,7 @@ from rag.command_line.trainer_flags import TrainerArguments, add_trainer_flags
 from rag.distributed.meeting import node_problems, port_problems, rank_problems
 from rag.errors import UserError, raise_problems
 from rag.index.arguments import SearchArguments
+from rag.questions.arguments import DatasetArguments
 from rag.training.flag_problems import contradictions, package_problems, range_problems, run_problems
 
 logger = logging.getLogger(__name__)
@@ -102,11 +103,13 @@ class RetrievalArguments(SearchArguments):
 
 
 @dataclass
-class DataArguments:
+class DataArguments(DatasetArguments):
     """Examples and batches."""
 
     _argument_group_name = "data"
-    data_dir: str = required_flag("Folder of train|val|test .source and .target, one example a line.")
+    data_dir: str | None = flag(
+        None, "Folder of train|val|test .source and .target, one example a line; or give --dataset_name."
+    )
     max_source_length: int = flag(128, "Question tokens kept; questions are short.")
     max_target_length: int = flag(25, "Answer tokens kept in training; answers are short.")
     val_max_target_length: int = flag(25, "Answer tokens kept and generated in validation; as in training.")
@@ -122,6 +125,17 @@ class DataArguments:
     num_beams: int = flag(
         1, "Beams of generation in validation and test; 1 (greedy) is what Lewis et al. test question answering with."
     )
+
+    @property
+    def name(self) -> str:
+        """What the data are called, and where they come from."""
+        return self.dataset_name or self.folder
+
+    @property
+    def folder(self) -> str:
+        """Where the text files are: --data_dir, or what --dataset_name was written to."""
+        assert self.data_dir is not None, "checked by `require_sound`, or written by `finetune_rag.main`"
+        return self.data_dir
 
 
 @dataclass
@@ -190,7 +204,7 @@ class RunArguments:
     logger_name: Literal["default", "wandb", "wandb_shared"] = flag(
         "default",
         "wandb is another name for --report_to wandb, wandb_shared is that with the project hf_ and the name of "
-        "--data_dir; default leaves it to --report_to.",
+        "the data; default leaves it to --report_to.",
     )
     rank_timeout: float = flag(
         600.0,
@@ -242,6 +256,8 @@ class FinetuneArguments:
         """Every setting by its group, as JSON can hold it, but --trust_remote_code: each command gives that anew."""
         settings = asdict(self)
         del settings["run"]["trust_remote_code"]
+        if self.data.dataset_name is not None:
+            settings["data"]["data_dir"] = None  # it is the run's own folder, wherever that lies
         return settings
 
 

@@ -18,6 +18,7 @@ from rag.distributed.meeting import timeout_problems
 from rag.index.arguments import READING_TEXT
 
 if TYPE_CHECKING:
+    from rag.training import arguments
     from rag.training.arguments import FinetuneArguments, ModelArguments, RetrievalArguments, RunArguments
 
 LARGEST_NUMBER = 2**31 - 1  # of anything counted: libraries in C take no larger one
@@ -129,15 +130,22 @@ def range_problems(args: "FinetuneArguments") -> list[str]:
 def contradictions(args: "FinetuneArguments") -> list[str]:
     """Settings that cannot be given together."""
     run, trainer = args.run, args.trainer
-    problems = _retrieval_contradictions(args.retrieval)
+    problems = _retrieval_contradictions(args.retrieval) + _data_contradictions(args.data)
     precisions = [f"--{name}" for name in ("fp16", "bf16") if getattr(args.training, name)]
     precisions += [f"--precision {trainer.precision}"] if trainer.precision is not None else []
     if len(precisions) > 1:
         problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
-    problems += _adapter_contradictions(args)
-    problems += _length_contradictions(args)
+    problems += _adapter_contradictions(args) + _length_contradictions(args)
     problems += _sharding_contradictions(args)
     return problems + _gpu_contradictions(run, trainer) + _lightning_1_contradictions(run, trainer)
+
+
+def _data_contradictions(data: "arguments.DataArguments") -> list[str]:
+    if data.data_dir is None and data.dataset_name is None:
+        return ["--data_dir is missing; give a folder of train|val|test .source and .target, or --dataset_name"]
+    if data.data_dir is not None and data.dataset_name is not None:
+        return [f"--data_dir {data.data_dir} and --dataset_name {data.dataset_name} both name the data; give one"]
+    return data.dataset_problems()
 
 
 def _sharding_contradictions(args: "FinetuneArguments") -> list[str]:

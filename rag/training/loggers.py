@@ -203,7 +203,7 @@ def _build_mlflow(args: FinetuneArguments, run_id: str | None) -> Logger:
 
 
 def _data_name(args: FinetuneArguments) -> str:
-    return Path(args.data.data_dir).name
+    return Path(args.data.name).name
 
 
 BUILDERS: dict[str, Callable[[FinetuneArguments, str | None], Logger]] = {

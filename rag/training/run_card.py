@@ -42,12 +42,14 @@ def making_of(module: "GenerativeQAModule") -> Making:
     settings: dict[str, Any] = {}
     for group in groups:
         settings |= changed_flags(group, OF_THE_MACHINE)
+    if args.data.dataset_name is not None:
+        settings.pop("data_dir", None)  # which nobody gave
     index = index_of(module)
     return Making(
         "finetune_rag.py",
         {"checkpoint": args.model.model_name_or_path},
         settings,
-        args.data.data_dir,
+        args.data.name,
         _sizes(module),
         index,
         _results(module, index),
@@ -77,6 +79,8 @@ def index_of(module: "GenerativeQAModule") -> dict[str, Any]:
 def _sizes(module: "GenerativeQAModule") -> dict[str, int]:
     """Examples used of each split that a training reads."""
     data, sizes = module.args.data, {}
+    if data.data_dir is None:  # a module from the checkpoint of a run by --dataset_name
+        return {}
     for split, most in {"train": data.n_train, "val": data.n_val}.items():
         file = Path(data.data_dir, f"{split}.source")
         if file.is_file():
@@ -97,7 +101,7 @@ def _results(module: "GenerativeQAModule", index: dict[str, Any]) -> list[EvalRe
     }
     if data.prefix:
         settings["prefix"] = data.prefix
-    name = public_name(data.data_dir)
+    name = public_name(data.name)
     return [
         EvalResult(
             task_type="question-answering",

@@ -27,7 +27,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def run(files):
-    """Evaluate; keyword arguments are flags. Returns what `main` returns."""
+    """Evaluate; keyword arguments are flags, None leaves one out. Returns what `main` returns."""
 
     def run(model, gold="ans", predictions="predictions.txt", **flags):
         flags = {
@@ -44,6 +44,8 @@ def run(files):
         } | flags
         argv = []
         for name, value in flags.items():
+            if value is None:
+                continue
             values = [] if value is True else value if isinstance(value, list) else [value]
             argv += [f"--{name}", *map(str, values)]
         return eval_rag.main(eval_rag.parse_args(argv))

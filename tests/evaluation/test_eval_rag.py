@@ -490,7 +490,7 @@ def test_missing_files_and_bad_values_are_named_together(run, files, no_model):
         ("qa", "q\t[1984]", "line 3"),
         ("qa", "q\t'berlin'", "line 3"),
         ("qa", "q\t__import__('os')", "line 3"),
-        ("ans", "one\ntwo", "has 9 lines, but --evaluation_set has 8"),
+        ("ans", "one\ntwo", "has 9 lines, but the number of questions is 8"),
     ],
 )
 def test_a_bad_gold_line_is_named(run, files, no_model, gold, line, message):

@@ -171,7 +171,7 @@ def test_mistakes_in_kilts_files_are_named_by_their_line(read):
         with pytest.raises(UserError, match=rf"--gold_data_path .*, line 2: .*{reason}") as error:
             read(lines_of(KILT[0], broken), "gold.jsonl", asked)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"--gold_data_path .* has 2 lines, but --evaluation_set has 1"):
+    with pytest.raises(UserError, match=r"--gold_data_path .* has 2 lines, but the number of questions is 1"):
         read(lines_of(*KILT), "gold.jsonl", asked[:1], eval_mode="retrieval")
     with pytest.raises(UserError, match=r"line 1: KILT's .* is expected"):
         read("where\t['a']\n", questions=["where"], gold_data_mode="kilt")

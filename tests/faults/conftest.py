@@ -59,6 +59,11 @@ def world(
     for split in ("train", "val", "test"):
         (data / f"{split}.source").write_text("".join(f"{question}\n" for question, _ in QUESTIONS))
         (data / f"{split}.target").write_text("".join(f"{answer}\n" for _, answer in QUESTIONS))
+    named = folder / "named"
+    named.mkdir()
+    for split in ("train", "validation"):
+        records = [{"question": question, "answers": [answer]} for question, answer in QUESTIONS]
+        (named / f"{split}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (folder / "gold.qa").write_text("".join(f"{question}\t{[answer]}\n" for question, answer in QUESTIONS))
     (folder / "titles").write_text("".join(f"{answer}\n" for _, answer in QUESTIONS))
     (folder / "documents.tsv").write_text("".join(f"{title}\t{text}\n" for title, text in PASSAGES * 2))

@@ -68,6 +68,30 @@ for line in [b"only a question", *(b"q\t" + answers for answers in NO_ANSWERS)]:
 for line in (b'q\t["a", "\\u00e9"]', b'"q"\t"[\'a\', ""b\'s""]"', b"q\t['a' 'b']", b"q\t('a', 'b')", b"q\t['', 'a']"):
     works(EVAL, f"gold line {line!r}", {"--gold_data_path": Changed("gold.qa", first_line(line))})
 
+# --- Data by name -----------------------------------------------------------------------------------------------------
+
+NO_EXAMPLES = {
+    "empty": b"", "binary": bytes(range(128, 256)) * 9, "an array of numbers": b"[1]", "deep": b"[" * 100_000,
+    "a blank line": lambda old: b"\n" + old, "no answers": b'{"question": "q"}\n', "a list": b'["q", "a"]\n',
+    "an answer of numbers": b'{"question": "q", "answers": [1]}\n', "half an emoji": b'{"question": "\\ud83d"}\n',
+    "a blank question": b'{"question": " ", "answer": "a"}\n', "blank answers": b'{"question": "q", "answer": " "}\n',
+    "no question": b'{"questions": "q", "answer": "a"}\n', "a digit without end": b'{"question": ' + b"9" * 100_000,
+}  # fmt: skip
+BY_NAME = {EVAL: {"--evaluation_set": None, "--gold_data_path": None}, FINETUNE: {"--data_dir": None}}
+for script, no_files in BY_NAME.items():
+    split = "train.jsonl" if script == FINETUNE else "validation.jsonl"
+    works(script, "--dataset_name", no_files | {"--dataset_name": "{world}/named"})
+    for kind in ("fifo", "device", "link", "loop", "below", "folder"):
+        refused(script, f"--dataset_name is a {kind}", no_files | {"--dataset_name": Special(kind)}, "--dataset_name")
+    for value in ("", "{out}/none", "no/such/path", "nobody/nothing", "x" * 300, "x/" * 3000, "{world}/gold.qa"):
+        refused(script, f"--dataset_name {value[:20]!r}", no_files | {"--dataset_name": value}, "--dataset_name")
+    for name, change in NO_EXAMPLES.items():
+        changes = no_files | {"--dataset_name": Copy("named", {split: change})}
+        refused(script, f"data by name, {name}", changes, "--dataset_name", short=(script, name) == (EVAL, "deep"))
+for name, content in {"no Parquet": (b"PAR1", "x.parquet"), "an open quote": (b'question,answer\n"q,a\n', "x.csv"),
+                      "no columns": (b"only text\n", "x.tsv"), "of no kind": (b"q\ta\n", "x.txt")}.items():  # fmt: skip
+    refused(EVAL, f"data by name, {name}", BY_NAME[EVAL] | {"--dataset_name": File(*content)}, "--dataset_name")
+
 # --- Outputs ----------------------------------------------------------------------------------------------------------
 
 WRITTEN = [

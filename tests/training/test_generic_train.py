@@ -1,6 +1,7 @@
 """`lightning_base.generic_train`: the public suite's way to train a module."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from finetune_rag import GenerativeQAModule
 from rag.errors import UserError
 from rag.files import load_json, read_lines
 from rag.training.arguments import parse_args
+from rag.training.run_card import making_of
 from tests.conftest import QUESTIONS
 from tests.training.lightning_toy import ToyModule, toy_args
 from tests.training.test_finetune_rag import SMALL
@@ -76,6 +78,19 @@ def test_without_callbacks_the_lowest_loss_is_kept(args, tmp_path):
     assert len(kept) == 1 and trainer.checkpoint_callback.monitor == "val_avg_loss"
     args.do_train, args.do_predict = False, True
     assert lightning_base.generic_train(GenerativeQAModule(args), args).global_step == 0
+
+
+def test_data_by_name_are_read_first(args, tmp_path):
+    (tmp_path / "named").mkdir()
+    for split in ("train", "validation"):
+        records = [json.dumps({"question": question, "answer": city}) for question, city in QUESTIONS[:3]]
+        (tmp_path / "named" / f"{split}.jsonl").write_text("\n".join(records))
+    args.data_dir, args.dataset_name, args.max_steps = None, str(tmp_path / "named"), 1
+    module = GenerativeQAModule(args)
+    lightning_base.generic_train(module, args)
+    assert making_of(module).data_sizes == {"train": 3, "val": 3} and making_of(module).data == str(tmp_path / "named")
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*.ckpt")
+    assert making_of(GenerativeQAModule.load_from_checkpoint(checkpoint)).data_sizes == {}
 
 
 def test_a_module_with_loaders_of_its_own_needs_no_data_module(tmp_path):

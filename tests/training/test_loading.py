@@ -170,8 +170,10 @@ def test_settings_come_from_groups_a_flat_dict_or_a_namespace(caplog):
     assert "left out: actor_handles" in caplog.text
     with pytest.raises(UserError, match="--seed -1 must be 0 or more"):
         finetune_arguments(flat(args) | {"seed": -1})
+    with pytest.raises(UserError, match="--model_name_or_path is missing"):
+        group_settings({"data_dir": "d", "output_dir": "o"})
     with pytest.raises(UserError, match="--data_dir is missing"):
-        group_settings({"model_name_or_path": "m", "output_dir": "o"})
+        finetune_arguments({"model_name_or_path": "m", "output_dir": "o"})
 
 
 def test_the_public_way_to_read_flags_gives_the_same_settings():

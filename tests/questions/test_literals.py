@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from rag.evaluation.literals import read_list, unquoted
+from rag.questions.literals import read_list, unquoted
 
 
 @pytest.mark.parametrize(
