@@ -111,15 +111,8 @@ def ask(args: KnowledgeArguments, knowledge: Knowledge, rag_config) -> Knowledge
         from rag.knowledge.search import answer_question
 
         assert args.question is not None and args.rag_model_name is not None
-        knowledge.answer = answer_question(args.question, args.rag_model_name, index_flags(knowledge))
+        knowledge.answer = answer_question(args.question, args.rag_model_name, knowledge.flags)
     return knowledge
-
-
-def index_flags(knowledge: Knowledge) -> dict[str, str]:
-    """The flags that open it."""
-    if not knowledge.dimension:
-        return {"index_name": WORDS_KIND, "passages_path": knowledge.passages_path}
-    return {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
 
 
 def build_and_go_on(args: KnowledgeArguments) -> None:
@@ -130,7 +123,7 @@ def build_and_go_on(args: KnowledgeArguments) -> None:
     assert not isinstance(knowledge, list)
     finetune = "rag-finetune" if Path(sys.argv[0]).name == "rag-knowledge" else "python finetune_rag.py"
     model = {} if args.rag_model_name is None else {"model_name_or_path": args.rag_model_name}
-    flags = {name: shown(value) for name, value in (model | index_flags(knowledge)).items()}
+    flags = {name: shown(value) for name, value in (model | knowledge.flags).items()}
     print(f"Next: {finetune}", *(f"--{name} {shlex.quote(value)}" for name, value in flags.items()), "...")
 
 

@@ -136,8 +136,7 @@ def take(steps: Steps, folder: Path, smoke: bool) -> dict[str, float]:
     with steps("Checkpoint", checkpoint):
         if not checkpoint.exists():
             make_checkpoint(models, checkpoint, settings)
-    index = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
-    index["ef_search"] = EF_SEARCH
+    index = knowledge.flags | {"ef_search": EF_SEARCH}
     with steps("Passages", folder / "passages.tsv.scores.json"):
         passages = measure_passages(checkpoint, data, index, folder)
     with steps("Before", folder / "before" / "answers.txt.scores.json"):

@@ -136,7 +136,7 @@ def take(steps: Steps, folder: Path, data: QuestionData, smoke: bool) -> dict[st
         make_language_model(models / "language_model")
     with steps("Knowledge", folder / "knowledge" / "index.json"):
         knowledge = make_knowledge(data, models / "encoder", folder)
-    index = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
+    index = knowledge.flags
     with steps("Checkpoint", checkpoint):
         if not checkpoint.exists():
             make_checkpoint(models, checkpoint, folder)

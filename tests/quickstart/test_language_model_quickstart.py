@@ -1,10 +1,13 @@
 """The quickstart with a language model runs in small, and a second run finds its work done."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from quickstart import language_model, weights
+from tests.conftest import ROOT
 from tests.quickstart.printed import parse_next_commands, require_calm
 from tests.quickstart.test_weights import needs_weights
 
@@ -35,3 +38,12 @@ def test_quickstart_in_small(tmp_path, capfd):
     assert printed.count("(done in an earlier run, in ") == 9
     require_calm(printed, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.language_model"])
+def test_mistakes_are_told_under_the_name_that_was_called(name):
+    done = subprocess.run([sys.executable, "-m", name, "--hlep"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"python -m {name}: error: unrecognized arguments: --hlep")
+    told = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for what in ("minutes on two CPU cores", f"python -m {name} --smoke", "GPU", "report.html", "After a kill"):
+        assert what in told
