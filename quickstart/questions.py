@@ -60,7 +60,7 @@ def find_source(data_dir: str | None) -> Path:
         UserError: `data_dir` lacks files.
     """
     if data_dir is None and not BESIDE_THE_CHECKOUT.is_dir():
-        print("No --data_dir: the suite's own questions about cities are taken (--help says where real ones are)")
+        print("No --data_dir: the suite's own questions are taken; real ones: nelson-liu/lost-in-the-middle (--help)")
         return OWN
     source = BESIDE_THE_CHECKOUT if data_dir is None else Path(data_dir)
     names = [f"{QUESTIONS_FOLDER}/{name}" for name in ("passages.tsv", *NEEDED)]
