@@ -32,7 +32,7 @@ from rag.command_line.flags import flag, required_flag, trust_flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
-from rag.files import atomic_folder, load_json
+from rag.files import atomic_folder, load_json, shown
 from rag.hub import CARD_FILE, push_folder, push_name_problems, require_push
 from rag.index.arguments import HUB_PREFIX
 from rag.models.trust import allow_code
@@ -184,11 +184,11 @@ def compose(args: ConsolidateArguments, dest: Path) -> None:
         assert again == weights, "the reload changed weights"
 
     print(
-        f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters; the reload gives the same."
+        f"{shown(dest)}: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f}M parameters; "
+        "the reload gives the same."
     )
     print(f"  question encoder  {describe_encoder(question_encoder)}, {encoder_dimension(question_encoder)}-d")
     print(f"  generator         {type(generator).__name__}")
-    print(f"Next: python finetune_rag.py --model_name_or_path {dest} --model_type {args.model_type} --data_dir ...")
 
 
 def merge(args: ConsolidateArguments, path: str, dest: Path) -> None:
@@ -378,9 +378,17 @@ def _vectors(encoder, tokenizer, questions: list[str]):
         return encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
 
 
+def consolidate_and_go_on(args: ConsolidateArguments) -> None:
+    """`main`, then, on a command line, the flags to go on with."""
+    dest = main(args)
+    if args.merge_adapters is None:
+        model = f"--model_name_or_path {shown(dest)} --model_type {args.model_type}"
+        print(f"Next: python finetune_rag.py {model} --data_dir ...")
+
+
 def cli() -> NoReturn:
     """The command `rag-consolidate`."""
-    run_script(parse_args, main)
+    run_script(parse_args, consolidate_and_go_on)
 
 
 if __name__ == "__main__":

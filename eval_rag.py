@@ -36,15 +36,15 @@ from rag.evaluation.gold import EvalData, checkpoint_folders, own_predictions_pa
 from rag.evaluation.intervals import intervals
 from rag.evaluation.named_data import read_named_data
 from rag.evaluation.predictions import Predictions, differences, file_identity, missing_batches
+from rag.evaluation.printing import made_with, print_checkpoints, print_scores
 from rag.evaluation.scores import (
     get_precision_at_k,
     get_scores,
-    label,
     means,
     require_titles,
     values_of,
 )
-from rag.files import save_json
+from rag.files import save_json, shown
 from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
 from rag.locks import lock_beside, one_at_a_time
 from rag.metrics import answer_recall_at_k, metric_max_over_ground_truths, pattern_recall_at_k
@@ -118,7 +118,7 @@ def measure(args: EvalArguments, data: EvalData, ranks) -> dict[str, Any]:
         own_args = replace(args, model_name_or_path=str(folder), predictions_path=own_path)
         scores[folder.name] = evaluate(own_args, data, ranks)
     if ranks.rank == 0:
-        print_table(scores)
+        print_checkpoints(scores)
     return scores
 
 
@@ -147,7 +147,8 @@ def open_predictions(args: EvalArguments, data: EvalData, held: ExitStack) -> Pr
         require_titles(args.predictions_path, predictions.lines, max(args.k))
     if predictions.lines:
         state = "scored again" if predictions.is_complete else "continued"
-        print(f"{args.predictions_path}: {len(predictions.lines):,} of {len(data.questions):,} lines, {state}")
+        done = f"{len(predictions.lines):,} of {len(data.questions):,}"
+        print(f"{shown(args.predictions_path)}: {done} lines, {state}")
     return predictions
 
 
@@ -251,8 +252,6 @@ def predict_missing(
 
     args = replace(args, n_docs=identity.get("n_docs", args.n_docs))
     model_type, precision = identity["model_type"], identity["precision"]
-    if ranks.rank == 0 and args.precision == "auto":
-        print(f"--precision auto: weights in {precision}")
 
     def load():
         if ranks.rank != 0:
@@ -322,16 +321,16 @@ def report(
     scores: dict[str, float],
     ranges: dict[str, tuple[float, float]],
 ) -> None:
-    """Write the scores' file; print what was asked for, then the scores with the settings that made them.
+    """Write the scores' file; print what was asked for, then the scores and the most telling settings.
 
     Args:
         ranges: where each score lies in 95% of the resamples, by name.
     """
-    made_with = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
+    made = {"settings": predictions.identity if predictions.origin_known else None, "index": predictions.index}
     path = f"{args.predictions_path}.scores.json"
     gold = {"gold_data_path": args.gold_data_path or args.dataset_name, "questions": len(data.questions)}
     with writing("--predictions_path", args.predictions_path):
-        save_json({"scores": scores, "intervals": ranges, **gold, **made_with}, path)
+        save_json({"scores": scores, "intervals": ranges, **gold, **made}, path)
     for line, record in zip(predictions.lines, predictions.records, strict=True):
         if args.print_predictions:
             print(printable(f"Q: {record['question']} - A: {line}"))
@@ -340,29 +339,7 @@ def report(
             for title, score, share in zip(record.get("titles", []), record.get("scores", []), shares, strict=True):
                 part = "" if share is None else f"  {share:6.1%}"
                 print(printable(f"    {score:10.4f}{part}  {title}"))
-    print(f"{len(data.questions):,} questions; {describe(**made_with)}")
-    for name, score in scores.items():
-        low, high = ranges[name]
-        print(f"{label(name)}: {100 * score:.2f}  [{100 * low:.1f}, {100 * high:.1f}]")
-
-
-def describe(settings: dict[str, Any] | None, index: dict[str, Any]) -> str:
-    if settings is None:
-        return "made with unknown settings"
-    values = {name: value["path"] if isinstance(value, dict) else value for name, value in settings.items()}
-    values |= {f"index {name}": value for name, value in index.items()}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
-
-
-def print_table(scores: dict[str, dict[str, float]]) -> None:
-    """A row a checkpoint, percent; "-" where a score has no meaning for one."""
-    width = max(map(len, [*scores, "checkpoint"]))
-    names = list(dict.fromkeys(name for own in scores.values() for name in own))
-    columns = {name: max(14, len(label(name)) + 2) for name in names}
-    print(f"{'checkpoint':{width}}" + "".join(f"{label(name):>{columns[name]}}" for name in names))
-    for checkpoint, own in scores.items():
-        cells = {name: f"{100 * own[name]:.2f}" if name in own else "-" for name in names}
-        print(f"{checkpoint:{width}}" + "".join(f"{cell:>{columns[name]}}" for name, cell in cells.items()))
+    print_scores(scores, ranges, len(data.questions), made_with(**made), path)
 
 
 def cli() -> NoReturn:

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from rag.command_line.script import run_script
 from rag.errors import raise_problems
-from rag.files import atomic_write
+from rag.files import atomic_write, shown
 from rag.outputs import writing
 from rag.reports.arguments import ReportArguments, path_problems
 from rag.reports.arguments import parse_args as parse_report_args
@@ -42,7 +42,7 @@ def main(args: ReportArguments) -> str:
     page = render(run, evaluations, gold).encode(errors="replace")  # halves of surrogate pairs become question marks
     with writing("--output_path", args.output_path), atomic_write(args.output_path, "wb", follow=True) as file:
         file.write(page)
-    print(f"{args.output_path}: {len(page):,} bytes; open it in a browser")
+    print(f"{shown(args.output_path)}: {len(page):,} bytes; open it in a browser")
     return args.output_path
 
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError, raise_problems
+from rag.files import shown
 from rag.knowledge.arguments import (
     ENCODER_FLAG,
     OUTPUT_FLAG,
@@ -98,26 +99,32 @@ def main(args: KnowledgeArguments) -> Knowledge | list[list[dict]]:
         knowledge = build(args, source, rag_config)
         if args.push_to_hub is not None:
             push_knowledge(args.push_to_hub, output)
-    return finish(args, knowledge, rag_config)
+    return ask(args, knowledge, rag_config)
 
 
-def finish(args: KnowledgeArguments, knowledge: Knowledge, rag_config) -> Knowledge:
-    """Print the flags to go on with, and ask --question."""
-    flags = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
-    if not knowledge.dimension:
-        flags = {"index_name": WORDS_KIND, "passages_path": knowledge.passages_path}
-    model = {} if rag_config is None else {"model_name_or_path": args.rag_model_name}
-    finetune = "rag-finetune" if Path(sys.argv[0]).name == "rag-knowledge" else "python finetune_rag.py"
-    print(f"Next: {finetune}", *(f"--{k} {shlex.quote(v)}" for k, v in (model | flags).items()), "...")
-
-    if args.rag_model_name is None or args.question is None:
+def ask(args: KnowledgeArguments, knowledge: Knowledge, rag_config) -> Knowledge:
+    """Ask --question, if there is one, of the RAG model; keep its answer."""
+    if (args.rag_model_name is None) != (args.question is None):
         missing = "--rag_model_name" if args.rag_model_name is None else "--question"
         print(f"No question is asked: {missing} was not given")
     elif rag_config is not None:
         from rag.knowledge.search import answer_question
 
-        knowledge.answer = answer_question(args.question, args.rag_model_name, flags)
+        assert args.question is not None and args.rag_model_name is not None
+        knowledge.answer = answer_question(args.question, args.rag_model_name, knowledge.flags)
     return knowledge
+
+
+def build_and_go_on(args: KnowledgeArguments) -> None:
+    """`main`, then, on a command line, the flags to go on with."""
+    knowledge = main(args)
+    if args.mode in ("--search", "--verify"):
+        return
+    assert not isinstance(knowledge, list)
+    finetune = "rag-finetune" if Path(sys.argv[0]).name == "rag-knowledge" else "python finetune_rag.py"
+    model = {} if args.rag_model_name is None else {"model_name_or_path": args.rag_model_name}
+    flags = {name: shown(value) for name, value in (model | knowledge.flags).items()}
+    print(f"Next: {finetune}", *(f"--{name} {shlex.quote(value)}" for name, value in flags.items()), "...")
 
 
 def search(args: KnowledgeArguments) -> list[list[dict]]:
@@ -132,7 +139,7 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
     if description.factory == WORDS_KIND:
         from rag.knowledge.words import search_words
 
-        return search_words(output, args.search, args.n_docs)
+        return search_words(output, args.search, args.n_docs, args.columns)
 
     from rag.knowledge.search import load_question_encoder, search_passages
 
@@ -144,7 +151,7 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
         args.question_encoder_prompt,
     )
     effort = {"ef_search": args.ef_search, "nprobe": args.nprobe}
-    return search_passages(output, description, encoder, tokenizer, args.search, args.n_docs, **effort)
+    return search_passages(output, description, encoder, tokenizer, args.search, args.n_docs, args.columns, **effort)
 
 
 def read_source(args: KnowledgeArguments) -> PassageSource:
@@ -314,7 +321,7 @@ def open_encoder(
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
     tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
     raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
-    print(f"{ENCODER_FLAG} {name}: {describe_encoder(encoder)}")
+    print(f"{ENCODER_FLAG} {shown(name)}: {describe_encoder(encoder)}")
     d = encoder_dimension(encoder)
     raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(
@@ -345,7 +352,7 @@ def open_encoder(
 
 def cli() -> NoReturn:
     """The command `rag-knowledge`."""
-    run_script(parse_args, main)
+    run_script(parse_args, build_and_go_on)
 
 
 if __name__ == "__main__":

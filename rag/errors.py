@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+COLUMNS = 120  # of a line that is printed, where its words allow that
+
 # Control characters but tab and newline, those that change the direction of what follows, halves of surrogate pairs.
 _OBEYED_BY_TERMINALS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 

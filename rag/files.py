@@ -22,6 +22,12 @@ DATA_FILES = "_data_files"  # what the state.json of a saved dataset calls the l
 CHUNK = 1 << 20  # bytes, at most as many as a line
 
 
+def shown(path: str | os.PathLike) -> str:
+    """A path as messages have it: from the working directory where it lies below that, else as it was given."""
+    absolute, here = Path(path), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute != here and absolute.is_relative_to(here) else str(path)
+
+
 def read_lines(path: str | os.PathLike) -> list[str]:
     r"""The lines of a UTF-8 file without their ends.
 

@@ -12,13 +12,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+MOST_SECONDS = 60  # between two lines about some work, however long it takes
+
 
 class Pace:
     """When the next line about some work is due in a log file, and how fast the work has gone so far.
 
+    Lines come after 10, 30 and 70 seconds and then once a minute: a short work soon says that it goes on, and a long
+    one does not fill the log.
+
     Args:
         unit: what is counted, in the plural.
-        every: seconds between two lines.
+        every: seconds before the first line; between the next two it is twice as long, up to `MOST_SECONDS`.
         digits: behind the point, of the rate.
 
     Attributes:
@@ -30,12 +35,12 @@ class Pace:
         self._start = self._last_line = time.monotonic()
 
     def line_is_due(self) -> bool:
-        """Whether a line is to be printed now; the next one is due `every` seconds later."""
+        """Whether a line is to be printed now."""
         now = time.monotonic()
         self.seconds = now - self._start
         if now - self._last_line < self.every:
             return False
-        self._last_line = now
+        self._last_line, self.every = now, min(2 * self.every, MOST_SECONDS)
         return True
 
     def rate(self, done: int, total: int | None = None) -> str:
@@ -60,7 +65,7 @@ def progress(
 ) -> Iterator:
     """Go through an iterable while its rate and the time left are shown on stderr.
 
-    On a terminal as a bar, elsewhere (a log file) as a line about every ten seconds. `size` says how many units an
+    On a terminal as a bar, elsewhere (a log file) as lines, which become rarer (`Pace`). `size` says how many units an
     item holds, where that is not one (the questions of a batch).
     """
     if sys.stderr.isatty():

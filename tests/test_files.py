@@ -16,6 +16,7 @@ from rag.files import (
     read_state,
     remove,
     save_json,
+    shown,
     space_problems,
     write_lines,
 )
@@ -147,3 +148,11 @@ def test_no_json_is_read_that_is_larger_than_any(tmp_path):
         load_json(tmp_path / "x.json")
     with pytest.raises(UserError, match="damaged"):
         read_state(tmp_path / "x.json", "remove it")
+
+
+def test_paths_are_shown_from_here(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert shown(tmp_path / "here" / "output" / "a.txt") == "output/a.txt"
+    for path in (tmp_path / "here", tmp_path / "other", "output/a.txt", "../a.txt", "facebook/rag-sequence-nq"):
+        assert shown(path) == str(path)

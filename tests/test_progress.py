@@ -20,3 +20,13 @@ def test_the_time_left_is_by_the_pace_so_far(monkeypatch):
     pace = Pace("steps")
     now = 130.0
     assert (pace.time_left(0, 40), pace.time_left(10, 40), pace.time_left(40, 40)) == ("?", "01:30", "00:00")
+
+
+def test_lines_become_rarer_up_to_one_a_minute(monkeypatch):
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    now, due = 0, []
+    pace = Pace("steps")
+    for now in range(301):
+        if pace.line_is_due():
+            due.append(now)
+    assert due == [10, 30, 70, 130, 190, 250]

@@ -38,9 +38,11 @@ HfArgumentParser: Any = _load_hf_argument_parser()
 
 
 def program_name() -> str:
-    """What the user called: `finetune_rag.py`, `rag-finetune` or, of a package, `python -m quickstart`."""
+    """What the user called: `finetune_rag.py`, `rag-finetune` or, in a package, `python -m quickstart`."""
     path = Path(sys.argv[0])
-    return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
+    if path.name == "__main__.py":
+        return f"python -m {path.parent.name}"
+    return f"python -m {path.parent.name}.{path.stem}" if path.with_name("__init__.py").is_file() else path.name
 
 
 def options_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -37,7 +37,6 @@ class AnswerPlan:
     max_length: int
 
 
-<<<<<<< HEAD
 @dataclass(kw_only=True)
 class AnswerArguments(SearchArguments):
     """Which model answers, from which passages, and how its answers are searched for."""

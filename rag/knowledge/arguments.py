@@ -118,6 +118,9 @@ class KnowledgeArguments(EffortArguments):
     search: list[str] | None = flag(
         None, "Questions: print the passages that --output_dir has for them, build nothing."
     )
+    columns: int | None = flag(
+        None, "Length of the line on which --search prints a passage, 40 or more; left out, all of its text."
+    )
     verify: bool = flag(False, "Read all files of --output_dir and say whether they are as written, build nothing.")
     question_encoder_name_or_path: str | None = flag(
         None, "Encoder of --search; left out, --rag_model_name's, or the passages' own if it is no DPR."
@@ -151,6 +154,8 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
             problems.append(f"--{name} {value} must be at least 1")
         if value is not None and value > MOST.get(name, value):
             problems.append(f"--{name} {value} must be at most {MOST[name]:,}")
+    if args.columns is not None and args.columns < 40:
+        problems.append(f"--columns {args.columns} must be at least 40")
     problems += args.effort_problems()
     if args.recall_queries < 0:
         problems.append(f"--recall_queries {args.recall_queries} must be at least 0")

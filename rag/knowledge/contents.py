@@ -39,6 +39,13 @@ class Knowledge:
     reused: bool = False
     answer: str | None = None
 
+    @property
+    def flags(self) -> dict[str, str]:
+        """Those that open it, by their names."""
+        if not self.dimension:
+            return {"index_name": WORDS_KIND, "passages_path": self.passages_path}
+        return {"index_name": "custom", "passages_path": self.passages_path, "index_path": self.index_path}
+
 
 def read_knowledge(output: Path) -> IndexDescription:
     """The `index.json` of a folder; one that knows nothing where there is none, or one of an earlier version.

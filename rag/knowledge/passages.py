@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rag.errors import UserError, raise_problems
-from rag.files import new_digest
+from rag.files import new_digest, shown
 from rag.knowledge.documents import read_documents
 from rag.knowledge.duplicates import first_of_equals
 from rag.knowledge.records import Document, Notice, Problem, ReadingOptions
@@ -157,7 +157,7 @@ def open_source(
     if len(survey.notices) > PROBLEMS_SHOWN:
         print(f"{path}: {len(survey.notices) - PROBLEMS_SHOWN} more files like these")
     raise_problems(survey.problems)
-    print(f"{path}: {survey.documents:,} documents, {survey.passages:,} passages")
+    print(f"{shown(path)}: {survey.documents:,} documents, {survey.passages:,} passages")
     if survey.skipped:
         print(f"{survey.skipped:,} rows without text are passed over")
     source = PassageSource(path, survey, options)

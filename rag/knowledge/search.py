@@ -66,13 +66,15 @@ def _question_tokenizer(name: str, encoder):
 
 
 def search_passages(
-    output: Path, description: IndexDescription, encoder, tokenizer, questions: list[str], n_docs: int, **effort
-) -> list[list[dict]]:
+    output: Path, description: IndexDescription, encoder, tokenizer, questions: list[str], n_docs: int,
+    columns: int | None = None, **effort
+) -> list[list[dict]]:  # fmt: skip
     """Print the passages of a knowledge folder for each question, best first, and return them.
 
     Args:
         output: the folder, which `description` describes.
         encoder: of questions, with its tokenizer.
+        columns: as of `print_passages`.
         effort: ef_search and nprobe.
 
     Returns:
@@ -94,7 +96,7 @@ def search_passages(
         )
     scores, ids = index.search(vectors, min(n_docs, len(index)))
     docs = index.get_doc_dicts(ids)
-    return [print_passages(*row) for row in zip(questions, ids, scores, docs, strict=True)]
+    return [print_passages(*row, columns) for row in zip(questions, ids, scores, docs, strict=True)]
 
 
 def answer_question(question: str, rag_model_name: str, index_flags: dict[str, str]) -> str:

@@ -96,11 +96,15 @@ def _open(output: Path) -> Bm25Index:
     return open_bm25(config)
 
 
-def search_words(output: Path, questions: list[str], n_docs: int) -> list[list[dict]]:
-    """Print the passages of a folder that share words with each question, best first, and return them."""
+def search_words(output: Path, questions: list[str], n_docs: int, columns: int | None = None) -> list[list[dict]]:
+    """Print the passages of a folder that share words with each question, best first, and return them.
+
+    Args:
+        columns: as of `print_passages`.
+    """
     index = _open(output)
     index.init_index()
     scores, ids = index.search(index.encode_questions(questions), min(n_docs, len(index)))
     ids = np.where(scores > 0, ids, -1)
     docs = index.get_doc_dicts(ids)
-    return [print_passages(*row) for row in zip(questions, ids, scores, docs, strict=True)]
+    return [print_passages(*row, columns) for row in zip(questions, ids, scores, docs, strict=True)]

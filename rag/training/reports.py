@@ -6,6 +6,7 @@ Rank 0 writes; a resumed run drops what it makes again.
 """
 
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
-from rag.errors import ReportedError, UserError
+from rag.errors import COLUMNS, ReportedError, UserError
 from rag.files import save_json
 from rag.progress import Pace
 from rag.public_names import Replaced
@@ -129,7 +130,11 @@ class MetricsWriter(Callback):
 
 
 class ProgressLines(Callback):
-    """The training as lines in a log file, where a progress bar would be a mess: one about every `seconds`."""
+    """The training as lines in a log file, where a progress bar would be a mess.
+
+    Args:
+        seconds: before the first line; later ones become rarer, as `Pace` says.
+    """
 
     def __init__(self, seconds: float = 10):
         self.seconds = seconds
@@ -155,7 +160,8 @@ class ProgressLines(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_real_run(trainer):
             metrics = [f"{k} {v:.4g}" for k, v in trainer.callback_metrics.items() if k.startswith("val_")]
-            self._print(trainer, f"validated at step {trainer.global_step:,}: {', '.join(metrics)}")
+            line = f"validated at step {trainer.global_step:,}: {', '.join(metrics)}"
+            self._print(trainer, textwrap.fill(line, COLUMNS, subsequent_indent="  "))
 
     @staticmethod
     def _print(trainer: pl.Trainer, line: str) -> None:

@@ -1,6 +1,7 @@
 """What `eval_rag.py` scores beside EM and F1: intervals, answers that contain a right one, KILT's files."""
 
 import json
+import re
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_scores_have_their_intervals_beside_them(run, rag_folder, files, no_mode
     expected = {name: list(own) for name, own in intervals({"em": [1, 1, 1, 0, 0, 1, 1, 0]}).items()}
     assert written["intervals"] == {"em": expected["em"], "f1": expected["em"]}
     low, high = expected["em"]
-    assert f"\nEM: 62.50  [{100 * low:.1f}, {100 * high:.1f}]\n" in capsys.readouterr().out
+    assert f" 62.50  [{100 * low:.1f}, {100 * high:.1f}]\n" in capsys.readouterr().out
     write_lines(["paris\tx"] * 8, files / "titles")
     run(rag_folder, "pages", "titles", k=[1, 2])
     ranges = load_json(files / "titles.scores.json")["intervals"]
@@ -96,7 +97,7 @@ def test_kilt_awards_answers_whose_pages_are_right(run, rag_folder, files, kilt,
     assert scores["r_precision"] == 5.5 / 8
     assert scores["kilt_em"] == 3 / 8 and scores["kilt_f1"] == pytest.approx((3 + 2 / 3) / 8)
     printed = capsys.readouterr().out
-    assert "\nR-precision: 68.75  [" in printed and "\nKILT-EM: 37.50  [" in printed
+    assert re.search(r"\nR-precision: +68\.75  \[", printed) and re.search(r"\nKILT-EM: +37\.50  \[", printed)
 
 
 def test_kilt_without_passages_has_no_pages_to_measure(run, bart_folder, kilt):

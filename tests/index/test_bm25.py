@@ -413,7 +413,9 @@ def evaluate(rag_folder, tmp_path, passages_path):
 def test_evaluation(evaluate, tmp_path, capsys):
     scores = evaluate("--eval_mode", "retrieval", "--k", 1, 5)
     assert scores == {"precision_at_1": 1.0, "precision_at_5": 0.2, "mrr": 1.0}
-    assert re.search(r"index_name bm25, .*index kind BM25, index passages 8, .*index k1 1.5", capsys.readouterr().out)
+    assert " (rag_sequence), index BM25, n_docs " in capsys.readouterr().out
+    index = load_json(tmp_path / "found.scores.json")["index"]
+    assert index["passages"] == 8 and index["k1"] == 1.5
     assert evaluate("--eval_mode", "retrieval", "--k", 1, 5) == scores  # scored again
     assert 0 <= evaluate("--recalculate", "--num_beams", 2, "--max_length", 5)["em"] <= 1
 

@@ -140,7 +140,7 @@ def test_evaluation_over_legacy_files(with_tsv, checkpoint, tmp_path, capsys):
     --index_name legacy --index_path {with_tsv}"""
     scores = eval_rag.main(eval_rag.parse_args(argv.split()))
     assert 0 < scores[f"precision_at_{ROWS}"] <= 1 / ROWS
-    assert "index kind IndexHNSWSQ, " in capsys.readouterr().out
+    assert ", index HNSWSQ ef_search 100, " in capsys.readouterr().out
 
 
 # --- Pickles ----------------------------------------------------------------------------------------------------------

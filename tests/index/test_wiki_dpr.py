@@ -21,6 +21,7 @@ from transformers.models.rag.retrieval_rag import CustomHFIndex
 import eval_rag
 from rag import hub as rag_hub
 from rag.errors import UserError
+from rag.files import load_json
 from rag.index.arguments import SearchArguments
 from rag.index.sources import open_index
 from rag.models.checkpoints import load_model, load_tokenizer, save_model
@@ -380,10 +381,11 @@ def test_evaluation_over_wikipedia(wiki, checkpoint, tmp_path, capsys):
 
     # A search that keeps all finds all: three gold titles for two questions.
     assert evaluate("--index_name", "exact", "--ef_search", f"{ROWS}") == pytest.approx(1.5 / ROWS)
-    assert f"ef_search {ROWS}, dataset {wiki}, " in capsys.readouterr().out
+    assert f" ef_search {ROWS}, n_docs " in capsys.readouterr().out
+    assert load_json(tmp_path / "found.scores.json")["settings"]["dataset"] == str(wiki)
     with pytest.raises(UserError, match=f"was made with ef_search {ROWS}"):
         evaluate("--index_name", "exact")
     compressed = ("--index_name", "compressed", "--nprobe", "8", "--recalculate")
     assert evaluate(*compressed) == pytest.approx(1.5 / ROWS)
-    assert "index nprobe 8" in capsys.readouterr().out
+    assert " nprobe 8, n_docs " in capsys.readouterr().out
     assert evaluate("--index_name", "exact", "--use_dummy_dataset", "--recalculate") == pytest.approx(1.5 / ROWS)

@@ -43,6 +43,9 @@ def test_passages_for_questions(flags, question_encoder_folder, question_encoder
         assert [passage["text"] for passage in passages] == [rows[int(i)]["text"] for i in best]
     title, text = found[1][2]["title"], found[1][2]["text"]
     assert printed[-1] == f"  {found[1][2]['score']:8.3f}  {title}: {text}"
+    assert search(tmp_path / "out", "--question_encoder_name_or_path", question_encoder_folder, "--columns", 50)
+    cut = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Question: ")]
+    assert max(map(len, cut)) <= 50 and any(line.endswith(" ...") for line in cut)
 
 
 def test_the_checkpoints_encoder(flags, checkpoint, question_encoder_folder, tmp_path):

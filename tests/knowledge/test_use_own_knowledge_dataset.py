@@ -31,7 +31,7 @@ from rag.models import encoders, loading
 from rag.models.checkpoints import compose_rag, load_model, load_tokenizer, save_model
 from rag.models.encoders import load_encoder
 from tests.conftest import DIMENSION, PASSAGES, QUESTIONS, ROOT, assert_equal_but_for_rounding
-from use_own_knowledge_dataset import ENCODER_FLAG, parse_args
+from use_own_knowledge_dataset import ENCODER_FLAG, build_and_go_on, parse_args
 from use_own_knowledge_dataset import main as build_knowledge
 
 
@@ -43,8 +43,12 @@ def rag_folder(question_encoder, bart, bert_tokenizer, bart_tokenizer, tmp_path)
     return tmp_path / "rag"
 
 
+def arguments(flags):
+    return parse_args([str(word) for flag in flags.items() for word in flag])
+
+
 def run(flags, **more):
-    return build_knowledge(parse_args([str(word) for flag in (flags | more).items() for word in flag]))
+    return build_knowledge(arguments(flags | more))
 
 
 def times(folder):
@@ -75,12 +79,13 @@ def test_passages_index_and_description(flags, tmp_path, capsys):
     }
     assert expected.items() <= asdict(description).items()
     assert set(description.versions) == {"torch", "transformers", "datasets", "faiss-cpu"}
-    printed = capsys.readouterr().out
-    assert (
+    assert "Next: " not in capsys.readouterr().out
+    build_and_go_on(arguments(flags))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{out} holds this knowledge already and is reused",
         f"Next: python finetune_rag.py --index_name custom --passages_path {out}/my_knowledge_dataset "
-        f"--index_path {out}/my_knowledge_dataset_hnsw_index.faiss"
-    ) in printed
-    assert "No question is asked: --rag_model_name was not given" in printed
+        f"--index_path {out}/my_knowledge_dataset_hnsw_index.faiss ...",
+    ]
     # The printed flags open it.
     opened = KnowledgeIndex.load_from_disk(DIMENSION, knowledge.passages_path, knowledge.index_path)
     opened.init_index()
@@ -172,6 +177,8 @@ def test_one_question_is_answered(flags, rag_folder, model_class, capsys):
 def test_no_question_without_a_checkpoint_or_a_question(flags, rag_folder, monkeypatch, capsys, tmp_path):
     assert run(flags, **{"--rag_model_name": rag_folder}).answer is None
     assert "No question is asked: --question was not given" in capsys.readouterr().out
+    assert run(flags, **{"--question": "who"}).answer is None
+    assert "No question is asked: --rag_model_name was not given" in capsys.readouterr().out
     monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     start = time.monotonic()
     for name in ("facebook/rag-sequence-nq", tmp_path / "missing"):

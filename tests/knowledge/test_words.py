@@ -11,7 +11,8 @@ from rag.errors import UserError
 from rag.index.sources import open_index
 from tests.conftest import PASSAGES, ROOT
 from tests.knowledge.test_folder import contents
-from tests.knowledge.test_use_own_knowledge_dataset import run
+from tests.knowledge.test_use_own_knowledge_dataset import arguments, run
+from use_own_knowledge_dataset import build_and_go_on
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def test_passages_and_index_are_made_and_searched(settings, tmp_path, capsys):
     knowledge = run(settings)
     out = tmp_path / "out"
     assert load_from_disk(knowledge.passages_path).column_names == ["title", "text"]
+    build_and_go_on(arguments(settings))
     printed = capsys.readouterr().out
     assert f"Next: python finetune_rag.py --index_name bm25 --passages_path {out}/my_knowledge_dataset ..." in printed
     assert knowledge.passages == 11 and run(settings).reused

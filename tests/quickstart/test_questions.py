@@ -2,7 +2,7 @@
 
 import pytest
 
-from quickstart import questions
+from quickstart import language_model, questions
 from quickstart.questions import find_source, write_data
 from rag.errors import UserError
 from rag.files import read_lines, write_lines
@@ -54,7 +54,8 @@ def test_the_suites_own_questions_take_the_place(tmp_path, monkeypatch, capsys):
     source = find_source(None)
     assert source == questions.OWN
     [line] = capsys.readouterr().out.splitlines()
-    assert "nelson-liu/lost-in-the-middle" in line and "CC BY-SA 3.0" in line
+    assert "nelson-liu/lost-in-the-middle" in line and "--help" in line
+    assert "CC BY-SA 3.0" in language_model.__doc__
     data = write_data(source, tmp_path / "data")
     passages = list(read_passages(data.passages, ReadingOptions("none")))
     assert passages == list(read_passages(questions.OWN / "my_knowledge_dataset.csv"))
