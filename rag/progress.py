@@ -78,7 +78,7 @@ def progress(
     for item in iterable:
         yield item
         done += size(item)
-        if pace.line_is_due():
+        if done != total and pace.line_is_due():
             print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)
     pace.line_is_due()
     print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)

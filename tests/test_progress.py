@@ -10,7 +10,7 @@ def test_progress_logs_lines_when_piped(capsys, monkeypatch):
     assert list(progress([[1, 2], [3, 4], [5, 6], [7]], 7, "Answering", "questions", size=len))[-1] == [7]
     assert capsys.readouterr().err.splitlines() == [
         "Answering: 6 of 7 questions, 0.5 questions/s, 00:02 left",
-        "Answering: 7 questions in 00:20, 0.3 questions/s",
+        "Answering: 7 questions in 00:16, 0.4 questions/s",
     ]
 
 
@@ -30,3 +30,13 @@ def test_lines_become_rarer_up_to_one_a_minute(monkeypatch):
         if pace.line_is_due():
             due.append(now)
     assert due == [10, 30, 70, 130, 190, 250]
+
+
+def test_the_end_is_told_once(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    assert list(progress([1, 2], 2, "Answering", "questions")) == [1, 2]
+    assert capsys.readouterr().err.splitlines() == [
+        "Answering: 1 of 2 questions, 0.1 questions/s, 00:20 left",
+        "Answering: 2 questions in 00:40, 0.1 questions/s",
+    ]
