@@ -63,6 +63,7 @@ FINETUNING = {
     "max_source_length": 48,
     "max_target_length": 12,
     "val_max_target_length": 12,
+    "log_every_n_steps": 10,
     "num_workers": 0,
     "num_sanity_val_steps": 0,
     "precision": "auto",  # bfloat16 on CPUs with units for it
@@ -72,7 +73,7 @@ ANSWERING = {"n_docs": 2, "num_beams": 2, "max_length": 12, "eval_batch_size": 2
 METRICS = {"precision_at_1": "Precision@1", "em": "EM", "f1": "F1"}
 SHOWN = 2  # questions that are asked of the index as soon as it is there
 SMOKE_CITIES = 80
-SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "train_batch_size": 2}
+SMOKE_FINETUNING = FINETUNING | {"max_steps": 2, "log_every_n_steps": 1, "train_batch_size": 2}
 
 
 # Seconds: measured on two cores.

@@ -18,8 +18,8 @@ MOST_SECONDS = 60  # between two lines about some work, however long it takes
 class Pace:
     """When the next line about some work is due in a log file, and how fast the work has gone so far.
 
-    Lines come after 10, 30 and 70 seconds and then once a minute: a short work soon says that it goes on, and a long
-    one does not fill the log.
+    Lines come after 20 seconds, after a minute, and then once a minute: a short work soon says that it goes on, and a
+    long one does not fill the log.
 
     Args:
         unit: what is counted, in the plural.
@@ -30,7 +30,7 @@ class Pace:
         seconds: from the beginning to the last call of `line_is_due`.
     """
 
-    def __init__(self, unit: str, every: float = 10, digits: int = 1):
+    def __init__(self, unit: str, every: float = 20, digits: int = 1):
         self.unit, self.every, self.digits, self.seconds = unit, every, digits, 0.0
         self._start = self._last_line = time.monotonic()
 
@@ -78,7 +78,7 @@ def progress(
     for item in iterable:
         yield item
         done += size(item)
-        if pace.line_is_due():
+        if done != total and pace.line_is_due():
             print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)
     pace.line_is_due()
     print(_progress_line(done, total, pace, desc), file=sys.stderr, flush=True)

@@ -5,12 +5,12 @@ from rag.progress import Pace, progress
 
 
 def test_progress_logs_lines_when_piped(capsys, monkeypatch):
-    clock = iter(range(0, 1000, 4))
+    clock = iter(range(0, 1000, 8))
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     assert list(progress([[1, 2], [3, 4], [5, 6], [7]], 7, "Answering", "questions", size=len))[-1] == [7]
     assert capsys.readouterr().err.splitlines() == [
-        "Answering: 6 of 7 questions, 0.5 questions/s, 00:02 left",
-        "Answering: 7 questions in 00:20, 0.3 questions/s",
+        "Answering: 6 of 7 questions, 0.2 questions/s, 00:04 left",
+        "Answering: 7 questions in 00:32, 0.2 questions/s",
     ]
 
 
@@ -29,4 +29,14 @@ def test_lines_become_rarer_up_to_one_a_minute(monkeypatch):
     for now in range(301):
         if pace.line_is_due():
             due.append(now)
-    assert due == [10, 30, 70, 130, 190, 250]
+    assert due == [20, 60, 120, 180, 240, 300]
+
+
+def test_the_end_is_told_once(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    assert list(progress([1, 2], 2, "Answering", "questions")) == [1, 2]
+    assert capsys.readouterr().err.splitlines() == [
+        "Answering: 1 of 2 questions, 0.1 questions/s, 00:20 left",
+        "Answering: 2 questions in 00:40, 0.1 questions/s",
+    ]

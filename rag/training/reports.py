@@ -136,7 +136,7 @@ class ProgressLines(Callback):
         seconds: before the first line; later ones become rarer, as `Pace` says.
     """
 
-    def __init__(self, seconds: float = 10):
+    def __init__(self, seconds: float = 20):
         self.seconds = seconds
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
