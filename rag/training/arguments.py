@@ -150,6 +150,16 @@ class TrainingArguments:
         "linear", "How the learning rate goes down after the warm-up."
     )
     warmup_steps: int = flag(0, "Optimizer steps over which the learning rate rises from 0.")
+    retriever_loss: Literal["marginal", "emdr2", "pdist", "lsr", "loop"] = flag(
+        "marginal",
+        "What the question encoder learns from: marginal is the answer's own likelihood; the others are losses of its "
+        "own, with the generator's view of each passage as their teacher: docs/training_the_retriever.md.",
+    )
+    retriever_loss_weight: float = flag(1.0, "Times the retriever's own loss, beside the answer's.")
+    retriever_temperature: float = flag(1.0, "The passages' scores are divided by it in the retriever's own loss.")
+    teacher_temperature: float = flag(
+        1.0, "The generator's log-likelihoods are divided by it: larger teaches more evenly. emdr2 has none."
+    )
     weight_decay: float = flag(0.0, "Decay a step, times the learning rate; never of biases and norms.")
     adam_epsilon: float = flag(1e-8, "Term that keeps AdamW from dividing by zero.")
     adafactor: bool = flag(False, "Adafactor instead of AdamW: less memory.")

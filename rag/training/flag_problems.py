@@ -91,6 +91,11 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda value: 0 <= value < 1,
         "must be a probability, from 0 to below 1",
     ),
+    (
+        "retriever_loss_weight retriever_temperature teacher_temperature",
+        lambda value: value > 0,
+        "must be more than 0; 1 is usual",
+    ),
     ("lora_alpha", lambda value: value > 0, "must be more than 0; left out, it is twice --lora_r"),
     ("early_stopping_patience num_sanity_val_steps", lambda value: value >= -1, "must be -1 or more"),
     ("n_train n_val n_test", lambda value: value == -1 or value >= 1, "must be -1 (all) or 1 or more"),
@@ -135,7 +140,7 @@ def contradictions(args: "FinetuneArguments") -> list[str]:
     precisions += [f"--precision {trainer.precision}"] if trainer.precision is not None else []
     if len(precisions) > 1:
         problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
-    problems += _adapter_contradictions(args) + _length_contradictions(args)
+    problems += _adapter_contradictions(args) + _retriever_loss_contradictions(args) + _length_contradictions(args)
     problems += _sharding_contradictions(args)
     return problems + _gpu_contradictions(run, trainer) + _lightning_1_contradictions(run, trainer)
 
@@ -203,19 +208,42 @@ def _adapter_contradictions(args: "FinetuneArguments") -> list[str]:
 
 
 def _nothing_learns(args: "FinetuneArguments") -> list[str]:
-    model = args.model
-    if not model.freeze_generator:
+    if not args.model.freeze_generator:
         return []
-    others = {
-        "--freeze_question_encoder": model.freeze_question_encoder,
-        f"--index_name {args.retrieval.index_name} (which asks no question encoder)": args.retrieval.index_name
-        in READING_TEXT,
-        f"--model_type {model.model_type} (which has no question encoder)": model.model_type in CLOSED_BOOK,
-    }
     return [
         f"--freeze_generator with {other}: nothing would learn; leave one out"
-        for other, is_so in others.items()
-        if is_so
+        for other in _without_question_encoder(args)
+    ]
+
+
+def _without_question_encoder(args: "FinetuneArguments") -> list[str]:
+    """What leaves no question encoder to learn, as it was given."""
+    model, index_name = args.model, args.retrieval.index_name
+    others = {
+        "--freeze_question_encoder": model.freeze_question_encoder,
+        f"--index_name {index_name} (which asks no question encoder)": index_name in READING_TEXT,
+        f"--model_type {model.model_type} (which has no question encoder)": model.model_type in CLOSED_BOOK,
+    }
+    return [flag for flag, is_given in others.items() if is_given]
+
+
+def _retriever_loss_contradictions(args: "FinetuneArguments") -> list[str]:
+    """A loss of the retriever's own that nothing learns from, and settings of one that is not asked for."""
+    training = args.training
+    if training.retriever_loss != "marginal":
+        flag = f"--retriever_loss {training.retriever_loss}"
+        problems = [
+            f"{flag} with {other}: it would teach nothing; leave one out" for other in _without_question_encoder(args)
+        ]
+        if training.retriever_loss == "emdr2" and training.teacher_temperature != 1.0:
+            problems.append(f"--teacher_temperature {training.teacher_temperature:g} is not for {flag}; leave one out")
+        return problems
+    names = ("retriever_loss_weight", "retriever_temperature", "teacher_temperature")
+    return [
+        f"--{name} {getattr(training, name):g} is for a loss of the retriever's own; give --retriever_loss too, or "
+        "leave it out"
+        for name in names
+        if getattr(training, name) != 1.0
     ]
 
 

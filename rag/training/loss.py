@@ -11,6 +11,8 @@ half precision: sums of 50,000 half-precision log-probabilities overflow. A mode
 values are those of transformers' `RagSequenceForGeneration` and `RagTokenForGeneration`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +45,7 @@ def rag_sequence_nll(
     pad_token_id: int,
     label_smoothing: float = 0.0,
     answers: Packing | None = None,
+    note_logprobs: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """RAG-Sequence loss of each example.
 
@@ -54,6 +57,7 @@ def rag_sequence_nll(
         pad_token_id: positions with this target count nothing.
         label_smoothing: share of the target's probability that is spread over the vocabulary.
         answers: where the B * n_docs answers' tokens lie in a packed `hidden` (R, d); what it leaves out is padding.
+        note_logprobs: is told the log-probability of each target under each document, (B, n_docs, T); 0 of padding.
 
     Returns:
         (B,) float32 (float64 of a model in float64), nats.
@@ -63,7 +67,10 @@ def rag_sequence_nll(
     targets = targets.repeat_interleave(n_docs, dim=0)
     is_pad = targets == pad_token_id
     logprobs, normalizer = target_logprobs(hidden, weight, bias, targets, answers)  # (B * n_docs, T)
-    nll = -(logprobs.masked_fill(is_pad, 0.0).sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
+    logprobs = logprobs.masked_fill(is_pad, 0.0)
+    if note_logprobs is not None:
+        note_logprobs(logprobs.unflatten(0, (-1, n_docs)))
+    nll = -(logprobs.sum(1).view(-1, n_docs) + document_logprobs).logsumexp(1)
     if not label_smoothing:
         return nll
     # transformers adds the document's log-probability to every word of one position before it sums over them.
@@ -82,6 +89,7 @@ def rag_token_nll(
     pad_token_id: int,
     label_smoothing: float = 0.0,
     answers: Packing | None = None,
+    note_logprobs: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """RAG-Token loss of each example; arguments and result as `rag_sequence_nll`."""
     batch, n_docs = doc_scores.shape
@@ -89,7 +97,10 @@ def rag_token_nll(
     is_pad = targets == pad_token_id
     weight, bias = output_layer
     logprobs, normalizer = target_logprobs(hidden, weight, bias, targets.repeat_interleave(n_docs, dim=0), answers)
-    marginal = (logprobs.view(batch, n_docs, -1) + document_logprobs).logsumexp(1)  # (B, T)
+    logprobs = logprobs.view(batch, n_docs, -1)
+    if note_logprobs is not None:
+        note_logprobs(logprobs.masked_fill(is_pad.unsqueeze(1), 0.0))
+    marginal = (logprobs + document_logprobs).logsumexp(1)  # (B, T)
     nll = -marginal.masked_fill(is_pad, 0.0).sum(1)
     if not label_smoothing:
         return nll

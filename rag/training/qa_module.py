@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,6 +56,7 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
+from rag.training.retriever_loss import RETRIEVER_LOSSES, Teacher
 from rag.training.run_card import making_of, measured
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class GenerativeQAModule(BaseTransformer):
         self.model = model
         self.rag_loss = next((loss for kind, loss in RAG_LOSSES.items() if isinstance(model, kind)), None)
         assert (self.rag_loss is None) == (retriever is None)
+        self.retriever_loss = RETRIEVER_LOSSES.get(args.training.retriever_loss)  # None: the answers' own
         self.retriever = retriever
         if self.rag_loss:
             model.set_retriever(retriever)  # for `self.model(...)` and `self.model.generate(...)`
@@ -248,13 +251,20 @@ class GenerativeQAModule(BaseTransformer):
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return self.prepare_batch(batch)
 
-    def negative_log_likelihood(self, batch: dict, label_smoothing: float = 0.0):
+    def negative_log_likelihood(
+        self,
+        batch: dict,
+        label_smoothing: float = 0.0,
+        note_logprobs: Callable[[torch.Tensor], None] | None = None,
+    ):
         """Loss of each example (B,), nats, and the contexts that were read (None without retrieval).
 
         Collective where the retriever's `retrieve` is: every rank calls this equally often.
 
         Args:
             batch: input_ids, attention_mask and labels (B, S), best as `prepare_batch` returned it.
+            note_logprobs: of a RAG model: is told each target's log-probability beside each passage (B, n_docs, T). The
+                passages' scores then get no gradient of this loss.
         """
         if "decoder_targets" not in batch:
             batch = self.prepare_batch(move_data_to_device(batch, torch.device("cpu")))
@@ -281,9 +291,9 @@ class GenerativeQAModule(BaseTransformer):
                 self.generator, contexts.input_ids, contexts.attention_mask, decoder_input_ids,
                 lengths=contexts.lengths, heads=contexts.heads, decoder_lengths=lengths,
             )  # fmt: skip
-            scores = contexts.doc_scores
+            scores = contexts.doc_scores if note_logprobs is None else contexts.doc_scores.detach()
         layer = output_layer(self.generator)
-        return nll(hidden, layer, scores, targets, pad_token_id, label_smoothing, answers), contexts
+        return nll(hidden, layer, scores, targets, pad_token_id, label_smoothing, answers, note_logprobs), contexts
 
     def _step(self, batch: dict) -> tuple[torch.Tensor]:
         """The mean loss over a batch, nats. Collective where the retriever's `retrieve` is."""
@@ -335,15 +345,31 @@ class GenerativeQAModule(BaseTransformer):
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         """Mean over the examples, so that neither batch size nor number of ranks changes the size of a step."""
-        nll, contexts = self.negative_log_likelihood(batch, self.args.model.label_smoothing)
-        loss = nll.mean() * batch["loss_weight"]
-        self.log("loss", self.note_losses(loss, nll, batch), prog_bar=True)
+        losses, contexts = self._training_losses(batch)
+        loss = losses.mean() * batch["loss_weight"]
+        self.log("loss", self.note_losses(loss, losses, batch), prog_bar=True)
         self.tokens += int(batch["decoder_lengths"].sum()) + (
             batch["n_tokens"] if contexts is None else contexts.n_tokens
         )
         if contexts is not None:
             self._log_retrieval(batch, contexts)
         return loss
+
+    def _training_losses(self, batch: dict) -> tuple[torch.Tensor, RetrievedContexts | None]:
+        """The loss of each example (B,), nats: the answer's and, where the retriever has one of its own, that."""
+        training, label_smoothing = self.args.training, self.args.model.label_smoothing
+        if self.retriever_loss is None:
+            return self.negative_log_likelihood(batch, label_smoothing)
+        noted: list[torch.Tensor] = []
+        nll, contexts = self.negative_log_likelihood(batch, label_smoothing, noted.append)
+        lengths = to_device(batch["decoder_lengths"], self.device)
+        teacher = Teacher(noted[0].detach(), lengths, per_token=isinstance(self.model, RagTokenForGeneration))
+        temperatures = training.retriever_temperature, training.teacher_temperature
+        losses = self.retriever_loss(teacher, contexts.doc_scores, *temperatures)
+        if self.is_log_step():
+            for name, own in {"answer_loss": nll, "retriever_loss": losses}.items():
+                self.log(name, own.detach().mean() * batch["loss_weight"], sync_dist=True)
+        return nll + training.retriever_loss_weight * losses, contexts
 
     def _log_retrieval(self, batch: dict, contexts: RetrievedContexts) -> None:
         """The signs of collapse, over the batch of all ranks. Collective."""

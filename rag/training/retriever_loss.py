@@ -1,0 +1,98 @@
+"""Losses that teach the retriever which passages help the generator: --retriever_loss.
+
+With p_z = softmax_z(s_z / tau) what the retriever says of the passages z of a question, l_z = log p(y|x, z) what the
+generator says of the right answer beside each, which gets no gradient here, and T the teacher's temperature:
+
+    emdr2   -log sum_z p_z exp l_z                         Sachan et al. 2021 (2106.05346), equation 8
+    pdist   KL(softmax_z(l_z / T) || p)                    Izacard et al. 2022 (2208.03299), "perplexity distillation"
+    lsr     KL(softmax_z(l_z / (words T)) || p)            Shi et al. 2023 (2301.12652), Lin et al. 2023 (2310.01352)
+    loop    KL(softmax_z(-log p(y|x, all but z) / T) || p)  Izacard et al. 2022, "leave-one-out"
+
+marginal, the default, is none of these: RAG's own likelihood has a gradient for the retriever, which is emdr2's.
+
+Where papers differ: REPLUG and RA-DIT write lsr's softmax over likelihoods and REPLUG the divergence from the
+retriever's side; here, as in Atlas, the teacher is a softmax of log-likelihoods and comes first. Atlas' code averages
+a divergence over all its entries; here it is a sum over passages, and a step takes the mean over questions. Atlas reads
+"all but z" by one Fusion-in-Decoder; here it is RAG's own mixture, whose priors are shared out among the others.
+
+    losses = RETRIEVER_LOSSES["pdist"](teacher, doc_scores, tau, T)        # (B,) nats
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rag.generation.forward import full_precision
+
+
+@dataclass
+class Teacher:
+    """What the generator says of the right answers, without gradients.
+
+    Attributes:
+        log_probs: (B, n_docs, T) of each target token, nats; 0 where an answer is padding.
+        lengths: (B) tokens of each answer.
+        per_token: whether the model mixes the passages' probabilities word by word (RAG-Token).
+    """
+
+    log_probs: torch.Tensor
+    lengths: torch.Tensor
+    per_token: bool
+
+    @property
+    def answers(self) -> torch.Tensor:
+        """(B, n_docs) of whole answers."""
+        return self.log_probs.sum(-1)
+
+    def mixed(self, log_priors: torch.Tensor) -> torch.Tensor:
+        """log p(y|x) under priors log p(z|x) (..., B, n_docs), -inf for passages to leave out: (..., B)."""
+        if not self.per_token:
+            return (self.answers + log_priors).logsumexp(-1)
+        # Padding is certain whatever the passage.
+        return (self.log_probs + log_priors.unsqueeze(-1)).logsumexp(-2).sum(-1)
+
+
+def emdr2(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, _: float) -> torch.Tensor:
+    return -teacher.mixed(log_prior(doc_scores, temperature))
+
+
+def pdist(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, teacher_temperature: float) -> torch.Tensor:
+    return divergence(teacher.answers / teacher_temperature, doc_scores, temperature)
+
+
+def lsr(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, teacher_temperature: float) -> torch.Tensor:
+    each_word = teacher.answers / teacher.lengths.clamp(min=1).unsqueeze(1)
+    return divergence(each_word / teacher_temperature, doc_scores, temperature)
+
+
+def loop(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, teacher_temperature: float) -> torch.Tensor:
+    scores = full_precision(doc_scores.detach())
+    n_docs = scores.shape[1]
+    is_left_out = torch.eye(n_docs, dtype=torch.bool, device=scores.device).unsqueeze(1)  # (n_docs, 1, n_docs)
+    # Of a question with one passage nothing is left: any prior will do, since one passage is all that is compared.
+    is_alone = (scores > float("-inf")).sum(1, keepdim=True) < 2
+    others = scores.masked_fill(is_left_out & ~is_alone, float("-inf")).log_softmax(-1)  # (n_docs, B, n_docs)
+    return divergence(-teacher.mixed(others).T / teacher_temperature, doc_scores, temperature)
+
+
+def divergence(judgment: torch.Tensor, doc_scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(softmax_z(judgment) || softmax_z(doc_scores / temperature)), (B, n_docs) each, to (B,) nats.
+
+    A passage that is missing, whose score is -inf, has no part in either.
+    """
+    is_missing = doc_scores.isneginf()
+    teacher = (
+        full_precision(judgment).masked_fill(is_missing, float("-inf")).log_softmax(1).masked_fill(is_missing, 0.0)
+    )
+    student = log_prior(doc_scores, temperature).masked_fill(is_missing, 0.0)
+    return (teacher.exp() * (teacher - student)).masked_fill(is_missing, 0.0).sum(1)
+
+
+def log_prior(doc_scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log p(z|x) of doc_scores (B, n_docs), nats."""
+    return (full_precision(doc_scores) / temperature).log_softmax(1)
+
+
+RetrieverLoss = Callable[[Teacher, torch.Tensor, float, float], torch.Tensor]
+RETRIEVER_LOSSES: dict[str, RetrieverLoss] = {"emdr2": emdr2, "pdist": pdist, "lsr": lsr, "loop": loop}
