@@ -1,5 +1,6 @@
 """Training on several ranks: the numbers of one process, files by rank 0 alone, an end that leaves nothing behind."""
 
+import json
 import os
 import re
 import shutil
@@ -18,9 +19,9 @@ import torch
 import callbacks_rag
 import finetune_rag
 from rag.errors import UserError
-from rag.files import load_json
+from rag.files import load_json, write_lines
 from rag.models.checkpoints import load_model
-from tests.conftest import ROOT
+from tests.conftest import PASSAGES, QUESTIONS, ROOT
 from tests.distributed.many_ranks import run_ranks
 from tests.distributed.two_nodes import CANNOT
 from tests.training.rank_runs import (
@@ -70,6 +71,21 @@ def test_two_ranks_that_retrieve_ahead_are_one_process(retriever, words, alone, 
     expected = alone(1, *further)
     assert len(expected["metrics"]["val"]) == 6
     assert_same(outcome(tmp_path / "out"), frozen_of(expected), **TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retriever", ["pytorch", "ray"])
+def test_two_ranks_that_are_given_passages_are_one_process(retriever, words, alone, tmp_path):
+    texts = dict(PASSAGES)
+    records = [
+        {"question": question, "titles": ["oslo", answer], "texts": [texts["oslo"], texts[answer]], "scores": [1, 3]}
+        for question, answer in QUESTIONS[:7]
+    ]
+    write_lines(map(json.dumps, records), tmp_path / "found.jsonl")
+    given = ["--passages_file", str(tmp_path / "found.jsonl")]
+    flags = ["--do_train", "--do_predict", "--distributed_retriever", retriever, *given]
+    run_ranks(train, 2, tmp_path, two_ranks(words, tmp_path / "out", *flags), tmp_path / "out", seconds=120)
+    assert_same(outcome(tmp_path / "out"), frozen_of(alone(1, *given)), **TOLERANCE)
 
 
 @pytest.mark.slow
