@@ -321,7 +321,7 @@ def open_encoder(
     encoder = load_encoder(name, "context", args.ctx_encoder_pooling, flag=ENCODER_FLAG, prompt=args.ctx_encoder_prompt)
     tokenizer = load_tokenizer(name, flag=ENCODER_FLAG)
     raise_problems(vocabulary_problems(encoder, tokenizer, f"{ENCODER_FLAG} {name}"))
-    print(f"{ENCODER_FLAG} {shown(name)}: {describe_encoder(encoder)}")
+    print(f"Context encoder {shown(name)}: {describe_encoder(encoder)}")
     d = encoder_dimension(encoder)
     raise_problems(dimension_problems(args, d, rag_config))
     description = IndexDescription(

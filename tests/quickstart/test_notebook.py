@@ -83,7 +83,7 @@ def test_its_cells_run_in_their_order(tmp_path):
     command = [sys.executable, "-c", EXECUTE, json.dumps(sources(install=False))]
     done = subprocess.run(command, cwd=NOTEBOOK.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert re.search(r"^precision@1 +100\.0 +100\.0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Precision@1 +100\.0 +100\.0$", done.stdout, re.MULTILINE)
     assert re.search(r"^Question: .*\n +\d+\.\d+  .*: ", done.stdout, re.MULTILINE)
     parts = re.findall(r"^ *([\d.]+)%  \S.*: ", done.stdout, re.MULTILINE)
     assert len(parts) == 2 and sum(map(float, parts)) == pytest.approx(100, abs=0.2)
