@@ -45,11 +45,12 @@ class DemoServer(ThreadingHTTPServer):
         turn: held while a question is answered.
     """
 
-    daemon_threads = True  # a client that says nothing does not keep the process
+    daemon_threads = False  # `end` waits for them: Python must not go while one of them is in torch's code
 
     def __init__(self, host: str, port: int):
         self.models: Sequence[Any] = []
         self.page, self.nonce = b"", secrets.token_urlsafe(16)
+        self.connections: set[Any] = set()
         self.turn, self.is_ending = threading.Lock(), False
         self.is_on_loopback = is_loopback(host)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -67,11 +68,21 @@ class DemoServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What goes wrong with a connection itself is the client's affair."""
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.connections.discard(request)
+
     def end(self) -> None:
-        """Close the port and have the search that runs end at its next step; none begins any more."""
-        self.server_close()
+        """Close the port and every connection; wait for the search that runs, which ends at its next step."""
         self.is_ending = True
-        self.turn.acquire(timeout=SECONDS_OF_SILENCE)
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -135,7 +146,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _require_client(self) -> None:
         """Raise `ConnectionError` if nobody waits for the answer any more."""
-        is_readable = select.select([self.connection], [], [], 0)[0]
+        waiting = select.poll()
+        waiting.register(self.connection, select.POLLIN)
+        is_readable = waiting.poll(0)
         if self.server.is_ending or (is_readable and not self.connection.recv(1, socket.MSG_PEEK)):
             raise ConnectionAbortedError
 

@@ -131,7 +131,7 @@ def changed_flags(arguments: Any, left_out: Iterable[str] = ()) -> dict[str, Any
     return {
         one.name: value
         for one in fields(arguments)
-        if one.name not in left_out and (value := getattr(arguments, one.name)) != _default(one)
+        if one.init and one.name not in left_out and (value := getattr(arguments, one.name)) != _default(one)
     }
 
 

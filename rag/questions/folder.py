@@ -1,10 +1,10 @@
-"""A data set by name as the folder of text files that a training reads, written once.
+"""A data set by name as a folder of text files that a training reads, written once.
 
-    written_folder(args.data, Path(output_dir, "dataset"), ["train", "val"], may_replace=True)
+    folder, digest = written_folder(args.data, Path(output_dir, "dataset"), ["train", "val"], expected=None)
 
-The folder holds `{train,val,test}.source`, `.target` (the first answer) and `.qa` (all answers), and `dataset.json`,
-which says what it was made of. As long as that is the same nothing is read again: a run that goes on needs no hub, and
-sees the examples that it began with.
+The folder has a name of its own for each source, and holds `{train,val,test}.source`, `.target` (the first answer) and
+`.qa` (all answers), and `dataset.json`, which says what it was made of and what was written. As long as that is so
+nothing is read again: a run that goes on needs no hub, and sees the examples that it began with.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 from rag.checksums import file_checksum
 from rag.errors import RankError, UserError
-from rag.files import atomic_folder, read_state, remove, save_json, write_lines
+from rag.files import atomic_folder, json_digest, load_json, remove, save_json, write_lines
 from rag.questions.arguments import DatasetArguments
 from rag.questions.columns import Examples, read_examples
 from rag.questions.reading import Splits, read_splits, split_named
@@ -25,52 +25,65 @@ IDENTITY_FILE = "dataset.json"
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
-def written_folder(args: DatasetArguments, folder: Path, needed: Sequence[str], may_replace: bool) -> None:
-    """Have the folder there, written unless it is there already.
+def written_folder(
+    args: DatasetArguments, parent: Path, needed: Sequence[str], expected: str | None
+) -> tuple[Path, str]:
+    """The folder, written unless it is there as it was written, and the digest of its examples.
 
     Args:
+        parent: of the folders of all data sets.
         needed: of "train", "val" and "test" those that must be in it.
-        may_replace: whether files that were made of something else may be replaced.
+        expected: the digest of the run that is to go on with them; None for a new one.
 
     Raises:
-        UserError: the data set cannot be read, lacks a split or holds no answers, or has changed since files were
-            written that may not be replaced.
+        UserError: the data set cannot be read, lacks a split, holds no answers, or has other examples than expected.
     """
     identity = _identity(args)
-    if _is_written(folder, identity, needed):
+    folder = _folder_of(parent, identity)
+    digest = _digest_in(folder, identity, needed)
+    if digest is not None:
+        _require_same(args, parent, digest, expected)
         print(f"{folder}: the examples of --dataset_name {args.dataset_name} as they were read before", flush=True)
-        return
-    if not may_replace and (folder / IDENTITY_FILE).is_file() and _identity_in(folder) != identity:
-        raise UserError(
-            f"--dataset_name {args.dataset_name} is not what the run in {folder.parent} was begun with (see "
-            f"{folder / IDENTITY_FILE}): its content, its name or its columns have changed; restore them, or give "
-            "another --output_dir, or --overwrite_output_dir to begin anew"
-        )
+        return folder, digest
     contents, notes = _contents(args, read_splits(args), needed)
-    for left in folder.parent.glob(f".{folder.name}.[0-9]*.*"):  # a killed run's
+    for left in parent.glob(".*.[0-9]*.*"):  # a killed run's
         remove(left)
     with atomic_folder(folder) as beside:
         for split, examples in contents.items():
             _write_split(beside / split, examples)
-        save_json(identity, beside / IDENTITY_FILE)
+        files = {path.name: file_checksum(path) for path in sorted(beside.iterdir())}
+        digest = json_digest(files)
+        _require_same(args, parent, digest, expected)
+        save_json({"source": identity, "files": files}, beside / IDENTITY_FILE)
     counts = ", ".join(f"{sum(map(bool, examples.answers)):,} {split}" for split, examples in contents.items())
     print(f"{folder}: {counts} examples of --dataset_name {args.dataset_name}{''.join(notes)}", flush=True)
+    return folder, digest
 
 
-def awaited_folder(args: DatasetArguments, folder: Path, needed: Sequence[str], seconds: float) -> None:
-    """Return as soon as another process has written the folder.
+def awaited_folder(args: DatasetArguments, parent: Path, needed: Sequence[str], seconds: float) -> tuple[Path, str]:
+    """What `written_folder` returns, as soon as another process has written it.
 
     Raises:
         RankError: it is not there in time.
     """
     identity, deadline = _identity(args), time.monotonic() + seconds
-    while not _is_written(folder, identity, needed):
+    folder = _folder_of(parent, identity)
+    while (digest := _digest_in(folder, identity, needed)) is None:
         if time.monotonic() > deadline:
             raise RankError(
                 f"{folder} with the examples of --dataset_name {args.dataset_name} is not there after --rank_timeout "
                 f"{seconds:g}: rank 0 has failed, or sees another --output_dir or another data set than this rank does"
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    return folder, digest
+
+
+def _require_same(args: DatasetArguments, parent: Path, digest: str, expected: str | None) -> None:
+    if expected not in (None, digest):
+        raise UserError(
+            f"--dataset_name {args.dataset_name} is not what the run in {parent.parent} was begun with: it has other "
+            "examples now; restore it, or give another --output_dir, or --overwrite_output_dir to begin anew"
+        )
 
 
 # --- What it is made of -----------------------------------------------------------------------------------------------
@@ -87,13 +100,19 @@ def _identity(args: DatasetArguments) -> dict[str, Any]:
     return {"files": {path.name: file_checksum(path) for path in files}, **columns}
 
 
-def _identity_in(folder: Path) -> dict[str, Any]:
-    return read_state(folder / IDENTITY_FILE, "remove it to have the examples read again")
+def _folder_of(parent: Path, identity: dict[str, Any]) -> Path:
+    return parent / json_digest(identity)[:12]
 
 
-def _is_written(folder: Path, identity: dict[str, Any], needed: Iterable[str]) -> bool:
-    files = [folder / IDENTITY_FILE, *(folder / f"{split}.{end}" for split in needed for end in ("source", "target"))]
-    return all(path.is_file() for path in files) and _identity_in(folder) == identity
+def _digest_in(folder: Path, identity: dict[str, Any], needed: Iterable[str]) -> str | None:
+    """The digest of the examples in a folder; None where it is not there, or not as it was written."""
+    try:
+        written = load_json(folder / IDENTITY_FILE)
+        files = written["files"]
+        whole = written["source"] == identity and all(file_checksum(folder / name) == files[name] for name in files)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return json_digest(files) if whole and all(f"{split}.source" in files for split in needed) else None
 
 
 # --- Contents ---------------------------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"--dataset_name: {error}") from error
+    except PermissionError as error:
+        raise UserError(f"--dataset_name: {path} may not be read ({error.strerror}); change its permissions") from error
     except Exception as error:  # Arrow has an error for each kind of damage, which share no class with others
         raise UserError(f"--dataset_name: {path} cannot be read ({one_line(error, 200)}); make it again") from error
 
@@ -136,9 +138,11 @@ def _read_json(path: Path) -> Table:
     is_list = bool(lines) and lines[0].lstrip().startswith("[")
     records = json_of("\n".join(lines)) if is_list else [json_of(line) for line in lines]
     row = "record" if is_list else "line"
-    for number, record in enumerate(records or [None], start=1):
+    if records == []:
+        raise UserError(f'{path} is empty; `{{"question": "...", "answers": ["..."]}}` is expected, one a question')
+    for number, record in enumerate([None] if records is None else records, start=1):
         if not isinstance(record, dict):
-            shown = "" if is_list or not lines else f", not {lines[number - 1][:80]!r}"
+            shown = "" if is_list else f", not {lines[number - 1][:80]!r}"
             raise UserError(f'{path}, {row} {number}: `{{"question": "...", "answers": ["..."]}}` is expected{shown}')
     names = list(dict.fromkeys(name for record in records for name in record))
     return Table(str(path), names, lambda name: [record.get(name) for record in records], row)

@@ -9,7 +9,7 @@ Neither torch nor Lightning is imported, so that `--help` and a mistyped flag an
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,6 +125,7 @@ class DataArguments(DatasetArguments):
     num_beams: int = flag(
         1, "Beams of generation in validation and test; 1 (greedy) is what Lewis et al. test question answering with."
     )
+    dataset_digest: str | None = field(default=None, init=False)  # no flag: of the examples of --dataset_name
 
     @property
     def name(self) -> str:
@@ -268,6 +269,8 @@ class FinetuneArguments:
         del settings["run"]["trust_remote_code"]
         if self.data.dataset_name is not None:
             settings["data"]["data_dir"] = None  # it is the run's own folder, wherever that lies
+        else:
+            del settings["data"]["dataset_digest"]
         return settings
 
 

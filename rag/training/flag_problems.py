@@ -235,6 +235,8 @@ def _retriever_loss_contradictions(args: "FinetuneArguments") -> list[str]:
         problems = [
             f"{flag} with {other}: it would teach nothing; leave one out" for other in _without_question_encoder(args)
         ]
+        if args.retrieval.n_docs == 1:
+            problems.append(f"{flag} with --n_docs 1: one passage teaches nothing; give more, or leave one out")
         if training.retriever_loss == "emdr2" and training.teacher_temperature != 1.0:
             problems.append(f"--teacher_temperature {training.teacher_temperature:g} is not for {flag}; leave one out")
         return problems

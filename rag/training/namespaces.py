@@ -76,7 +76,7 @@ def _group_of(group: type, given: dict[str, Any]) -> Any:
     needed = [field.name for field in fields(group) if field.default is MISSING and field.default_factory is MISSING]
     if missing := [name for name in needed if given.get(name) is None]:
         raise UserError(f"--{missing[0]} is missing from the settings; give it")
-    return group(**{field.name: given[field.name] for field in fields(group) if field.name in given})
+    return group(**{field.name: given[field.name] for field in fields(group) if field.init and field.name in given})
 
 
 def add_flags(parser: argparse.ArgumentParser, *groups: type) -> argparse.ArgumentParser:

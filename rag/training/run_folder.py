@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
         "retrieval_worker_gpus",
         "distributed_port",
     },
-    "data": {"eval_batch_size", "num_workers", "n_test", "test_max_target_length"},
+    "data": {"eval_batch_size", "num_workers", "n_test", "test_max_target_length", "dataset_digest"},
     "training": {"num_train_epochs", "early_stopping_patience", "fp16_opt_level", "nan_policy"},
 }
 COMPARED = ("model", "retrieval", "data", "training")

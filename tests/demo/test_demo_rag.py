@@ -1,5 +1,7 @@
 """`demo_rag.py` over HTTP, on tiny models: answers, what is told meanwhile, settings of each question, two models."""
 
+import contextlib
+import http.client
 import json
 import re
 import socket
@@ -18,7 +20,7 @@ from rag.demo import model as demo_model
 from rag.evaluation import predictors
 from rag.index.index_files import write_faiss_index
 from tests.conftest import PASSAGES, QUESTIONS
-from tests.demo.conftest import parsed
+from tests.demo.conftest import parsed, serving
 
 QUESTION = QUESTIONS[0][0]
 JSON = {"Content_Type": "application/json"}
@@ -192,3 +194,32 @@ def test_a_client_that_leaves_ends_its_search(client, monkeypatch):
     with client.server.turn:  # free again when the search has ended
         assert len(steps) == 1
     assert client.ask(QUESTION)["answer"]
+
+
+def test_the_end_waits_for_the_question_that_is_answered(rag_folder, monkeypatch):
+    """Else Python would end in the middle of torch's code."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def ask(question, tell):
+        begun.set()
+        try:
+            while True:
+                tell({"partial": ""})
+                time.sleep(0.01)
+        finally:
+            time.sleep(0.3)
+            ended.set()
+
+    def client_asks(client):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            client.post("/ask", question="where is oslo")
+
+    with serving(parsed(rag_folder)) as client:
+        monkeypatch.setattr(client.server.models[0], "ask", ask)
+        asking = threading.Thread(target=client_asks, args=(client,))
+        asking.start()
+        assert begun.wait(30)
+        client.server.shutdown()
+        client.server.end()
+        assert ended.is_set()
+        asking.join(30)

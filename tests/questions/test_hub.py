@@ -59,8 +59,9 @@ def test_a_training_and_an_evaluation_by_name(hub, cities, checkpoint, tmp_path)
     model, out = checkpoint(), tmp_path / "out"
     train_on(model, "alice/cities", out, "--num_train_epochs", 1)
     assert "\ndatasets:\n- alice/cities\n" in (out / "checkpoint1" / "README.md").read_text()
-    assert read_lines(out / "dataset" / "train.source") == [question for question, _ in QUESTIONS]
-    assert read_lines(out / "dataset" / "test.target") == [answer for _, answer in QUESTIONS[:3]]
+    (folder,) = (out / "dataset").iterdir()
+    assert read_lines(folder / "train.source") == [question for question, _ in QUESTIONS]
+    assert read_lines(folder / "test.target") == [answer for _, answer in QUESTIONS[:3]]
     flags = {
         "model_name_or_path": model,
         "dataset_name": "alice/cities",

@@ -75,9 +75,9 @@ def test_files_of_a_folder_by_their_splits(names, splits, tmp_path):
     [
         ("x.jsonl", '{"question": "q"}\n{oops\n', r"x\.jsonl, line 2: .* is expected, not '\{oops'"),
         ("x.jsonl", '{"question": "q"}\n\n', "line 2"),
-        ("x.jsonl", "", "line 1: .* is expected$"),
+        ("x.jsonl", "", "x.jsonl is empty; .* is expected"),
         ("x.jsonl", "[" * 100_000, "record 1"),
-        ("x.json", "[]", "record 1: .* is expected"),
+        ("x.json", "[]", "x.json is empty; .* is expected"),
         ("x.json", "[3]", "record 1"),
         ("x.csv", "", "x.csv is empty; a header"),
         ("x.csv", "question,answer\nq\n", "line 2 has 1 columns, its header has 2"),

@@ -1,6 +1,7 @@
 """Training on data by name: the losses of the six files, runs that go on, ranks that wait, what is refused."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,7 +103,25 @@ def test_a_run_goes_on_with_what_was_read_and_refuses_what_has_changed(model_fol
             train_on(model_folder, name, out, *flags)
     assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     train_on(model_folder, source, out, "--max_steps", 1, "--overwrite_output_dir")
-    assert "more" in read_lines(out / "dataset" / "train.qa")[0]
+    assert any("more" in read_lines(path / "train.qa")[0] for path in (out / "dataset").iterdir())
+
+
+def test_a_start_afresh_that_is_refused_leaves_the_run_its_examples(model_folder, named, tmp_path):
+    out = tmp_path / "out"
+    train_on(model_folder, named(), out, "--num_train_epochs", 1)
+    with pytest.raises(UserError, match="--n_docs 100000"):
+        train_on(model_folder, named(others=["more"]), out, "--overwrite_output_dir", "--n_docs", 100000)
+    train_on(model_folder, named(), out, "--num_train_epochs", 2)
+    assert len(list((out / "dataset").iterdir())) == 1
+
+
+def test_examples_that_were_removed_are_replaced_by_the_same_alone(model_folder, named, tmp_path):
+    out = tmp_path / "out"
+    train_on(model_folder, named(), out, "--num_train_epochs", 1)
+    shutil.rmtree(out / "dataset")
+    with pytest.raises(UserError, match="is not what the run in"):
+        train_on(model_folder, named(others=["more"]), out, "--num_train_epochs", 2)
+    train_on(model_folder, named(), out, "--num_train_epochs", 2)
 
 
 @pytest.mark.slow

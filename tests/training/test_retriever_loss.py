@@ -212,6 +212,7 @@ def test_a_run_logs_both_losses(generator, name, flags, checkpoint, data_dir, tm
         ("--retriever_loss pdist --freeze_question_encoder", "it would teach nothing"),
         ("--retriever_loss lsr --index_name bm25 --passages_path x", "it would teach nothing"),
         ("--retriever_loss loop --model_type t5", "it would teach nothing"),
+        ("--retriever_loss pdist --n_docs 1", "--n_docs 1: one passage teaches nothing"),
         ("--retriever_loss emdr2 --teacher_temperature 2", "--teacher_temperature 2 is not for --retriever_loss emdr2"),
         ("--retriever_temperature 2", "--retriever_temperature 2 is for a loss of the retriever's own"),
         ("--retriever_loss pdist --teacher_temperature 0", "--teacher_temperature 0.0 must be more than 0"),
