@@ -49,5 +49,5 @@ def digest_of_run(args: FinetuneArguments) -> str | None:
     description = Path(args.run.output_dir) / "hparams.json"
     if (args.run.do_train and args.run.overwrite_output_dir) or not description.is_file():
         return None
-    settings = read_state(description, "give another --output_dir, or --overwrite_output_dir to begin anew")
-    return settings.get("data", {}).get("dataset_digest")
+    data = read_state(description, "give another --output_dir, or --overwrite_output_dir to begin anew").get("data")
+    return data.get("dataset_digest") if isinstance(data, dict) else None
