@@ -7,6 +7,6 @@ from rag.hub import CARD_FILE
 
 
 def lasting(file: Path) -> bytes:
-    """The bytes of a file; of a model's card without the line that says when it was written."""
+    """The bytes of a file; of a model's card without its day."""
     content = file.read_bytes()
-    return re.sub(rb"(?m)^- Time: .*\n", b"", content) if file.name == CARD_FILE else content
+    return re.sub(rb"(?m)^- Date: .*\n", b"", content) if file.name == CARD_FILE else content

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import shlex
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -65,7 +64,6 @@ class Making:
         index: what bears on a search: kind, passages, effort.
         results: scores that were measured with these very weights.
         hardware: what it was made on, without the machine's name.
-        started: when the run was started or resumed, as `time.time()`; None leaves its duration out.
         cache_dir: where cards of parts on the hub are kept.
     """
 
@@ -77,7 +75,6 @@ class Making:
     index: dict[str, Any] = field(default_factory=dict)
     results: list[EvalResult] = field(default_factory=list)
     hardware: str = ""
-    started: float | None = None
     cache_dir: str | None = None
 
 
@@ -310,15 +307,12 @@ def _settings_lines(making: Making) -> str:
 
 
 def _origin_lines(making: Making) -> str:
-    now = time.time()
-    when = f"- Time: {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC"
-    if making.started is not None:
-        when += f", {now - making.started:,.0f} seconds after the run was started or resumed"
+    # The day alone: a run that was killed and resumed leaves the files of the unbroken one.
     packages = [f"{name} {found}" for name in PACKAGES if (found := _version(name)) is not None]
     return "\n".join(
         [
             *([f"- Hardware: {plain_text(making.hardware)}"] if making.hardware else []),
-            when,
+            f"- Date: {datetime.now(UTC):%Y-%m-%d}",
             f"- Packages: Python {platform.python_version()}, {', '.join(packages)}",
         ]
     )

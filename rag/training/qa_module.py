@@ -123,7 +123,6 @@ class GenerativeQAModule(BaseTransformer):
         self.answering: list[PreTrainedModel] = []  # one at most, and in a list no part of this module
         self.rows: list[dict] = []  # what was measured of each example since the validation or test began
         self.measured: dict[str, float] = {}  # by the last validation, of the weights that are exported next
-        self.started = time.time()
 
     @classmethod
     def load_from_checkpoint(

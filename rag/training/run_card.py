@@ -54,7 +54,6 @@ def making_of(module: "GenerativeQAModule") -> Making:
         index,
         _results(module, index),
         hardware(module.device),
-        module.started,
         args.model.cache_dir,
     )
 

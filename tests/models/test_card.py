@@ -111,10 +111,10 @@ def test_merged_adapters_keep_what_was_measured_of_them(
     assert "base.json" in own.text and "base.json" not in card.text
 
 
-def test_a_card_is_the_same_but_for_its_time(bart_folder, question_encoder_folder, tmp_path):
+def test_a_card_is_the_same_but_for_its_day(bart_folder, question_encoder_folder, tmp_path):
     first, second = (of_parts(bart_folder, question_encoder_folder, tmp_path / name / "rag") for name in ("a", "b"))
     assert lasting(first / "README.md") == lasting(second / "README.md")
-    assert b"- Time: " in (first / "README.md").read_bytes()
+    assert b"- Date: " in (first / "README.md").read_bytes()
 
 
 def test_what_a_reader_writes_into_a_card_stays(checkpoint, data_dir, tmp_path):
