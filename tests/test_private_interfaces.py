@@ -251,6 +251,14 @@ def _(folder):
     require(loop.epoch_loop.batch_progress.is_last_batch is False, "a loop that has not begun is at its last batch")
 
 
+@row("pytorch-lightning", "_TrainingEpochLoop._batches_that_stepped, the loggers' step", "_batches_that_stepped")
+def _(folder):
+    trainer = lightning_trainer()
+    require(trainer.fit_loop.epoch_loop._batches_that_stepped == 0, "a loop that has not begun has made steps")
+    trainer.fit_loop.epoch_progress.current.completed += 1
+    require(trainer.current_epoch == 1, "the trainer's epoch is not the number of those that are completed")
+
+
 @row("pytorch-lightning", "Trainer._logger_connector, which has a step's row before it is logged", "_logger_connector")
 def _(folder):
     connector = lightning_trainer()._logger_connector

@@ -101,10 +101,15 @@ def test_the_same_command_goes_on_where_it_was_killed(frozen, model_folder, data
 
 
 def test_a_run_that_was_stopped_early_is_finished(model_folder, data_dir, tmp_path):
+    """Its repetition tests it at the step and in the epoch that the run itself has."""
+    out = tmp_path / "out"
     flags = ["--num_train_epochs", 9, "--early_stopping_patience", 1, "--learning_rate", 1e-9]
-    for _ in range(2):
-        run(model_folder, data_dir, tmp_path / "out", *flags)
-        assert [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["val"]] == [2, 4]
+    for _ in range(3):
+        run(model_folder, data_dir, out, *flags, "--do_train", "--do_predict")
+        metrics, logged = load_json(out / "metrics.json"), read_lines(out / "training_log.jsonl")[-1]
+        assert [row["step"] for row in metrics["val"]] == [2, 4]
+        assert [(row["step"], row["epoch"]) for row in metrics["test"]] == [(4, 2)]
+        assert (json.loads(logged)["step"], json.loads(logged)["epoch"]) == (4, 2)
 
 
 def test_another_run_in_the_same_folder_is_refused(model_folder, data_dir, tmp_path):
