@@ -186,30 +186,18 @@ class ValidationEarlyStopping(EarlyStopping):
 
     def __init__(self, patience: int, monitor: str = MONITOR, mode: str = "max"):
         super().__init__(monitor, patience=patience, mode=mode, check_on_train_epoch_end=False)
-        self.epoch_has_ended = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"epoch_has_ended": self.epoch_has_ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})
-        self.epoch_has_ended = state_dict.get("epoch_has_ended", True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.wait_count < max(self.patience, 1):
             return
         trainer.should_stop = True  # a run that was stopped so is not to train on when repeated
-        if not self.epoch_has_ended:  # its last checkpoint is that of the last validation: it ends its epoch now
-            trainer.fit_loop.epoch_progress.current.completed += 1
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            self.epoch_has_ended = True
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.epoch_has_ended = False
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        self.epoch_has_ended = True
+        loop = trainer.fit_loop
+        if loop.epoch_loop._batches_that_stepped < trainer.global_step:  # saved by the last validation, inside a step
+            loop.epoch_loop._batches_that_stepped = trainer.global_step
+            loop.epoch_progress.current.completed += 1  # as where the run itself went on to its end
 
 
 # --- Callbacks for other modules and Trainers -------------------------------------------------------------------------
