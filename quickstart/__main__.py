@@ -24,7 +24,7 @@ After a kill the same command goes on where it was; a finished run is looked thr
 Other models, or real questions: python -m quickstart.language_model --help
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,7 @@ def main(args: QuickstartArguments) -> dict[str, float]:
     folder = Path(args.output_dir)
     require_matplotlib()
     with held(folder):
-        plan = {name: replace(step, seconds=None) for name, step in PLAN.items()} if args.smoke else PLAN
-        steps = Steps(folder, plan, "python -m quickstart" + " --smoke" * args.smoke)
+        steps = Steps(folder, PLAN, "python -m quickstart", args.smoke)
         return take(steps, folder, args.smoke)
 
 

@@ -26,7 +26,7 @@ After a kill the same command goes on where it was; a finished run is looked thr
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,7 @@ def main(args: LanguageModelArguments) -> dict[str, float]:
         language_model_file()
     source = find_source(args.data_dir)
     with held(folder):
-        plan = {name: replace(step, seconds=None) for name, step in PLAN.items()} if args.smoke else PLAN
-        origin = f"python -m quickstart.language_model --data_dir {source}" + " --smoke" * args.smoke
-        steps = Steps(folder, plan, origin)
+        steps = Steps(folder, PLAN, f"python -m quickstart.language_model --data_dir {source}", args.smoke)
         data = write_data(source, folder / "data", sample=args.smoke)
         return take(steps, folder, data, args.smoke)
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,15 @@ class Steps:
     Args:
         plan: all steps, in their order.
         origin: what tells this quickstart's results from another's.
+        smoke: of a small sample, whose steps take other times.
 
     Raises:
         UserError: `folder` holds the results of another quickstart.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Step], origin: str):
+    def __init__(self, folder: Path, plan: dict[str, Step], origin: str, smoke: bool = False):
+        if smoke:
+            plan, origin = {name: replace(step, seconds=None) for name, step in plan.items()}, f"{origin} --smoke"
         self.path, self.plan, self.origin = folder / "steps.json", plan, origin
         self.seconds: dict[str, float] = {}
         self.earlier: dict[str, Any] = {"origin": origin, "seconds": {}, "peak_memory_mb": 0}
