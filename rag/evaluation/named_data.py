@@ -4,14 +4,13 @@ data = read_named_data(args)
 data.questions, data.gold, data.identity
 """
 
-import json
 from typing import Any
 
 from rag.errors import UserError, raise_problems
 from rag.evaluation.arguments import EvalArguments
 from rag.evaluation.gold import EvalData, input_problems, read_gold, strip_title, titles_in
 from rag.evaluation.kilt import pages_of
-from rag.files import new_digest
+from rag.files import json_digest
 from rag.metrics import compile_pattern
 from rag.questions.columns import Examples, read_examples
 from rag.questions.reading import Splits, read_splits, split_named
@@ -44,7 +43,7 @@ def read_named_data(args: EvalArguments) -> EvalData:
     data = EvalData(examples.questions, gold, answers if is_retrieval else None, pages)
     asked: list[Any] = [data.questions, data.answers]  # the records of a retrieval say which passage holds an answer
     path = f"{args.dataset_name} ({split})" if split else str(args.dataset_name)
-    data.identity = {"path": path, "digest": new_digest(json.dumps(asked).encode()).hexdigest()}
+    data.identity = {"path": path, "digest": json_digest(asked)}
     return data
 
 

@@ -307,12 +307,11 @@ def _settings_lines(making: Making) -> str:
 
 
 def _origin_lines(making: Making) -> str:
-    # The day alone: a run that was killed and resumed leaves the files of the unbroken one.
     packages = [f"{name} {found}" for name in PACKAGES if (found := _version(name)) is not None]
     return "\n".join(
         [
             *([f"- Hardware: {plain_text(making.hardware)}"] if making.hardware else []),
-            f"- Date: {datetime.now(UTC):%Y-%m-%d}",
+            f"- Date: {datetime.now(UTC):%Y-%m-%d}",  # no more: a resumed run leaves the unbroken card
             f"- Packages: Python {platform.python_version()}, {', '.join(packages)}",
         ]
     )
