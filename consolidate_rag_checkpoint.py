@@ -49,7 +49,9 @@ class ConsolidateArguments:
     merge_adapters: str | None = flag(
         None, "In place of the two parts: a checkpoint of a training with --lora_r, to be written with merged weights."
     )
-    model_type: Literal["rag_sequence", "rag_token"] = flag("rag_sequence", "Which RAG model to make.")
+    model_type: Literal["rag_sequence", "rag_token", "fid"] = flag(
+        "rag_sequence", "Which RAG model to make; fid is a Fusion-in-Decoder, of a BART, T5 or mT5."
+    )
     generator_tokenizer_name_or_path: str | None = flag(None, "Tokenizer of the generator, where it is not beside it.")
     question_encoder_tokenizer_name_or_path: str | None = flag(
         None, "Tokenizer of the question encoder, where it is not beside it."
@@ -316,7 +318,7 @@ def _require_parts(args: ConsolidateArguments) -> None:
 
     problems = []
     for name, look in {
-        "generator_name_or_path": _require_generator,
+        "generator_name_or_path": partial(_require_generator, args.model_type),
         "question_encoder_name_or_path": read_encoder_config,
     }.items():
         try:
@@ -326,15 +328,18 @@ def _require_parts(args: ConsolidateArguments) -> None:
     raise_problems(problems)
 
 
-def _require_generator(path: str, flag: str) -> None:
+def _require_generator(model_type: str, path: str, flag: str) -> None:
     from rag.generation.families import require_family
     from rag.models.checkpoints import RAG_TYPES, fitting_model_type
+    from rag.models.fid_rag import require_fusable
     from rag.models.loading import load_config
 
     config = load_config(path, flag=flag)
     if fitting_model_type(config, path, flag=flag) in RAG_TYPES:
         raise UserError(f"{flag} {path} is a whole RAG checkpoint; give a bare generator")
     require_family(config, f"{flag} {path}")
+    if model_type == "fid":
+        require_fusable(config, f"{flag} {path}")
 
 
 def _rag_config(args: ConsolidateArguments):

@@ -14,7 +14,9 @@ from rag.evaluation.arguments import AnswerArguments
 class DemoArguments(AnswerArguments):
     """Which models are asked, and where the page is served."""
 
-    model_type: Literal["rag_sequence", "rag_token"] | None = flag(None, "Left out, it is read from the checkpoint.")
+    model_type: Literal["rag_sequence", "rag_token", "fid"] | None = flag(
+        None, "Left out, it is read from the checkpoint."
+    )
     compare_with: str | None = flag(
         None, "A second RAG checkpoint, whose answers stand beside the first one's; it is opened with the same flags."
     )

@@ -48,7 +48,7 @@ class DemoModel:
     machine's cores and what torch and FAISS keep.
 
     Args:
-        model_type: rag_sequence or rag_token.
+        model_type: rag_sequence, rag_token or fid.
         flag: that named the checkpoint.
 
     Attributes:
@@ -83,7 +83,8 @@ class DemoModel:
         """Answer; `tell` is given what is known, as soon as it is, and ends the search by what it raises.
 
         First {"found"}, the passages (`_found`); after each step of the search {"partial"}, the best text so far; last
-        {"answer"}: answer, probability p(y|x), posteriors p(z|x,y), of RAG-Token tokens and token_posteriors, seconds.
+        {"answer"}: answer, probability p(y|x), posteriors p(z|x,y), which a Fusion-in-Decoder lacks, of RAG-Token
+        tokens and token_posteriors, seconds.
         """
         plan = replace(self.plan, n_docs=question.settings["n_docs"], num_beams=question.settings["num_beams"])
         tokenizer = self.retriever.generator_tokenizer

@@ -68,6 +68,7 @@
   }
 
   function showPosteriors(panel, values) {
+    if (!values) return;  // a Fusion-in-Decoder has none
     panel.shares.forEach(({ posterior }, n) => { posterior.shown.hidden = false; posterior.set(values[n]); });
   }
 

@@ -111,7 +111,7 @@ class EvalArguments(AnswerArguments, DatasetArguments):
     dataset_split: str | None = flag(
         None, "Split of --dataset_name; left out, its test, or the validation where there is none."
     )
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
+    model_type: Literal["rag_sequence", "rag_token", "fid", "bart", "t5", "causal", "auto"] | None = flag(
         None, "Left out, it is read from the checkpoint; bart, t5 and causal (a language model) answer closed-book."
     )
     eval_mode: Literal["e2e", "retrieval"] = flag(

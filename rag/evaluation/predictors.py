@@ -184,7 +184,11 @@ def answer_contexts(
     head_cache: HeadCache | None = None,
     note_step: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[list[str], list[dict]]:
-    """The answers, and of each the passages and their part in it; `note_step` is that of `generate_answers`."""
+    """The answers, and of each the passages and, where there is such, their part in it.
+
+    Args:
+        note_step: that of `generate_answers`.
+    """
     noted: list[Posteriors] = []
     token_ids = generate_answers(
         model,
@@ -201,7 +205,9 @@ def answer_contexts(
     )
     answers = decode(retriever.generator_tokenizer, token_ids)
     (posteriors,) = noted
-    numbers = {"scores": contexts.doc_scores, "posteriors": posteriors.passages}
+    numbers = {"scores": contexts.doc_scores}
+    if posteriors.passages is not None:
+        numbers["posteriors"] = posteriors.passages
     details = passage_details(contexts.doc_ids, contexts.docs, numbers, "title", "text")
     log_probs = posteriors.answers.tolist()
     details = [

@@ -12,10 +12,14 @@ those of all questions and documents in a single pass.
 A causal language model's contexts are prompts without their last token, which is the decoder's start token. It keeps
 their keys and values, those of a passage once for all prompts that begin with it. Its candidates are scored where the
 search itself does not tell already which one is the best, and a search ends where nothing better can come (bounds.py).
+
+A Fusion-in-Decoder reads all passages of a question at once: one search a question, over their joined keys and values
+(fusion.py), with the answers that `generate` finds from the joined states of the encoder.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from rag.generation.bounds import Bounds
 from rag.generation.candidates import Candidates, beam_scores, distinct_rows, marginal_log_probs, memory_of
 from rag.generation.causal_cache import HeadCache
 from rag.generation.causal_decoder import CausalDecoder
+from rag.generation.fusion import is_fusion, joined_memory
 from rag.generation.plain_decoder import decoder_of
 from rag.generation.posteriors import Posteriors, posteriors_of
 from rag.generation.running import RunningBest
@@ -66,13 +71,14 @@ def generate_answers(
         context_input_ids: (B * n_docs, S), the documents of a question in a row.
         context_attention_mask: (B * n_docs, S).
         doc_scores: (B, n_docs); -inf where there is no document: that slot proposes nothing and has no probability.
-            A question without any document is answered from its first context, which holds the question alone.
+            A question without any document is answered from its first context, which holds the question alone. Of a
+            Fusion-in-Decoder they say nothing else.
         do_deduplication: RAG-Sequence: equal candidates of several documents stand once.
         decoding: RAG-Sequence (Lewis et al. 2020, section 2.5): "thorough" scores every candidate under every document;
             "fast" takes the beams' own scores, and 0 for a document whose beams did not find the candidate.
         heads: of the contexts of a causal language model: equal ones are read once.
         head_cache: of that model: what it holds is not read again.
-        note_posteriors: is told the documents' parts in each question's best answer.
+        note_posteriors: is told the documents' parts in each question's best answer, and how likely that is.
         note_step: is told after each step of the search what it has of each answer, token ids (B, T) on the CPU
             (`RunningBest`). What it raises ends the search.
         generate_kwargs: what else the generator's `generate` takes for greedy or beam search (bad_words_ids, ...). Of a
@@ -90,7 +96,7 @@ def generate_answers(
         contexts = context_input_ids, context_attention_mask
         head_lengths = None if heads is None else heads.lengths
         doc_log_probs = log_softmax(doc_scores, -1)
-        is_token_model = isinstance(model, RagTokenForGeneration)
+        is_token_model, is_fused = isinstance(model, RagTokenForGeneration), is_fusion(model)
         slots = np.arange(doc_scores.numel())
         if not is_token_model:
             slots = slots[(doc_scores > float("-inf")).flatten().cpu().numpy()]
@@ -99,10 +105,18 @@ def generate_answers(
             contexts = contexts[0][kept], contexts[1][kept]
             head_lengths = None if head_lengths is None else head_lengths[slots]
         memory, running = read(decoder, *contexts, head_lengths, head_cache), None
+        if is_fused:  # from here on a question's documents are one
+            memory = joined_memory(memory, slots // n_docs)
+            context_input_ids = _joined_ids(context_input_ids, doc_scores, decoder.pad)
+            slots, doc_log_probs = np.arange(len(doc_scores)), torch.zeros_like(doc_scores[:, :1])
         if note_step is not None:
-            running = RunningBest(note_step, doc_log_probs, None if is_token_model else slots, decoder.pad)
+            by_question = is_token_model or is_fused
+            running = RunningBest(note_step, doc_log_probs, None if by_question else slots, decoder.pad)
         if is_token_model:
             found = Search(model, settings, decoder, memory, context_input_ids, doc_log_probs, running=running).run()
+            answers = found.sequences.cpu().numpy()
+        elif is_fused:
+            found = Search(model.generator, settings, decoder, memory, context_input_ids, running=running).run()
             answers = found.sequences.cpu().numpy()
         else:
             bos = model.config.bos_token_id or getattr(model.config.generator, "bos_token_id", None)
@@ -112,7 +126,8 @@ def generate_answers(
                 running=running,
             )  # fmt: skip
         if note_posteriors is not None:
-            note_posteriors(posteriors_of(decoder, memory, slots, answers[:, 0], doc_log_probs, is_token_model))
+            posteriors = posteriors_of(decoder, memory, slots, answers[:, 0], doc_log_probs, is_token_model)
+            note_posteriors(replace(posteriors, passages=None) if is_fused else posteriors)
         return _padded(answers, num_return_sequences, decoder.pad, doc_scores.device)
 
 
@@ -139,6 +154,12 @@ def answer_prompts(
         decoder = decoder_of(generator)
         found = Search(generator, settings, decoder, read(decoder, input_ids, attention_mask), input_ids).run()
         return _padded(found.sequences.cpu().numpy(), num_return_sequences, decoder.pad, input_ids.device)
+
+
+def _joined_ids(context_input_ids: torch.Tensor, doc_scores: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """What a question's documents hold, (B, n_docs * S), for the rules on repetition: padding where there is none."""
+    missing = doc_scores.isneginf().view(-1, 1)
+    return context_input_ids.masked_fill(missing, pad_token_id).view(len(doc_scores), -1)
 
 
 @contextmanager

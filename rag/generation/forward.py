@@ -9,6 +9,7 @@ encoder-decoders run as transformers wrote them, padded. A language model reads 
 `scaled` and `output_layer` serve decoding, too, and `full_precision` serves the loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from rag.generation.causal import states_of_answers
 from rag.generation.stacks import stack_of
-from rag.packing import Heads, Packing, right_padded_lengths
+from rag.packing import Attention, Heads, Packing, right_padded_lengths
 
 # Rows of the output matrix in one pass over the vocabulary: their logits stay in a processor's cache.
 CHUNK_VOCABULARY = 8192
@@ -33,13 +34,16 @@ class EncodedContexts:
 
     Attributes:
         hidden: the encoder's last hidden states, (T, d) packed or (N, S, d) padded.
-        attention_mask: (N, S).
-        packing: of the packed ones; None for padded ones.
+        attention_mask: (N, S) of padded ones; None for packed ones.
+        packing: of packed ones; None for padded ones.
     """
 
     hidden: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     packing: Packing | None
+
+    def __len__(self) -> int:
+        return len(self.hidden) if self.packing is None else len(self.packing.lengths)
 
 
 def answer_states(
@@ -81,22 +85,27 @@ def encode_contexts(
         hidden = generator.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
         return EncodedContexts(hidden, attention_mask, None)
     packing = Packing(lengths, input_ids.device)
-    return EncodedContexts(stack.encode(packing.pack(input_ids), packing), attention_mask, packing)
+    return EncodedContexts(stack.encode(packing.pack(input_ids), packing), None, packing)
 
 
 def decode_answers(
-    generator, encoded: EncodedContexts, decoder_input_ids: torch.Tensor, lengths: np.ndarray | None = None
+    generator,
+    encoded: EncodedContexts,
+    decoder_input_ids: torch.Tensor,
+    lengths: np.ndarray | None = None,
+    attend: Callable[[Packing, Packing], Attention] = Attention,
 ) -> tuple[torch.Tensor, Packing | None]:
     """What the output layer reads, of the decoder's inputs (B, T), each for N / B contexts in a row.
 
     Args:
         lengths: (B) of the inputs, on the host; None for T each.
+        attend: makes cross-attention over packed rows, of the answers' packing and the contexts'.
 
     Returns:
         (R, d) and where the N answers' tokens lie in it; of padded contexts (N, T, d) and None.
     """
     width = decoder_input_ids.shape[1]
-    n_docs = len(encoded.attention_mask) // len(decoder_input_ids)
+    n_docs = len(encoded) // len(decoder_input_ids)
     if encoded.packing is None:
         hidden = generator.get_decoder()(
             input_ids=decoder_input_ids.repeat_interleave(n_docs, dim=0),
@@ -111,7 +120,8 @@ def decode_answers(
     ids = answers.pack(decoder_input_ids.repeat_interleave(n_docs, dim=0))
     stack = stack_of(generator)
     assert stack is not None, "what was encoded in a packed row is read so"
-    return scaled(stack.decode(ids, answers, encoded.hidden, encoded.packing), generator.config), answers
+    cross = attend(answers, encoded.packing)
+    return scaled(stack.decode(ids, answers, encoded.hidden, cross), generator.config), answers
 
 
 def scaled(hidden: torch.Tensor, config) -> torch.Tensor:

@@ -7,6 +7,7 @@
 Bayes' rule on RAG's likelihood (Lewis et al. 2020, section 2.1). RAG-Sequence draws one passage for an answer:
 p(z | x, y) = p(z | x) prod_t p(y_t | x, z, y_<t) / p(y | x). RAG-Token draws one for each token:
 p(z_t | x, y) = p(z_t | x) p(y_t | x, z_t, y_<t) / p(y_t | x, y_<t); of the whole answer it is the tokens' mean.
+A Fusion-in-Decoder draws no passage, and has none.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ class Posteriors:
     """Of the best answer to each of B questions; 0 where there is no document.
 
     Attributes:
-        passages: (B, n_docs) float32.
+        passages: (B, n_docs) float32; None of a Fusion-in-Decoder.
         tokens: (B, T, n_docs) float32, RAG-Token's of each token behind the first one, zero behind the last; else None.
         answers: (B) float32, log p(y | x) of the answers themselves, in nats.
     """
 
-    passages: torch.Tensor
+    passages: torch.Tensor | None
     tokens: torch.Tensor | None
     answers: torch.Tensor
 

@@ -3,7 +3,7 @@
     use_packed_rows(generator)
     stack = stack_of(generator)                                            # None for another family
     encoded = stack.encode(ids, contexts)                                  # (T) of a Packing to (T, d)
-    hidden = stack.decode(answer_ids, answers, encoded, contexts)          # (R) of another to (R, d)
+    hidden = stack.decode(answer_ids, answers, encoded, cross)             # (R) of another to (R, d)
 
 Each layer is called as a module, so that what wraps it (checkpointing, adapters, a compiler) does its work. Under
 autocast to bfloat16 a layer's weights are cast at once, and all it computes is bfloat16: autocast would cast each
@@ -36,10 +36,9 @@ class Stack(ABC):
         """The encoder's last hidden states (T, d) of token ids (T)."""
         return self._run(self.encoder, ids, packing, Attention(packing, packing))
 
-    def decode(self, ids: torch.Tensor, packing: Packing, encoded: torch.Tensor, contexts: Packing) -> torch.Tensor:
-        """The decoder's last hidden states (R, d) of N answers' token ids (R), each with a context of (T, d)."""
-        own, cross = Attention(packing, packing, causal=True), Attention(packing, contexts)
-        return self._run(self.decoder, ids, packing, own, encoded, cross)
+    def decode(self, ids: torch.Tensor, packing: Packing, encoded: torch.Tensor, cross: Attention) -> torch.Tensor:
+        """The decoder's last hidden states (R, d) of N answers' token ids (R), which read (T, d) as `cross` says."""
+        return self._run(self.decoder, ids, packing, Attention(packing, packing, causal=True), encoded, cross)
 
     def _run(self, part, ids: torch.Tensor, packing: Packing, own: Attention, *cross: Any) -> torch.Tensor:
         dtype = dtype_of_layers(ids.device)

@@ -24,10 +24,11 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, RagConfig, RagTokenForGeneration
+from transformers import PreTrainedConfig, PreTrainedModel, RagConfig, RagSequenceForGeneration, RagTokenForGeneration
 
 from rag.errors import printable
 from rag.hub import CARD_FILE, is_hub_name, public_name
+from rag.models.fid_rag import RagFidForGeneration
 from rag.models.loading import checkpoint_file
 
 PARTS = ("question_encoder", "generator", "checkpoint")
@@ -41,6 +42,13 @@ RESULT_TYPES: dict[str, Any] = {
 }  # fmt: skip
 PACKAGES = ("rag-suite", "torch", "transformers", "datasets", "faiss-cpu", "pytorch-lightning", "peft", "bitsandbytes")
 PAPER = "[Lewis et al., 2020](https://arxiv.org/abs/2005.11401)"
+FUSION_PAPER = "[Izacard and Grave, 2021](https://arxiv.org/abs/2007.01282)"
+# The first that fits counts.
+KINDS: dict[type, str] = {
+    RagTokenForGeneration: "RAG-Token",
+    RagFidForGeneration: "Fusion-in-Decoder",
+    RagSequenceForGeneration: "RAG-Sequence",
+}
 HERE = "path/to/this/folder"
 # What scores depend on, by the names that eval_rag.py has for it, too.
 EVAL_FLAGS = ("ef_search", "nprobe", "num_beams", "max_length", "max_source_length", "prefix")
@@ -191,7 +199,7 @@ def kind_of(model: PreTrainedModel) -> str:
     """What is made of the parts, in the paper's words."""
     if not isinstance(model.config, RagConfig):
         return "Closed-book generator"
-    return "RAG-Token" if isinstance(model, RagTokenForGeneration) else "RAG-Sequence"
+    return next(name for kind, name in KINDS.items() if isinstance(model, kind))
 
 
 def _origins(parts: dict[str, str], cards: dict[str, dict]) -> dict[str, str]:
@@ -253,6 +261,8 @@ def _text(folder: Path, model: PreTrainedModel, making: Making, data: ModelCardD
 
 def _summary(folder: Path, model: PreTrainedModel, making: Making) -> str:
     what = f"A retrieval-augmented generation model ({PAPER}): it finds passages for a question and answers from them."
+    if isinstance(model, RagFidForGeneration):
+        what = f"A Fusion-in-Decoder ({FUSION_PAPER}): it finds passages for a question and reads them all at once."
     if not isinstance(model.config, RagConfig):
         what = "A language model that answers questions without passages, the closed-book baseline of RAG."
     held = "all weights of it"

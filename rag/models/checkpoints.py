@@ -44,6 +44,7 @@ from rag.models.card import Making, write_card
 from rag.models.causal_rag import CAUSAL_CLASSES
 from rag.models.custom_code import code_beside, code_files, gather_tokenizer_code, is_custom, save_code
 from rag.models.encoders import encoder_dimension
+from rag.models.fid_rag import RagFidForGeneration, require_fusable
 from rag.models.limits import most_tokens
 from rag.models.loading import (
     MODEL_FLAG,
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 MODEL_CLASSES = {
     "rag_sequence": RagSequenceForGeneration,
     "rag_token": RagTokenForGeneration,
+    "fid": RagFidForGeneration,
     "bart": BartForConditionalGeneration,
     "t5": T5ForConditionalGeneration,
     "auto": AutoModelForSeq2SeqLM,  # any other encoder-decoder that transformers knows
@@ -72,7 +74,7 @@ MODEL_CLASSES = {
 }
 MOST_GROWTH = 1000  # times; real ones put a character or a few in the place of another
 MOST_ADDED = 100_000  # tokens beside a tokenizer's words: each takes as long as thousands of those
-RAG_TYPES = ("rag_sequence", "rag_token")
+RAG_TYPES = ("rag_sequence", "rag_token", "fid")
 
 # The name of a setting in the public suite's flags, where a model calls it otherwise.
 SETTING_ALIASES = {"dropout": "dropout_rate"}
@@ -152,7 +154,7 @@ def _merge(model: PreTrainedModel, base: Base, path: str, flag: str) -> None:
 
 def class_of(model_type: str, config: PreTrainedConfig) -> type:
     """The class of a model; a RAG model's generator is an encoder-decoder or a causal language model."""
-    if model_type in RAG_TYPES and not config.generator.is_encoder_decoder:
+    if model_type in CAUSAL_CLASSES and not config.generator.is_encoder_decoder:
         return CAUSAL_CLASSES[model_type]
     return MODEL_CLASSES[model_type]
 
@@ -167,13 +169,19 @@ def fitting_model_type(
 ) -> str:
     """The key of MODEL_CLASSES to load the checkpoint at `path` by: `model_type` where it is given, else its config's.
 
-    The weights of the two RAG models are the same, and so it is said, once, where one is read as the other.
+    The weights of the RAG models are the same, and so it is said, once, where one is read as another.
 
     Raises:
-        UserError: the checkpoint is of another kind, or does not say of which.
+        UserError: the checkpoint is of another kind, does not say of which, or its generator cannot be that of one.
     """
-    if model_type is None:
-        return _model_type_of(config, path, flag)
+    found = _model_type_of(config, path, flag) if model_type is None else _fitting(config, path, model_type, flag)
+    if found == "fid":
+        require_fusable(config.generator, f"{flag} {path}")
+    return found
+
+
+def _fitting(config: PreTrainedConfig, path: str, model_type: str, flag: str) -> str:
+    """The key that `model_type` asks for."""
     kind = "rag" if model_type in RAG_TYPES else model_type
     fits = {"auto": not isinstance(config, RagConfig), "causal": is_causal(config)}
     if not fits.get(kind, kind == config.model_type):
@@ -189,7 +197,7 @@ def fitting_model_type(
 
 def _is_named(model_type: str, config: PreTrainedConfig) -> bool:
     """Whether the config of a RAG model says that it is of this type."""
-    names = (MODEL_CLASSES[model_type].__name__, CAUSAL_CLASSES[model_type].__name__)
+    names = [classes[model_type].__name__ for classes in (MODEL_CLASSES, CAUSAL_CLASSES) if model_type in classes]
     return any(name in names for name in config.architectures or [])
 
 
@@ -209,7 +217,7 @@ def _model_type_of(config: PreTrainedConfig, path: str, flag: str) -> str:
             if _is_named(model_type, config):
                 return model_type
         raise UserError(
-            f"{flag} {path} does not say which RAG model it is; give --model_type rag_sequence or rag_token"
+            f"{flag} {path} does not say which RAG model it is; give --model_type rag_sequence, rag_token or fid"
         )
     if config.model_type in MODEL_CLASSES:
         return config.model_type

@@ -24,6 +24,7 @@ from tests.demo.conftest import parsed, serving
 
 QUESTION = QUESTIONS[0][0]
 JSON = {"Content_Type": "application/json"}
+TYPES = {"Sequence": "rag_sequence", "Token": "rag_token", "Fid": "fid"}  # by a word of the class's name
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def predicted(model, question: str = QUESTION, **plan) -> dict:
     """What `eval_rag.py` has of a question, with the demo's flags."""
     args = parsed(model)
     model_type = predictors.load_config(str(model)).architectures[0]
-    model_type = "rag_sequence" if "Sequence" in model_type else "rag_token"
+    model_type = next(name for word, name in TYPES.items() if word in model_type)
     plan = replace(args.answer_plan, **plan)
     predict, _ = predictors.load_predictor(str(model), model_type, plan, predictors.rag_config(args))
     with torch.inference_mode():
@@ -84,6 +85,14 @@ def test_answers_are_those_of_eval_rag(serve, checkpoint, model_type, generator)
         np.testing.assert_allclose(shares.mean(0), answer["posteriors"], atol=1e-5)
     else:
         assert "tokens" not in answer and "token_posteriors" not in answer
+
+
+@pytest.mark.parametrize("generator", ["bart", "t5"])
+def test_a_fusion_in_decoder_answers_without_posteriors(serve, checkpoint, generator):
+    folder = checkpoint("fid", generator)
+    answer = serve(folder).ask(QUESTION)
+    assert_same(answer, predicted(folder))
+    assert "posteriors" not in answer and sum(answer["priors"]) == pytest.approx(1) and 0 < answer["probability"] <= 1
 
 
 def test_the_answer_is_told_while_it_is_searched_for(client):

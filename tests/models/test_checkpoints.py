@@ -158,7 +158,7 @@ def test_overrides_go_where_the_setting_is(rag_sequence, t5_folder, tmp_path):
 
 
 def test_model_types_are_inferred(
-    llama_folder, rag_sequence, rag_token, bart_folder, t5_folder, question_encoder_folder, tmp_path
+    llama_folder, rag_sequence, rag_token, checkpoint, bart_folder, t5_folder, question_encoder_folder, tmp_path
 ):
     rag_sequence.save_pretrained(tmp_path / "sequence")
     rag_token.save_pretrained(tmp_path / "token")
@@ -178,6 +178,7 @@ def test_model_types_are_inferred(
     folders = {
         "rag_sequence": tmp_path / "sequence",
         "rag_token": tmp_path / "token",
+        "fid": checkpoint("fid"),
         "bart": bart_folder,
         "t5": t5_folder,
         "auto": tmp_path / "pegasus",
@@ -191,8 +192,11 @@ def test_model_types_are_inferred(
         load_model(str(tmp_path / "sequence"), "bart")
     with pytest.raises(UserError, match=r"--model_type rag_token does not fit .* a bart checkpoint"):
         load_model(str(bart_folder), "rag_token")
-    # The same weights serve both RAG models.
-    assert_same_weights(rag_sequence, load_model(str(tmp_path / "sequence"), "rag_token"))
+    # The same weights serve all RAG models.
+    for model_type in ("rag_token", "fid"):
+        loaded = load_model(str(tmp_path / "sequence"), model_type)
+        assert type(loaded) is MODEL_CLASSES[model_type]
+        assert_same_weights(rag_sequence, loaded)
 
 
 def test_a_bart_without_its_own_head_is_whole(bart, tmp_path):

@@ -23,6 +23,7 @@ from consolidate_rag_checkpoint import main, parse_args
 from rag.errors import UserError
 from rag.models import checkpoints, loading
 from rag.models.checkpoints import load_model
+from rag.models.fid_rag import RagFidForGeneration
 from tests.conftest import DIMENSION, ROOT, assert_equal_but_for_rounding
 
 
@@ -58,6 +59,27 @@ def test_the_checkpoint_holds_the_very_parts(
     contexts = {"context_input_ids": ids, "context_attention_mask": torch.ones_like(ids), "n_docs": 2}
     loss = loaded(**contexts, doc_scores=torch.zeros(2, 2), labels=torch.randint(5, 40, (2, 4))).loss
     assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_a_fusion_in_decoder_holds_the_very_parts(kind, question_encoder_folder, question_encoder, request, tmp_path):
+    """Under the names of transformers' RAG models, which open it, too."""
+    folder, generator = request.getfixturevalue(f"{kind}_folder"), request.getfixturevalue(kind)
+    dest = consolidate(folder, question_encoder_folder, tmp_path / "rag", "--model_type", "fid")
+    assert json.loads((dest / "config.json").read_text())["architectures"] == ["RagFidForGeneration"]
+    assert "# Fusion-in-Decoder of" in (dest / "README.md").read_text()
+    loaded, theirs = load_model(str(dest)), RagSequenceForGeneration.from_pretrained(dest)
+    assert type(loaded) is RagFidForGeneration
+    for part, original in ((loaded.question_encoder, question_encoder), (loaded.generator, generator)):
+        assert all(torch.equal(weight, part.state_dict()[name]) for name, weight in original.state_dict().items())
+    weights = theirs.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
+
+
+def test_a_fusion_in_decoder_takes_few_generators(llama_folder, question_encoder_folder, tmp_path):
+    with pytest.raises(UserError, match="--model_type fid takes a generator of bart, t5, mt5, not of llama"):
+        consolidate(llama_folder, question_encoder_folder, tmp_path / "rag", "--model_type", "fid")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generation_settings_and_tokenizers_come_along(bart, bart_tokenizer, question_encoder_folder, tmp_path):
