@@ -31,10 +31,10 @@ class ModelArguments:
 
     _argument_group_name = "model"
     model_name_or_path: str = required_flag("Checkpoint to start from: a folder or a name on the hub.")
-    model_type: Literal["rag_sequence", "rag_token", "bart", "t5", "causal", "auto"] | None = flag(
+    model_type: Literal["rag_sequence", "rag_token", "fid", "bart", "t5", "causal", "auto"] | None = flag(
         None,
-        "Left out, it is read from the checkpoint's config; bart, t5 and causal (a language model) train a bare, "
-        "closed-book generator.",
+        "Left out, it is read from the checkpoint's config; fid is a Fusion-in-Decoder; bart, t5 and causal (a "
+        "language model) train a bare, closed-book generator.",
     )
     config_name: str | None = flag(None, "Config to use instead of the checkpoint's: a folder or a name.")
     tokenizer_name: str | None = flag(None, "Tokenizer to use instead of the checkpoint's: a folder or a name.")
@@ -151,15 +151,18 @@ class TrainingArguments:
         "linear", "How the learning rate goes down after the warm-up."
     )
     warmup_steps: int = flag(0, "Optimizer steps over which the learning rate rises from 0.")
-    retriever_loss: Literal["marginal", "emdr2", "pdist", "lsr", "loop"] = flag(
+    retriever_loss: Literal["marginal", "emdr2", "pdist", "lsr", "loop", "adist"] = flag(
         "marginal",
-        "What the question encoder learns from: marginal is the answer's own likelihood; the others are losses of its "
-        "own, with the generator's view of each passage as their teacher: docs/training_the_retriever.md.",
+        "What the question encoder learns from: marginal is the answer's own likelihood (of --model_type fid nothing); "
+        "the others are losses of its own, with the generator's view of each passage as their teacher, adist with the "
+        "attention of --model_type fid: docs/training_the_retriever.md.",
     )
     retriever_loss_weight: float = flag(1.0, "Times the retriever's own loss, beside the answer's.")
     retriever_temperature: float = flag(1.0, "The passages' scores are divided by it in the retriever's own loss.")
     teacher_temperature: float = flag(
-        1.0, "The generator's log-likelihoods are divided by it: larger teaches more evenly. emdr2 has none."
+        1.0,
+        "The generator's log-likelihoods, or its attention, are divided by it: larger teaches more evenly. emdr2 has "
+        "none.",
     )
     weight_decay: float = flag(0.0, "Decay a step, times the learning rate; never of biases and norms.")
     adam_epsilon: float = flag(1e-8, "Term that keeps AdamW from dividing by zero.")

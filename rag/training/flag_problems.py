@@ -141,6 +141,8 @@ def contradictions(args: "FinetuneArguments") -> list[str]:
     if len(precisions) > 1:
         problems.append(f"{' and '.join(precisions)} contradict each other; give one of them")
     problems += _adapter_contradictions(args) + _retriever_loss_contradictions(args) + _length_contradictions(args)
+    if args.model.model_type is not None:  # else the checkpoint says it
+        problems += fusion_problems(args, args.model.model_type == "fid", f"--model_type {args.model.model_type}")
     problems += _sharding_contradictions(args)
     return problems + _gpu_contradictions(run, trainer) + _lightning_1_contradictions(run, trainer)
 
@@ -246,6 +248,37 @@ def _retriever_loss_contradictions(args: "FinetuneArguments") -> list[str]:
         "leave it out"
         for name in names
         if getattr(training, name) != 1.0
+    ]
+
+
+def fusion_problems(args: "FinetuneArguments", is_fused: bool, source: str) -> list[str]:
+    """What a Fusion-in-Decoder alone can do, and what its likelihood, which knows no document's score, cannot teach.
+
+    Args:
+        is_fused: whether the model is one.
+        source: the flag that says so, and its value.
+    """
+    model, loss = args.model, f"--retriever_loss {args.training.retriever_loss}"
+    is_adist, is_marginal = (args.training.retriever_loss == name for name in ("adist", "marginal"))
+    if not is_fused:
+        why = f"and {source} is none; give --model_type fid, or pdist"
+        return [f"{loss} reads the attention of a Fusion-in-Decoder, {why}"] if is_adist else []
+    taught = {"--freeze_generator": model.freeze_generator}
+    taught["--question_encoder_lora_r"] = model.question_encoder_lora_r is not None
+    problems = [
+        f"{flag}: the answers of a Fusion-in-Decoder ({source}) teach the question encoder nothing; give "
+        "--retriever_loss, too, or leave it out"
+        for flag, is_given in taught.items()
+        if is_given and is_marginal
+    ]
+    unpacked = {
+        f"--attn_implementation {model.attn_implementation}": model.attn_implementation != "auto",
+        f"--strategy {args.trainer.strategy}": args.trainer.strategy == "fsdp",
+    }
+    return problems + [
+        f"{loss} and {flag} contradict each other: attention is read in packed rows alone; leave one out"
+        for flag, is_given in unpacked.items()
+        if is_given and is_adist
     ]
 
 

@@ -4,8 +4,9 @@
     trainer.fit(module, datamodule=data)
     module = GenerativeQAModule.load_from_checkpoint("output/checkpoint3.ckpt")
 
-One step: question encoder -> retriever -> contexts -> generator -> marginal likelihood. A model without
-retrieval (bart, t5) skips the first three. Metrics are exact over all examples of all ranks.
+One step: question encoder -> retriever -> contexts -> generator -> marginal likelihood, or that of one decoder over all
+contexts (fid). A model without retrieval (bart, t5) skips the first three. Metrics are exact over all examples of all
+ranks.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,18 @@ from transformers import PreTrainedModel, RagSequenceForGeneration, RagTokenForG
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rag.casting import hold_frozen_weights
-from rag.errors import UserError
+from rag.errors import UserError, raise_problems
 from rag.files import write_lines
 from rag.generation.answering import answering_model
 from rag.generation.decoding import answer_prompts, generate_answers
 from rag.generation.forward import answer_states, output_layer
+from rag.generation.fusion import is_fusion
 from rag.generation.stacks import is_sharded, use_packed_rows
 from rag.generation.trial import FLAGS_DECIDE
 from rag.metrics import calculate_exact_match, f1_score
 from rag.models.adapters import has_adapters, learning_summary
 from rag.models.checkpoints import save_model
+from rag.models.loading import MODEL_FLAG
 from rag.models.prompts import decode_answers
 from rag.models.questions import bare_questions
 from rag.packing import right_padded_lengths, to_device
@@ -44,6 +48,8 @@ from rag.public_names import Replaced
 from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
+from rag.training.flag_problems import fusion_problems
+from rag.training.fusion import fused_nll
 from rag.training.loading import (
     adapt,
     base_of_run,
@@ -63,6 +69,7 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS = {"shared", "embed_tokens", "embed_positions"}  # as BART and T5 name those of words and positions
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# A Fusion-in-Decoder is a RagSequenceForGeneration, too, with a step of its own (fusion.py).
 RAG_LOSSES = {RagSequenceForGeneration: rag_sequence_nll, RagTokenForGeneration: rag_token_nll}
 
 
@@ -71,8 +78,8 @@ class GenerativeQAModule(BaseTransformer):
 
     Args:
         args: `FinetuneArguments`, or a namespace or a dict of all settings.
-        model: `RagSequenceForGeneration`, `RagTokenForGeneration` or any encoder-decoder language model; None loads
-            what `args` names, with its tokenizer.
+        model: `RagSequenceForGeneration`, `RagTokenForGeneration`, `RagFidForGeneration` or any encoder-decoder
+            language model; None loads what `args` names, with its tokenizer.
         tokenizer: `RagTokenizer` for a RAG model, else the model's own.
         retriever: a `RagRetriever` for a RAG model; opened by `setup` on every rank. Without a `model`, None opens the
             index in this process.
@@ -101,9 +108,14 @@ class GenerativeQAModule(BaseTransformer):
         self.tokenizer = tokenizer
         self.question_tokenizer = tokenizer.question_encoder if self.rag_loss else tokenizer
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
-        # BM25 does without the question encoder; parameters that get no gradient would keep other ranks waiting.
+        self.is_fused = is_fusion(model)
+        raise_problems(fusion_problems(args, self.is_fused, f"{MODEL_FLAG} {args.model.model_name_or_path}"))
+        # BM25 does without the question encoder, and so does a Fusion-in-Decoder's likelihood; parameters that get no
+        # gradient would keep other ranks waiting.
         self.question_encoder_is_frozen = bool(self.rag_loss) and (
-            args.model.freeze_question_encoder or reads_text(retriever)
+            args.model.freeze_question_encoder
+            or reads_text(retriever)
+            or (self.is_fused and self.retriever_loss is None)
         )
         self._freeze()
         if has_adapters(model) or args.model.freeze_generator:
@@ -194,6 +206,8 @@ class GenerativeQAModule(BaseTransformer):
             self.train()  # transformers loads models in evaluation mode, which Lightning leaves as it is
             if self.trainer.is_global_zero:
                 print(learning_summary(self.model), flush=True)
+                if self.is_fused and self.question_encoder_is_frozen:
+                    print("The question encoder stays as it is: a Fusion-in-Decoder teaches it by --retriever_loss")
         if self.retriever is not None:
             self.retriever.init_retrieval()
 
@@ -254,7 +268,7 @@ class GenerativeQAModule(BaseTransformer):
         self,
         batch: dict,
         label_smoothing: float = 0.0,
-        note_logprobs: Callable[[torch.Tensor], None] | None = None,
+        note_teacher: Callable[[Any], None] | None = None,
     ):
         """Loss of each example (B,), nats, and the contexts that were read (None without retrieval).
 
@@ -262,8 +276,8 @@ class GenerativeQAModule(BaseTransformer):
 
         Args:
             batch: input_ids, attention_mask and labels (B, S), best as `prepare_batch` returned it.
-            note_logprobs: of a RAG model: is told each target's log-probability beside each passage (B, n_docs, T). The
-                passages' scores then get no gradient of this loss.
+            note_teacher: of a RAG model: is told what the retriever's own loss learns from (`Teacher`). The passages'
+                scores then get no gradient of this loss.
         """
         if "decoder_targets" not in batch:
             batch = self.prepare_batch(move_data_to_device(batch, torch.device("cpu")))
@@ -279,20 +293,30 @@ class GenerativeQAModule(BaseTransformer):
                 use_cache=False,
             ).logits
             return sequence_nll(logits, targets, pad_token_id, label_smoothing), None
-        contexts, nll = None, rag_sequence_nll
-        if not self.rag_loss:  # a question is its only passage
+        contexts, nll, note_logprobs = None, rag_sequence_nll, None
+        if self.rag_loss:
+            contexts, nll = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch), self.rag_loss
+        if self.is_fused and contexts is not None:
+            name = self.args.training.retriever_loss
+            return fused_nll(self.generator, contexts, batch, label_smoothing, note_teacher, name), contexts
+        if contexts is None:  # a question is its only passage
             prompts = batch["input_ids"], batch["attention_mask"]
             hidden, answers = answer_states(self.generator, *prompts, decoder_input_ids, decoder_lengths=lengths)
             scores = torch.zeros(len(targets), 1, device=targets.device)
         else:
-            contexts, nll = batch["contexts"].result() if "contexts" in batch else self._retrieve(batch), self.rag_loss
             hidden, answers = answer_states(
                 self.generator, contexts.input_ids, contexts.attention_mask, decoder_input_ids,
                 lengths=contexts.lengths, heads=contexts.heads, decoder_lengths=lengths,
             )  # fmt: skip
-            scores = contexts.doc_scores if note_logprobs is None else contexts.doc_scores.detach()
+            scores = contexts.doc_scores
+            if note_teacher is not None:
+                scores, note_logprobs = scores.detach(), partial(self._note_teacher, note_teacher, lengths)
         layer = output_layer(self.generator)
         return nll(hidden, layer, scores, targets, pad_token_id, label_smoothing, answers, note_logprobs), contexts
+
+    def _note_teacher(self, note: Callable[[Teacher], None], lengths: np.ndarray, log_probs: torch.Tensor) -> None:
+        per_token = isinstance(self.model, RagTokenForGeneration)
+        note(Teacher(log_probs.detach(), to_device(lengths, self.device), per_token))
 
     def _step(self, batch: dict) -> tuple[torch.Tensor]:
         """The mean loss over a batch, nats. Collective where the retriever's `retrieve` is."""
@@ -359,12 +383,10 @@ class GenerativeQAModule(BaseTransformer):
         training, label_smoothing = self.args.training, self.args.model.label_smoothing
         if self.retriever_loss is None:
             return self.negative_log_likelihood(batch, label_smoothing)
-        noted: list[torch.Tensor] = []
-        nll, contexts = self.negative_log_likelihood(batch, label_smoothing, noted.append)
-        lengths = to_device(batch["decoder_lengths"], self.device)
-        teacher = Teacher(noted[0].detach(), lengths, per_token=isinstance(self.model, RagTokenForGeneration))
+        teachers: list[Any] = []
+        nll, contexts = self.negative_log_likelihood(batch, label_smoothing, teachers.append)
         temperatures = training.retriever_temperature, training.teacher_temperature
-        losses = self.retriever_loss(teacher, contexts.doc_scores, *temperatures)
+        losses = self.retriever_loss(teachers[0], contexts.doc_scores, *temperatures)
         if self.is_log_step():
             for name, own in {"answer_loss": nll, "retriever_loss": losses}.items():
                 self.log(name, own.detach().mean() * batch["loss_weight"], sync_dist=True)

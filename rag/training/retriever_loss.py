@@ -7,19 +7,28 @@ generator says of the right answer beside each, which gets no gradient here, and
     pdist   KL(softmax_z(l_z / T) || p)                    Izacard et al. 2022 (2208.03299), "perplexity distillation"
     lsr     KL(softmax_z(l_z / (words T)) || p)            Shi et al. 2023 (2301.12652), Lin et al. 2023 (2310.01352)
     loop    KL(softmax_z(-log p(y|x, all but z) / T) || p)  Izacard et al. 2022, "leave-one-out"
+    adist   KL(softmax_z(a_z / T) || p)                     Izacard et al. 2022, "attention distillation"
+
+adist is for a Fusion-in-Decoder, whose one decoder attends to all passages: a_z is the attention probability of each
+token of the passage times the length of its value vector, summed over these, and the mean over layers, heads and the
+answer's tokens.
 
 marginal, the default, is none of these: RAG's own likelihood has a gradient for the retriever, which is emdr2's.
 
 Where papers differ: REPLUG and RA-DIT write lsr's softmax over likelihoods and REPLUG the divergence from the
 retriever's side; here, as in Atlas, the teacher is a softmax of log-likelihoods and comes first. Atlas' code averages
 a divergence over all its entries; here it is a sum over passages, and a step takes the mean over questions. Atlas reads
-"all but z" by one Fusion-in-Decoder; here it is RAG's own mixture, whose priors are shared out among the others.
+"all but z" by one Fusion-in-Decoder, and so does one here; of another model it is RAG's own mixture, whose priors are
+shared out among the others. Izacard & Grave 2020 (2012.04584), where adist begins, take attention before its softmax,
+of the answer's first token alone, and the mean over a passage's tokens; Atlas' code divides the sum that is taken here
+by 256, and then by a temperature of 0.01: together T = 2.56.
 
     losses = RETRIEVER_LOSSES["pdist"](teacher, doc_scores, tau, T)        # (B,) nats
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,6 +61,34 @@ class Teacher:
         # Padding is certain whatever the passage.
         return (self.log_probs + log_priors.unsqueeze(-1)).logsumexp(-2).sum(-1)
 
+    def all_but_each(self, doc_scores: torch.Tensor) -> torch.Tensor:
+        """log p(y|x, all but z) of each passage z, (B, n_docs), under what is left of the priors of the scores."""
+        scores = full_precision(doc_scores.detach())
+        n_docs = scores.shape[1]
+        is_left_out = torch.eye(n_docs, dtype=torch.bool, device=scores.device).unsqueeze(1)  # (n_docs, 1, n_docs)
+        # Of a question with one passage nothing is left: any prior will do, since one passage is all that is compared.
+        is_alone = (scores > float("-inf")).sum(1, keepdim=True) < 2
+        others = scores.masked_fill(is_left_out & ~is_alone, float("-inf")).log_softmax(-1)  # (n_docs, B, n_docs)
+        return self.mixed(others).T
+
+
+class LeftOutTeacher(Teacher):
+    """What a Fusion-in-Decoder says that has read all passages but each: log_probs are of these readings."""
+
+    def all_but_each(self, doc_scores: torch.Tensor) -> torch.Tensor:
+        return self.answers
+
+
+@dataclass
+class AttentionTeacher:
+    """What a Fusion-in-Decoder attends to while it says the right answers, without gradients.
+
+    Attributes:
+        attention: (B, n_docs) a_z of each passage.
+    """
+
+    attention: torch.Tensor
+
 
 def emdr2(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, _: float) -> torch.Tensor:
     return -teacher.mixed(log_prior(doc_scores, temperature))
@@ -67,13 +104,13 @@ def lsr(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, teacher_
 
 
 def loop(teacher: Teacher, doc_scores: torch.Tensor, temperature: float, teacher_temperature: float) -> torch.Tensor:
-    scores = full_precision(doc_scores.detach())
-    n_docs = scores.shape[1]
-    is_left_out = torch.eye(n_docs, dtype=torch.bool, device=scores.device).unsqueeze(1)  # (n_docs, 1, n_docs)
-    # Of a question with one passage nothing is left: any prior will do, since one passage is all that is compared.
-    is_alone = (scores > float("-inf")).sum(1, keepdim=True) < 2
-    others = scores.masked_fill(is_left_out & ~is_alone, float("-inf")).log_softmax(-1)  # (n_docs, B, n_docs)
-    return divergence(-teacher.mixed(others).T / teacher_temperature, doc_scores, temperature)
+    return divergence(-teacher.all_but_each(doc_scores) / teacher_temperature, doc_scores, temperature)
+
+
+def adist(
+    teacher: AttentionTeacher, doc_scores: torch.Tensor, temperature: float, teacher_temperature: float
+) -> torch.Tensor:
+    return divergence(teacher.attention / teacher_temperature, doc_scores, temperature)
 
 
 def divergence(judgment: torch.Tensor, doc_scores: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -94,5 +131,7 @@ def log_prior(doc_scores: torch.Tensor, temperature: float) -> torch.Tensor:
     return (full_precision(doc_scores) / temperature).log_softmax(1)
 
 
-RetrieverLoss = Callable[[Teacher, torch.Tensor, float, float], torch.Tensor]
-RETRIEVER_LOSSES: dict[str, RetrieverLoss] = {"emdr2": emdr2, "pdist": pdist, "lsr": lsr, "loop": loop}
+RetrieverLoss = Callable[[Any, torch.Tensor, float, float], torch.Tensor]
+RETRIEVER_LOSSES: dict[str, RetrieverLoss] = {
+    "emdr2": emdr2, "pdist": pdist, "lsr": lsr, "loop": loop, "adist": adist,
+}  # fmt: skip
