@@ -360,16 +360,15 @@ def test_a_question_without_passages_is_trained_on(model_folder, data_dir, knowl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--retriever_loss", "loop"], ["--strategy", "fsdp"]])
-def test_two_ranks_of_half_the_batch_are_one_process(flags, words, alone, checkpoint, tmp_path):
-    words = ["--model_name_or_path", str(checkpoint("fid", "bart")), *words[2:]]
-    further = flags if "--strategy" not in flags else []
-    out = tmp_path / "out"
-    argv = two_ranks(words, out, *flags, "--do_train", "--do_predict")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("flags", [[], ["--retriever_loss", "loop"]])
+def test_two_ranks_of_half_the_batch_are_one_process(flags, strategy, words, alone, checkpoint, tmp_path):
+    words, out = ["--model_name_or_path", str(checkpoint("fid", "bart")), *words[2:]], tmp_path / "out"
+    argv = two_ranks(words, out, "--strategy", strategy, *flags, "--do_train", "--do_predict")
     (metrics, _), _ = run_ranks(train, 2, tmp_path, argv, out, seconds=120)
     assert 0 <= metrics["val_em"] <= 1
-    expected = alone(1, "--model_name_or_path", words[1], *further)
-    assert_same(outcome(out), expected if further else frozen_of(expected), **TOLERANCE)
+    expected = alone(1, *words[:2], *flags)
+    assert_same(outcome(out), expected if flags else frozen_of(expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
