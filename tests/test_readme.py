@@ -57,6 +57,7 @@ RUN_ON_EACH_PAGE = {
         "consolidate_rag_checkpoint",
         "eval_rag",
     ],
+    "docs/fusion_in_decoder.md": ["consolidate_rag_checkpoint", "finetune_rag", "eval_rag"],
     "docs/retrievers.md": ["use_own_knowledge_dataset"],
     "docs/knowledge.md": [
         "use_own_knowledge_dataset",
