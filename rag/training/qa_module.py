@@ -112,11 +112,9 @@ class GenerativeQAModule(BaseTransformer):
         raise_problems(fusion_problems(args, self.is_fused, f"{MODEL_FLAG} {args.model.model_name_or_path}"))
         # BM25 does without the question encoder, and so does a Fusion-in-Decoder's likelihood; parameters that get no
         # gradient would keep other ranks waiting.
-        self.question_encoder_is_frozen = bool(self.rag_loss) and (
-            args.model.freeze_question_encoder
-            or reads_text(retriever)
-            or (self.is_fused and self.retriever_loss is None)
-        )
+        is_asked = bool(self.rag_loss) and not args.model.freeze_question_encoder and not reads_text(retriever)
+        self.lacks_a_teacher = is_asked and self.is_fused and self.retriever_loss is None
+        self.question_encoder_is_frozen = bool(self.rag_loss) and (not is_asked or self.lacks_a_teacher)
         self._freeze()
         if has_adapters(model) or args.model.freeze_generator:
             self.learn_beside(base_of_run(args))
@@ -206,7 +204,7 @@ class GenerativeQAModule(BaseTransformer):
             self.train()  # transformers loads models in evaluation mode, which Lightning leaves as it is
             if self.trainer.is_global_zero:
                 print(learning_summary(self.model), flush=True)
-                if self.is_fused and self.question_encoder_is_frozen:
+                if self.lacks_a_teacher:
                     print("The question encoder stays as it is: a Fusion-in-Decoder teaches it by --retriever_loss")
         if self.retriever is not None:
             self.retriever.init_retrieval()

@@ -147,12 +147,22 @@ def counted_steps(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("flags", [[], ["--freeze_question_encoder"], ["--bf16"]])
+@pytest.mark.parametrize(
+    ("model_type", "flags"),
+    [
+        ("rag_sequence", []),
+        ("rag_sequence", ["--freeze_question_encoder"]),
+        ("rag_sequence", ["--bf16"]),
+        ("fid", []),
+        ("fid", ["--bf16", "--retriever_loss", "adist"]),
+        ("fid", ["--retriever_loss", "loop"]),
+    ],
+)
 def test_a_step_reads_nothing_of_the_device_but_at_log_steps(
-    flags, as_on_a_gpu, counted_steps, checkpoint, data_dir, tmp_path
+    model_type, flags, as_on_a_gpu, counted_steps, checkpoint, data_dir, tmp_path
 ):
     flags = [*flags, "--max_steps", 4, "--log_every_n_steps", 3, "--num_sanity_val_steps", 0]
-    run(checkpoint("rag_sequence", "bart"), data_dir, tmp_path / "out", *flags)
+    run(checkpoint(model_type, "bart"), data_dir, tmp_path / "out", *flags)
     assert len(counted_steps) == 4
     for number, step in enumerate(counted_steps, start=1):
         assert bool(step.reads) == (number == 3), (number, step.reads)
