@@ -41,7 +41,10 @@ from rag.models.prompts import decode_answers
 from rag.models.questions import bare_questions
 from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
-from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
+from rag.retrieval.arguments import UPR
+from rag.retrieval.finding import learns_from
+from rag.retrieval.reranking import open_reranker
+from rag.retrieval.retriever import RetrievedContexts, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
 from rag.training.loading import (
@@ -101,9 +104,10 @@ class GenerativeQAModule(BaseTransformer):
         self.tokenizer = tokenizer
         self.question_tokenizer = tokenizer.question_encoder if self.rag_loss else tokenizer
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
+        self.rescore = self._reranker() if self.rag_loss else None
         # BM25 does without the question encoder; parameters that get no gradient would keep other ranks waiting.
         self.question_encoder_is_frozen = bool(self.rag_loss) and (
-            args.model.freeze_question_encoder or reads_text(retriever)
+            args.model.freeze_question_encoder or self.rescore is not None or not learns_from(retriever)
         )
         self._freeze()
         if has_adapters(model) or args.model.freeze_generator:
@@ -173,6 +177,12 @@ class GenerativeQAModule(BaseTransformer):
         return add_flags(parser, RetrievalArguments)
 
     add_ray_specific_args = add_retriever_specific_args  # Ray's flags are among them
+
+    def _reranker(self):
+        """What --reranker names, no part of this module; None where it names nothing."""
+        retrieval = self.args.retrieval
+        depth = retrieval.depth_for(self.model.config.n_docs)
+        return open_reranker(retrieval.reranker, depth, self.model, self.answer_tokenizer)
 
     @property
     def generator(self):
@@ -305,6 +315,7 @@ class GenerativeQAModule(BaseTransformer):
         return retrieve_contexts(
             self.model.rag, self.retriever, ids, mask,
             texts=batch.get("source"), questions=batch["questions"], lengths=batch["question_lengths"],
+            rescore=self.rescore,
         )  # fmt: skip
 
     def _on_the_host(self, batch: dict) -> dict[str, Any]:
@@ -320,7 +331,8 @@ class GenerativeQAModule(BaseTransformer):
 
         On a CPU the two would share the cores: steps were measured to take 7% longer.
         """
-        return self.question_encoder_is_frozen and device.type != "cpu"
+        is_known = self.question_encoder_is_frozen and self.args.retrieval.reranker != UPR  # which changes at each step
+        return is_known and device.type != "cpu"
 
     def prefetch_retrieval(self, batch: dict) -> Future:
         """Retrieve for a batch in another thread, while the device works on the batch before.
