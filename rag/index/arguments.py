@@ -21,8 +21,10 @@ WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 MOST_EFFORT = 2**31 - 1
 WITHOUT_ENCODER = ("bm25", "given")  # kinds that read a question's words alone, so that no question encoder runs
 FUSION_FLAGS = ("fusion", "dense_weight", "hybrid_depth")
-# What a hybrid index does that is not told otherwise: docs/better_passages.md has the sweep over training questions.
-FUSION_DEFAULTS = {"fusion": "weighted", "dense_weight": 0.5, "hybrid_depth": 100}
+HYBRID_DEPTH = 100
+# Of the dense part, by the fusion: docs/better_passages.md has the sweep over training questions. Cormack et al. 2009
+# give all ranks one weight.
+DENSE_WEIGHTS = {"weighted": 0.6, "ranks": 0.5}
 HUB_PREFIX = "hub:"  # before the name of a dataset on the hub, in the place of a folder of passages
 NO_PASSAGES_FILE = "--index_name given needs --passages_file, the passages that were found for each question"
 INDEX_FLAGS = (
@@ -61,7 +63,9 @@ class FusionArguments:
         "deviation; ranks adds reciprocal ranks; left out, the checkpoint's, or weighted.",
     )
     dense_weight: float | None = flag(
-        None, "hybrid: weight of the dense part from 0 to 1, the words' is the rest; the checkpoint's, or 0.5."
+        None,
+        "hybrid: weight of the dense part from 0 to 1, the words' is the rest; left out, the checkpoint's, or 0.6 "
+        "(weighted) and 0.5 (ranks).",
     )
     hybrid_depth: int | None = flag(
         None, "hybrid: passages that each of the two indexes is asked for; left out, the checkpoint's, or 100."
@@ -224,8 +228,10 @@ def index_effort(config) -> dict[str, Any]:
 
 def fusion_of(config) -> dict[str, Any]:
     """fusion, dense_weight and hybrid_depth of a `RagConfig`, which has them only where they were set."""
-    values = {name: getattr(config, name, None) for name in FUSION_FLAGS}
-    return {name: FUSION_DEFAULTS[name] if value is None else value for name, value in values.items()}
+    fusion, weight, depth = (getattr(config, name, None) for name in FUSION_FLAGS)
+    fusion = "weighted" if fusion is None else fusion
+    weight = DENSE_WEIGHTS[fusion] if weight is None else weight
+    return dict(zip(FUSION_FLAGS, (fusion, weight, HYBRID_DEPTH if depth is None else depth), strict=True))
 
 
 def teaches(index_name: str | None, fusion: str | None, dense_weight: float | None) -> bool:

@@ -141,7 +141,7 @@ def test_settings_that_are_left_out(config):
     assert index.description() == {
         **opened(rag_config(index_name="custom", passages_path=config.passages_path, index_path=config.index_path))
         .description(),
-        "kind": "IndexHNSWFlat and BM25", "fusion": "weighted", "dense_weight": 0.5, "hybrid_depth": 100,
+        "kind": "IndexHNSWFlat and BM25", "fusion": "weighted", "dense_weight": 0.6, "hybrid_depth": 100,
     }  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def test_evaluation(evaluate, tmp_path, capsys):
     assert "index HNSWFlat and BM25" in capsys.readouterr().out
     made = load_json(tmp_path / "found.scores.json")
     assert made["index"]["dense_weight"] == made["settings"]["dense_weight"] == 0.0
-    with pytest.raises(UserError, match=r"dense_weight 0.0 \(now 0.5\)"):
+    with pytest.raises(UserError, match=r"dense_weight 0.0 \(now 0.6\)"):
         evaluate(*retrieval)
     with pytest.raises(UserError, match=r"fusion weighted \(now ranks\)"):
         evaluate(*retrieval, "--dense_weight", 0.0, "--fusion", "ranks")
