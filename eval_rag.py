@@ -45,13 +45,14 @@ from rag.evaluation.scores import (
     values_of,
 )
 from rag.files import save_json, shown
-from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS
+from rag.index.arguments import SEARCH_FLAGS, WIKI_FLAGS, fusion_of
 from rag.locks import lock_beside, one_at_a_time
 from rag.metrics import answer_recall_at_k, metric_max_over_ground_truths, pattern_recall_at_k
 from rag.models.trust import allow_code
 from rag.outputs import writing
 from rag.progress import progress
 from rag.public_names import module_getattr
+from rag.retrieval.arguments import UPR
 
 __all__ = ["get_args", "get_precision_at_k", "get_scores", "main", "metric_max_over_ground_truths", "parse_args"]
 # More names of the public suite, which cost an import of torch.
@@ -70,7 +71,7 @@ PASSAGE_FILES = ("data-*.arrow",)
 # A checkpoint may remember more. BM25's index follows from the passages and may not be there yet.
 PATHS_READ = {
     "custom": ("index_path", "passages_path"), "legacy": ("index_path",), "bm25": ("passages_path",),
-    "given": ("passages_file",),
+    "hybrid": ("index_path", "passages_path"), "given": ("passages_file",),
 }  # fmt: skip
 
 
@@ -190,6 +191,11 @@ def run_identity(args: EvalArguments, data: EvalData, model_type: str, precision
             identity[name] = path and file_identity(path, PASSAGE_FILES if name == "passages_path" else ("*",))
         names = SEARCH_FLAGS + (WIKI_FLAGS if config.index_name in ("exact", "compressed") else ())
         identity |= {name: getattr(config, name, None) for name in names}
+        if config.index_name == "hybrid":
+            identity |= fusion_of(config)
+        if args.reranker is not None:
+            identity["reranker"] = UPR if args.reranker == UPR else file_identity(args.reranker, CHECKPOINT_FILES)
+            identity["rerank_depth"] = args.depth_for(config.n_docs)
     if args.eval_mode == "e2e":
         identity |= {name: getattr(args, name) for name in ("num_beams", "min_length", "max_length")}
         if model_type == "rag_sequence":
@@ -226,6 +232,8 @@ def model_type_of(args: EvalArguments) -> str:
     model = f"--model_name_or_path {args.model_name_or_path} is a {model_type} model"
     if args.eval_mode == "retrieval" and model_type not in RAG_TYPES:
         raise UserError(f"{model}, which retrieves nothing; measure it with --eval_mode e2e")
+    if args.reranker is not None and model_type not in RAG_TYPES:
+        raise UserError(f"{model}, which retrieves nothing that --reranker {args.reranker} could read; leave it out")
     if args.eval_mode == "e2e" and args.decoding != "thorough" and model_type != "rag_sequence":
         raise UserError(f"--decoding {args.decoding} is for rag_sequence; leave it out: {model}")
     raise_problems(size_problems(args, config))
@@ -268,6 +276,7 @@ def predict_missing(
             questions_flag="--evaluation_set" if args.dataset_name is None else "--dataset_name",
             dtype=getattr(torch, precision),
             holds_answer=pattern_recall_at_k if args.gold_data_mode == "regex" else answer_recall_at_k,
+            reranker=None if args.reranker is None or config is None else (args.reranker, identity["rerank_depth"]),
         )
 
     predict, index = ranks.all_or_none("loading the model", load)

@@ -151,11 +151,16 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
         return
     from rag.retrieval.retriever import require_n_docs
 
-    parts = (model.config, tokenizer.question_encoder, tokenizer.generator)
-    with RETRIEVERS[args.retrieval.distributed_retriever](args, parts) as retriever:
+    parts, retrieval = (model.config, tokenizer.question_encoder, tokenizer.generator), args.retrieval
+    with RETRIEVERS[retrieval.distributed_retriever](args, parts) as retriever:
         require_n_docs(retriever.index, model.config.n_docs)
         if retriever.config.index_name == "given":
             _check_given_passages(args, retriever)
+        elif retrieval.reranker is not None and not args.model.freeze_question_encoder:
+            logger.warning(
+                f"--reranker {retrieval.reranker}: its scores have no gradient for the question encoder, which does "
+                "not learn"
+            )
         yield retriever
 
 

@@ -136,11 +136,19 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
     description = read_description(output / PASSAGES_FOLDER, OUTPUT_FLAG)
     if not description.index:
         raise UserError(f"--search: the index of {output} is not finished; run the command that was building it first")
+    rescore = None
+    if args.reranker is not None:
+        from rag.knowledge.reranking import SearchReranker
+
+        rescore = SearchReranker(args.reranker, args.depth_for(args.n_docs), args.rag_model_name)
     if description.factory == WORDS_KIND:
+        if args.index_name is not None:
+            raise UserError(f"--index_name {args.index_name}: {output} has words alone and no vectors; leave it out")
         from rag.knowledge.words import search_words
 
-        return search_words(output, args.search, args.n_docs, args.columns)
+        return search_words(output, args.search, args.n_docs, args.columns, rescore)
 
+    from rag.index.arguments import fusion_of
     from rag.knowledge.search import load_question_encoder, search_passages
 
     encoder, tokenizer = load_question_encoder(
@@ -151,7 +159,10 @@ def search(args: KnowledgeArguments) -> list[list[dict]]:
         args.question_encoder_prompt,
     )
     effort = {"ef_search": args.ef_search, "nprobe": args.nprobe}
-    return search_passages(output, description, encoder, tokenizer, args.search, args.n_docs, args.columns, **effort)
+    fusion = None if args.index_name is None else fusion_of(args)
+    return search_passages(
+        output, description, encoder, tokenizer, args.search, args.n_docs, args.columns, fusion, rescore, **effort
+    )
 
 
 def read_source(args: KnowledgeArguments) -> PassageSource:

@@ -70,6 +70,7 @@ RUN_ON_EACH_PAGE = {
         "use_own_knowledge_dataset",
         "use_own_knowledge_dataset",
     ],
+    "docs/better_passages.md": ["eval_rag", "eval_rag"],
     "docs/report.md": ["eval_rag", "eval_rag", "report_rag"],
     "docs/evaluation.md": [
         "eval_rag",

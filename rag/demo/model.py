@@ -28,9 +28,11 @@ from rag.evaluation.predictors import (
     passage_details,
     pick_device,
     rag_config,
+    rescoring_of,
     size_problems,
 )
 from rag.index.faiss_opening import ANY_EFFORT, set_effort
+from rag.index.hybrid import HybridIndex
 from rag.models.checkpoints import RAG_TYPES, fitting_model_type
 from rag.models.loading import MODEL_FLAG, load_config
 from rag.models.precision import dtype_of
@@ -63,6 +65,8 @@ class DemoModel:
             self.path, model_type, self.plan, rag_config(args, flag), args.device, dtype, flag=flag
         )
         require_n_docs(self.retriever.index, args.n_docs)
+        named = None if args.reranker is None else (args.reranker, args.depth_for(args.n_docs))
+        self.rescore = rescoring_of(self.model, self.retriever, named)
         self.cache = head_cache_of(self.model)
         self.index = self.retriever.index.description()
         passages = self.index["passages"]
@@ -95,7 +99,7 @@ class DemoModel:
         with torch.inference_mode():
             start = time.perf_counter()
             self._set_effort(question)
-            contexts = fetch_contexts(plan, self.model, self.retriever, [question.text])
+            contexts = fetch_contexts(plan, self.model, self.retriever, [question.text], self.rescore)
             tell({"found": self._found(contexts.doc_ids, contexts.docs, contexts.doc_scores, start)})
             _, (detail,) = answer_contexts(
                 plan, self.model, self.retriever, contexts, note_step=tell_step, **self.cache
@@ -111,7 +115,9 @@ class DemoModel:
             start = time.perf_counter()
             self._set_effort(question)
             encoder, n_docs = self.model.rag.question_encoder, question.settings["n_docs"]
-            doc_ids, docs, scores = find_passages(self.plan, encoder, self.retriever, [question.text], n_docs)
+            doc_ids, docs, scores = find_passages(
+                self.plan, encoder, self.retriever, [question.text], n_docs, self.rescore
+            )
             return {"found": self._found(doc_ids, docs, scores, start)}
 
     def _found(self, doc_ids, docs: list[dict], scores, start: float) -> dict[str, Any]:
@@ -127,6 +133,7 @@ class DemoModel:
     def _effort_problems(self, effort: dict[str, int]) -> list[str]:
         """Set what is given of ef_search and nprobe; the problems with it."""
         index = self.retriever.index
+        index = index.dense if isinstance(index, HybridIndex) else index
         return set_effort(index.faiss_index, {theirs: effort.get(ours) for ours, theirs in EFFORTS.items()}, len(index))
 
 

@@ -17,6 +17,7 @@ from rag.distributed.meeting import timeout_problems
 from rag.errors import raise_problems
 from rag.index.arguments import SearchArguments
 from rag.questions.arguments import DatasetArguments
+from rag.retrieval.arguments import RerankArguments
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class AnswerPlan:
 
 
 @dataclass(kw_only=True)
-class AnswerArguments(SearchArguments):
+class AnswerArguments(SearchArguments, RerankArguments):
     """Which model answers, from which passages, and how its answers are searched for."""
 
     model_name_or_path: str = required_flag("Checkpoint to ask: a folder or a name on the hub.")
@@ -80,6 +81,7 @@ class AnswerArguments(SearchArguments):
             line for name in ("n_docs", "max_source_length", "max_length") for line in self.count_problems(name)
         ]
         problems += self.count_problems("num_beams", MOST_BEAMS) + self.search_problems()
+        problems += self.rerank_problems(self.passages_per_question)
         if self.max_length == 1:
             problems.append("--max_length 1 must be 2 or more: the token that generation begins with counts")
         if self.min_length < 0:

@@ -31,13 +31,11 @@ from rag.models.limits import beams_problems, length_problems
 from rag.models.loading import MODEL_FLAG, load_config
 from rag.models.prompts import decode_answers
 from rag.models.questions import encode_questions
-from rag.retrieval.retriever import (
-    RagKnowledgeRetriever,
-    RetrievedContexts,
-    question_vectors,
-    require_passages_for,
-    retrieve_contexts,
-)
+from rag.retrieval import finding
+from rag.retrieval.arguments import UPR
+from rag.retrieval.finding import Rescoring
+from rag.retrieval.reranking import open_reranker
+from rag.retrieval.retriever import RagKnowledgeRetriever, RetrievedContexts, require_passages_for, retrieve_contexts
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +54,7 @@ def load_predictor(
     holds_answer: Callable[..., bool] = answer_recall_at_k,
     questions: Iterable[str] = (),
     questions_flag: str = "--evaluation_set",
+    reranker: tuple[str, int] | None = None,
 ) -> tuple[Callable, dict[str, Any]]:
     """A function from questions (and their answers, for recall) to lines and details, and how the index is searched.
 
@@ -67,6 +66,7 @@ def load_predictor(
         holds_answer: of `rag.metrics`, whether passages hold an answer, or what a pattern matches.
         questions: that will be asked; passages that were found already have to hold those of each.
         questions_flag: which names them.
+        reranker: --reranker, and how many passages a question it reads.
     """
     if config is None:
         tokenizer, source = load_tokenizer(model_name_or_path, model_type), f"{MODEL_FLAG} {model_name_or_path}"
@@ -80,10 +80,19 @@ def load_predictor(
         model_name_or_path, model_type, plan, config, device, dtype, questions, questions_flag, retrieve_only
     )
     index = retriever.index.description()
+    rescore = rescoring_of(model, retriever, reranker)
     if retrieve_only:
         encoder = model.rag.question_encoder
-        return partial(retrieve_passages, plan, encoder, retriever, holds_answer=holds_answer), index
-    return partial(answer_from_passages, plan, model, retriever, **head_cache_of(model)), index
+        if reranker is not None and reranker[0] == UPR:
+            model.generator.to(encoder.device, dtype)
+        retrieve = partial(retrieve_passages, plan, encoder, retriever, holds_answer=holds_answer, rescore=rescore)
+        return retrieve, index
+    return partial(answer_from_passages, plan, model, retriever, rescore=rescore, **head_cache_of(model)), index
+
+
+def rescoring_of(model, retriever: RagKnowledgeRetriever, reranker: tuple[str, int] | None) -> Rescoring | None:
+    """What --reranker and its depth ask for; None for the index's own scores."""
+    return None if reranker is None else open_reranker(*reranker, model, retriever.generator_tokenizer)
 
 
 def load_rag(
@@ -160,20 +169,30 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def answer_from_passages(
-    plan: AnswerPlan, model, retriever, questions: list[str], _, head_cache: HeadCache | None = None
+    plan: AnswerPlan,
+    model,
+    retriever,
+    questions: list[str],
+    _,
+    head_cache: HeadCache | None = None,
+    rescore: Rescoring | None = None,
 ) -> tuple[list[str], list[dict]]:
     before = _context_counts(retriever)
-    contexts = fetch_contexts(plan, model, retriever, questions)
+    contexts = fetch_contexts(plan, model, retriever, questions, rescore)
     made, cut = (now - then for now, then in zip(_context_counts(retriever), before, strict=True))
     answers, details = answer_contexts(plan, model, retriever, contexts, head_cache)
     details[0][CONTEXT_COUNTS] = [made, cut, getattr(retriever, "context_length", 0)]
     return answers, details
 
 
-def fetch_contexts(plan: AnswerPlan, model, retriever, questions: list[str]) -> RetrievedContexts:
+def fetch_contexts(
+    plan: AnswerPlan, model, retriever, questions: list[str], rescore: Rescoring | None = None
+) -> RetrievedContexts:
     """What the generator reads for these questions."""
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, model.device)
-    return retrieve_contexts(model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions)
+    return retrieve_contexts(
+        model.rag, retriever, tokens.input_ids, tokens.attention_mask, plan.n_docs, questions, rescore=rescore
+    )
 
 
 def answer_contexts(
@@ -241,8 +260,10 @@ def retrieve_passages(
     questions,
     answers,
     holds_answer: Callable[..., bool] = answer_recall_at_k,
+    rescore: Rescoring | None = None,
 ) -> tuple[list[str], list[dict]]:
-    doc_ids, docs, scores = find_passages(plan, question_encoder, retriever, questions, retriever.config.n_docs)
+    n_docs = retriever.config.n_docs
+    doc_ids, docs, scores = find_passages(plan, question_encoder, retriever, questions, n_docs, rescore)
     details = passage_details(doc_ids, docs, {"scores": scores}, "title")
     lines = ["\t".join(one_line(strip_title(title)) for title in detail["titles"]) for detail in details]
     if answers is not None:
@@ -251,12 +272,13 @@ def retrieve_passages(
     return lines, details
 
 
-def find_passages(plan: AnswerPlan, question_encoder, retriever, questions: list[str], n_docs: int):
+def find_passages(
+    plan: AnswerPlan, question_encoder, retriever, questions: list[str], n_docs: int, rescore: Rescoring | None = None
+):
     """doc_ids (B, n_docs), best first, B dicts of the passages' columns, and scores (B, n_docs) float32."""
     tokens = encode(plan, retriever.question_encoder_tokenizer, questions, question_encoder.device)
-    vectors = question_vectors(question_encoder, retriever, tokens, questions).cpu().numpy()  # (B, d)
-    embeddings, doc_ids, docs = retriever.retrieve(vectors, n_docs)  # (B, n_docs, d), (B, n_docs)
-    return doc_ids, docs, (embeddings @ vectors[:, :, None])[:, :, 0]
+    found = finding.find_passages(question_encoder, retriever, tokens, questions, n_docs, rescore=rescore)
+    return found.doc_ids, found.docs, found.scores.cpu()
 
 
 def answer_rank(texts: list[str], answers: list[str], holds_answer: Callable[..., bool]) -> int | None:

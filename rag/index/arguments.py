@@ -19,10 +19,17 @@ SEARCH_FLAGS = ("ef_search", "nprobe", "doc_vectors", "index_device", "index_pre
 WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 # FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
-READING_TEXT = ("bm25", "given")  # kinds that read a question's words, so that no question encoder runs
+WITHOUT_ENCODER = ("bm25", "given")  # kinds that read a question's words alone, so that no question encoder runs
+FUSION_FLAGS = ("fusion", "dense_weight", "hybrid_depth")
+HYBRID_DEPTH = 100
+# Of the dense part, by the fusion: docs/better_passages.md has the sweep over training questions. Cormack et al. 2009
+# give all ranks one weight.
+DENSE_WEIGHTS = {"weighted": 0.6, "ranks": 0.5}
 HUB_PREFIX = "hub:"  # before the name of a dataset on the hub, in the place of a folder of passages
 NO_PASSAGES_FILE = "--index_name given needs --passages_file, the passages that were found for each question"
-INDEX_FLAGS = ("index_name", "index_path", "passages_path", "passages_file", *SEARCH_FLAGS, *WIKI_FLAGS)
+INDEX_FLAGS = (
+    "index_name", "index_path", "passages_path", "passages_file", *SEARCH_FLAGS, *FUSION_FLAGS, *WIKI_FLAGS,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -47,17 +54,51 @@ class EffortArguments:
 
 
 @dataclass(kw_only=True)
-class SearchArguments(EffortArguments):
+class FusionArguments:
+    """How a hybrid index makes one score of two."""
+
+    fusion: Literal["weighted", "ranks"] | None = flag(
+        None,
+        "hybrid: weighted adds both scores, each less its mean over a question's candidates and divided by their "
+        "deviation; ranks adds reciprocal ranks; left out, the checkpoint's, or weighted.",
+    )
+    dense_weight: float | None = flag(
+        None,
+        "hybrid: weight of the dense part from 0 to 1, the words' is the rest; left out, the checkpoint's, or 0.6 "
+        "(weighted) and 0.5 (ranks).",
+    )
+    hybrid_depth: int | None = flag(
+        None, "hybrid: passages that each of the two indexes is asked for; left out, the checkpoint's, or 100."
+    )
+
+    def fusion_problems(self, index_name: str | None) -> list[str]:
+        """What is out of range, or has no use with this kind of index; None for one that is not known yet."""
+        given = {name: value for name in FUSION_FLAGS if (value := getattr(self, name)) is not None}
+        if index_name not in (None, "hybrid"):
+            return [
+                f"--{name} {value} is for --index_name hybrid, not {index_name}; leave it out"
+                for name, value in given.items()
+            ]
+        problems = []
+        if self.dense_weight is not None and not 0 <= self.dense_weight <= 1:
+            problems.append(f"--dense_weight {self.dense_weight:g} must be from 0 to 1")
+        if self.hybrid_depth is not None and not 1 <= self.hybrid_depth <= MOST_EFFORT:
+            problems.append(f"--hybrid_depth {self.hybrid_depth} must be from 1 to {MOST_EFFORT:,}")
+        return problems
+
+
+@dataclass(kw_only=True)
+class SearchArguments(EffortArguments, FusionArguments):
     """Which index is searched, and how. What is left out is the checkpoint's."""
 
-    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25", "given"] | None = flag(
+    index_name: Literal["exact", "compressed", "legacy", "custom", "bm25", "hybrid", "given"] | None = flag(
         None,
         "Kind of index; left out, the checkpoint's, custom where --passages_path is given, or given where "
         "--passages_file is.",
     )
     passages_path: str | None = flag(
         None,
-        "Folder of passages from use_own_knowledge_dataset.py (custom, bm25), or hub:OWNER/NAME for what its "
+        "Folder of passages from use_own_knowledge_dataset.py (custom, bm25, hybrid), or hub:OWNER/NAME for what its "
         "--push_to_hub has left on the Hugging Face hub, with its index.",
     )
     passages_file: str | None = flag(
@@ -67,7 +108,7 @@ class SearchArguments(EffortArguments):
     )
     index_path: str | None = flag(
         None,
-        "FAISS file or folder of shards (custom), or a folder (legacy; bm25, where it defaults to a folder "
+        "FAISS file or folder of shards (custom, hybrid), or a folder (legacy; bm25, where it defaults to a folder "
         "beside the passages).",
     )
     index_device: str | None = flag(
@@ -109,11 +150,12 @@ class SearchArguments(EffortArguments):
     def given(self) -> dict[str, Any]:
         """The flags that were given, by name."""
         values = {name: getattr(self, name) for name in INDEX_FLAGS}
-        return {name: value for name, value in values.items() if value not in (None, False)}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def search_problems(self) -> list[str]:
         """What is out of range, no name of a device or a dataset, an idle precision, or passages from two places."""
         problems = self.effort_problems() + device_problems("--index_device", self.index_device)
+        problems += self.fusion_problems(self.index_name)
         if self.is_on_hub and not is_owned_name(str(self.passages_path).removeprefix(HUB_PREFIX)):
             problems.append(f"--passages_path {self.passages_path} names no dataset; give hub:OWNER/NAME")
         if self.passages_file is not None and self.index_name != "given":
@@ -133,9 +175,11 @@ class SearchArguments(EffortArguments):
         """Paths that this kind of index needs and that are missing, or that it does not read."""
         if self.is_on_hub and self.index_path:
             return [f"--index_path {self.index_path}: {self.passages_path} has an index of its own; leave it out"]
-        if self.index_name == "custom" and not self.is_on_hub and not (self.passages_path and self.index_path):
+        both = self.index_name in ("custom", "hybrid") and not self.is_on_hub
+        if both and not (self.passages_path and self.index_path):
             return [
-                "--index_name custom needs --passages_path and --index_path; use_own_knowledge_dataset.py makes both"
+                f"--index_name {self.index_name} needs --passages_path and --index_path; use_own_knowledge_dataset.py "
+                "makes both"
             ]
         if self.index_name == "bm25" and not self.passages_path:
             return [
@@ -143,8 +187,10 @@ class SearchArguments(EffortArguments):
             ]
         if self.index_name == "given" and not self.passages_file:
             return [NO_PASSAGES_FILE]
-        if self.index_name not in (None, "custom", "bm25") and self.passages_path:
-            return [f"--passages_path is read with --index_name custom and bm25 only, not with {self.index_name}"]
+        if self.index_name not in (None, "custom", "bm25", "hybrid") and self.passages_path:
+            return [
+                f"--passages_path is read with --index_name custom, bm25 and hybrid only, not with {self.index_name}"
+            ]
         return []
 
     def apply_to(self, config) -> None:
@@ -178,3 +224,18 @@ def index_effort(config) -> dict[str, Any]:
     """ef_search, nprobe, device and precision of a `RagConfig`, which has them only where they were set."""
     effort = {name: getattr(config, name, None) for name in ("ef_search", "nprobe")}
     return effort | {name: getattr(config, f"index_{name}", None) for name in ("device", "precision")}
+
+
+def fusion_of(config) -> dict[str, Any]:
+    """fusion, dense_weight and hybrid_depth of a `RagConfig`, which has them only where they were set."""
+    fusion, weight, depth = (getattr(config, name, None) for name in FUSION_FLAGS)
+    fusion = "weighted" if fusion is None else fusion
+    weight = DENSE_WEIGHTS[fusion] if weight is None else weight
+    return dict(zip(FUSION_FLAGS, (fusion, weight, HYBRID_DEPTH if depth is None else depth), strict=True))
+
+
+def teaches(index_name: str | None, fusion: str | None, dense_weight: float | None) -> bool:
+    """Whether a question encoder could learn through this kind of index's scores, as far as flags tell."""
+    return index_name not in WITHOUT_ENCODER and not (
+        index_name == "hybrid" and (fusion == "ranks" or dense_weight == 0)
+    )

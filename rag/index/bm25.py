@@ -76,7 +76,7 @@ class Bm25Index(KnowledgeIndex):
         origin: the flag that gave the passages, and its value, for the messages.
     """
 
-    reads_text = True
+    reads_text, reads_vectors, teaches = True, False, False
     opened_parts = KnowledgeIndex.opened_parts | {"bm25", "words"}
 
     def __init__(self, passages: datasets.Dataset, folder: Path, origin: str = "--passages_path"):
@@ -134,10 +134,14 @@ class Bm25Index(KnowledgeIndex):
         scores = np.full((len(queries), n_docs), np.finfo(np.float32).min, dtype=np.float32)
         ids = np.full((len(queries), n_docs), -1, dtype=np.int64)
         for row, query in enumerate(queries):
-            of_passages = self.bm25.get_scores_from_ids(query[1:][query[1:] >= 0])
+            of_passages = self.scores(query)
             best = largest(of_passages, n_docs)
             ids[row, : len(best)], scores[row, : len(best)] = best, of_passages[best]
         return scores, ids
+
+    def scores(self, query: np.ndarray) -> np.ndarray:
+        """The BM25 score of each passage, (N,) float32, for a query (QUERY_SIZE,)."""
+        return self.bm25.get_scores_from_ids(query[1:][query[1:] >= 0])
 
     def get_top_docs(self, question_hidden_states: np.ndarray, n_docs: int = 5) -> tuple[np.ndarray, np.ndarray]:
         """Ids (B, n_docs) int64, best first, and (B, n_docs, QUERY_SIZE) float32, the score and zeros of each."""

@@ -54,7 +54,7 @@ class GivenPassages(KnowledgeIndex):
         UserError: a record is none, or two have the same question; names the line.
     """
 
-    reads_text = True
+    reads_text, reads_vectors, teaches = True, False, False
 
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)

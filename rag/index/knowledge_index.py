@@ -75,7 +75,9 @@ class KnowledgeIndex:
 
     opened_parts = frozenset({"embeddings", "device_search", "faiss_index", "rows"})  # what `_open_parts` makes
     extra_dimensions = 0  # of the FAISS index, beyond the vectors'
-    reads_text = False  # whether `encode_questions` makes the queries, not a question encoder
+    reads_text = False  # whether `encode_questions` makes the queries of the questions' words, or a part of them
+    reads_vectors = True  # whether a question encoder makes them, or what stands before that part
+    teaches: bool = True  # whether the scores depend on the question vectors by a derivative that is not zero
 
     def __init__(
         self, passages, vector_size: int, index_path=None, faiss_index=None, *,

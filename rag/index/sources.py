@@ -1,6 +1,6 @@
-"""The index that a `RagConfig` describes, whatever its source: your own, Wikipedia's, DPR's legacy files, BM25, a file.
+"""The index that a `RagConfig` describes, whatever its source: your own, Wikipedia's, DPR's, BM25, both, a file.
 
-    index = open_index(config)   # config.index_name: custom, exact, compressed, legacy, bm25 or given
+    index = open_index(config)   # config.index_name: custom, exact, compressed, legacy, bm25, hybrid or given
     index.init_index()
 
 Neither torch nor transformers is imported: an actor that only searches is back in a moment.
@@ -14,6 +14,7 @@ from rag.hub import fetch_dataset
 from rag.index.arguments import HUB_PREFIX, index_effort
 from rag.index.bm25 import open_bm25
 from rag.index.given_passages import open_given
+from rag.index.hybrid import HybridIndex, open_hybrid
 from rag.index.index_files import read_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.legacy_dpr import open_legacy
@@ -32,12 +33,18 @@ def open_custom(config) -> KnowledgeIndex:
     return index
 
 
+def open_vectors_and_words(config) -> HybridIndex:
+    """`open_custom`'s, fused with BM25 over the same passages."""
+    return open_hybrid(config, open_custom)
+
+
 INDEX_SOURCES = {
     "custom": open_custom,
     "exact": open_wiki_dpr,
     "compressed": open_wiki_dpr,
     "legacy": open_legacy,
     "bm25": open_bm25,
+    "hybrid": open_vectors_and_words,
     "given": open_given,
 }
 
@@ -50,7 +57,7 @@ def open_index(config) -> KnowledgeIndex:
     """
     if config.index_name not in INDEX_SOURCES:
         raise UserError(f"--index_name {config.index_name} is none of {', '.join(INDEX_SOURCES)}")
-    if config.index_name in ("custom", "bm25") and (config.passages_path or "").startswith(HUB_PREFIX):
+    if config.index_name in ("custom", "bm25", "hybrid") and (config.passages_path or "").startswith(HUB_PREFIX):
         config = fetched(config)
     return INDEX_SOURCES[config.index_name](config)
 
@@ -71,10 +78,11 @@ def fetched(config):
         raise UserError(f"{source} holds no passages; give one that use_own_knowledge_dataset.py --push_to_hub wrote")
     description = read_description(passages.parent, source)
     kind = "bm25" if description.factory == "bm25" else "custom"
-    if not description.index or (kind != config.index_name and kind == "bm25"):
+    wanted = "custom" if config.index_name == "hybrid" else config.index_name  # BM25's is built beside
+    if not description.index or (kind != wanted and kind == "bm25"):
         has = "an index of words: give --index_name bm25" if kind == "bm25" else "no index: push the whole folder"
         raise UserError(f"{source} holds {has}")
     config = copy.copy(config)
     config.passages_path = str(passages.parent)
-    config.index_path = str(folder / description.index) if kind == config.index_name else None
+    config.index_path = str(folder / description.index) if kind == wanted else None
     return config

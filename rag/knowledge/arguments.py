@@ -15,8 +15,9 @@ from typing import Literal
 from rag.command_line.flags import flag, trust_flag
 from rag.errors import file_problems
 from rag.hub import push_name_problems
-from rag.index.arguments import EffortArguments
+from rag.index.arguments import FUSION_FLAGS, EffortArguments, FusionArguments
 from rag.outputs import output_folder_problems
+from rag.retrieval.arguments import UPR, RerankArguments
 
 ENCODER_FLAG = "--dpr_ctx_encoder_model_name"
 OUTPUT_FLAG = "--output_dir"
@@ -41,8 +42,12 @@ VECTOR_FLAGS = (
 MOST = {"m": 10_000, "num_proc": 1024, "num_encoding_processes": 1024}
 
 
+# What belongs to --search alone.
+SEARCH_ONLY = ("index_name", *FUSION_FLAGS, "reranker", "rerank_depth")
+
+
 @dataclass
-class KnowledgeArguments(EffortArguments):
+class KnowledgeArguments(EffortArguments, FusionArguments, RerankArguments):
     csv_path: str = flag(
         str(Path(__file__).resolve().parents[2] / "test_data" / "my_knowledge_dataset.csv"),
         "Documents: a file `title TAB text` a line or with a header, DPR's TSV, JSON lines or Parquet (title, text), "
@@ -127,6 +132,9 @@ class KnowledgeArguments(EffortArguments):
     )
     question_encoder_pooling: Literal["auto", "cls", "mean", "max", "last"] = flag("auto", "As --ctx_encoder_pooling.")
     question_encoder_prompt: str | None = flag(None, "Text before every question of --search; left out, the encoder's.")
+    index_name: Literal["hybrid"] | None = flag(
+        None, "hybrid: --search by vectors and by BM25's words together, as --index_name of the other scripts."
+    )
 
     @property
     def of_words(self) -> bool:
@@ -184,7 +192,19 @@ def flag_problems(args: KnowledgeArguments) -> list[str]:
     ]
     if args.push_to_hub is not None and args.mode in ("--search", "--verify"):
         problems.append(f"--push_to_hub {args.push_to_hub}: {args.mode} makes nothing to upload; leave one of them out")
-    return problems + push_name_problems(args.push_to_hub) + _mode_problems(args)
+    problems += push_name_problems(args.push_to_hub) + _search_problems(args)
+    return problems + _mode_problems(args)
+
+
+def _search_problems(args: KnowledgeArguments) -> list[str]:
+    """Flags of --search that have nothing to be about."""
+    if not args.search:
+        given = {name: value for name in SEARCH_ONLY if (value := getattr(args, name)) is not None}
+        return [f"--{name} {value} is for --search; leave it out" for name, value in given.items()]
+    problems = args.fusion_problems(args.index_name or "custom") + args.rerank_problems(args.n_docs)
+    if args.reranker == UPR and args.rag_model_name is None:
+        problems.append(f"--reranker {UPR} needs a generator; give --rag_model_name, too, or a CrossEncoder")
+    return problems
 
 
 def _mode_problems(args: KnowledgeArguments) -> list[str]:

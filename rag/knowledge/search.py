@@ -8,10 +8,15 @@ The passages are printed as they are returned.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from rag.errors import UserError, printable, raise_problems
+from rag.index.bm25 import open_bm25
+from rag.index.hybrid import HybridIndex
 from rag.index.index_files import IndexDescription
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.arguments import PASSAGES_FOLDER
@@ -20,6 +25,9 @@ from rag.models.checkpoints import load_model, load_tokenizer, weights_digest
 from rag.models.encoders import load_encoder
 from rag.models.fit import complete_start, require_fit, vocabulary_problems
 from rag.models.questions import encode_questions, with_prompt
+
+if TYPE_CHECKING:
+    from rag.knowledge.reranking import SearchReranker
 
 RAG_FLAG = "--rag_model_name"
 QUESTION_ENCODER_FLAG = "--question_encoder_name_or_path"
@@ -67,7 +75,7 @@ def _question_tokenizer(name: str, encoder):
 
 def search_passages(
     output: Path, description: IndexDescription, encoder, tokenizer, questions: list[str], n_docs: int,
-    columns: int | None = None, **effort
+    columns: int | None = None, fusion: dict[str, Any] | None = None, rescore: "SearchReranker | None" = None, **effort
 ) -> list[list[dict]]:  # fmt: skip
     """Print the passages of a knowledge folder for each question, best first, and return them.
 
@@ -75,16 +83,20 @@ def search_passages(
         output: the folder, which `description` describes.
         encoder: of questions, with its tokenizer.
         columns: as of `print_passages`.
+        fusion: of a hybrid search (`fusion_of`); None to search by vectors alone.
+        rescore: a `SearchReranker`; None for the index's own scores.
         effort: ef_search and nprobe.
 
     Returns:
-        for each question a list of dicts of id, score (inner product), title and text.
+        for each question a list of dicts of id, score (inner product, fused or reranked), title and text.
     """
     for warning in description.encoder_mismatches(encoder.config):
         print(f"Warning: {warning}")
-    index = KnowledgeIndex.load_from_disk(
-        description.dimension, output / PASSAGES_FOLDER, output / description.index, **effort
-    )
+    passages_path = output / PASSAGES_FOLDER
+    index = KnowledgeIndex.load_from_disk(description.dimension, passages_path, output / description.index, **effort)
+    if fusion is not None:
+        words = open_bm25(SimpleNamespace(passages_path=str(passages_path), index_path=None))
+        index = HybridIndex(index, words, **fusion)
     index.init_index()
     tokens = encode_questions(tokenizer, questions, padding=True, return_tensors="pt")
     with torch.inference_mode():
@@ -94,7 +106,11 @@ def search_passages(
             f"{QUESTION_ENCODER_FLAG}: questions have {vectors.shape[1]} dimensions, the passages of {output} "
             f"{description.dimension}; give the question encoder that belongs to {description.encoder}"
         )
-    scores, ids = index.search(vectors, min(n_docs, len(index)))
+    if isinstance(index, HybridIndex):
+        vectors = np.concatenate([vectors, index.encode_questions(questions)], axis=1)
+    scores, ids = index.search(vectors, min(n_docs if rescore is None else rescore.depth, len(index)))
+    if rescore is not None:
+        scores, ids = rescore(index, questions, ids, n_docs)
     docs = index.get_doc_dicts(ids)
     return [print_passages(*row, columns) for row in zip(questions, ids, scores, docs, strict=True)]
 

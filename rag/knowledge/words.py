@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from rag.knowledge.contents import Knowledge
 from rag.knowledge.folder import KnowledgeFolder
 from rag.knowledge.printing import print_passages
 from rag.knowledge.shards import Passages
+
+if TYPE_CHECKING:
+    from rag.knowledge.reranking import SearchReranker
 
 BYTES_A_PASSAGE = 300  # of BM25's index, of 100 words
 
@@ -96,15 +99,21 @@ def _open(output: Path) -> Bm25Index:
     return open_bm25(config)
 
 
-def search_words(output: Path, questions: list[str], n_docs: int, columns: int | None = None) -> list[list[dict]]:
+def search_words(
+    output: Path, questions: list[str], n_docs: int, columns: int | None = None, rescore: "SearchReranker | None" = None
+) -> list[list[dict]]:
     """Print the passages of a folder that share words with each question, best first, and return them.
 
     Args:
         columns: as of `print_passages`.
+        rescore: a `SearchReranker`; None for BM25's scores.
     """
     index = _open(output)
     index.init_index()
-    scores, ids = index.search(index.encode_questions(questions), min(n_docs, len(index)))
+    count = min(n_docs if rescore is None else rescore.depth, len(index))
+    scores, ids = index.search(index.encode_questions(questions), count)
     ids = np.where(scores > 0, ids, -1)
+    if rescore is not None:
+        scores, ids = rescore(index, questions, ids, n_docs)
     docs = index.get_doc_dicts(ids)
     return [print_passages(*row, columns) for row in zip(questions, ids, scores, docs, strict=True)]

@@ -51,10 +51,20 @@ KINDS: dict[type, str] = {
 }
 HERE = "path/to/this/folder"
 # What scores depend on, by the names that eval_rag.py has for it, too.
-EVAL_FLAGS = ("ef_search", "nprobe", "num_beams", "max_length", "max_source_length", "prefix")
+EVAL_FLAGS = (
+    "ef_search",
+    "nprobe",
+    "num_beams",
+    "max_length",
+    "max_source_length",
+    "prefix",
+    "reranker",
+    "rerank_depth",
+)
 INDEX_FLAGS = {  # how an index is named to eval_rag.py; where it lies is the reader's
     "custom": {"passages_path": "path/to/passages", "index_path": "path/to/index"},
     "bm25": {"passages_path": "path/to/passages"},
+    "hybrid": {"passages_path": "path/to/passages", "index_path": "path/to/index"},
     "legacy": {"index_path": "path/to/index"},
 }
 

@@ -87,12 +87,15 @@ def _warn_of_code(path: str, flag: str, family: str) -> None:
     )
 
 
-def load_weights(model_class, path: str, flag: str, *, without_heads: bool = False, **kwargs) -> PreTrainedModel:
+def load_weights(
+    model_class, path: str, flag: str, *, without_heads: bool = False, with_pooler: bool = False, **kwargs
+) -> PreTrainedModel:
     """`from_pretrained` that refuses to start any weight at random, to leave one out or to take one that is no number.
 
     Args:
         without_heads: leave out what the checkpoint has beside the model, as a language model's output layer beside an
             encoder, and say so. What would belong inside the model is still refused: it has fewer layers than that.
+        with_pooler: BERT's pooler is a part of the model, as of a classifier.
     """
     cache_dir = kwargs.pop("cache_dir", None)
     access = {"cache_dir": cache_dir, **hub_access(path)}
@@ -102,9 +105,10 @@ def load_weights(model_class, path: str, flag: str, *, without_heads: bool = Fal
             path, dtype=torch.float32, output_loading_info=True, **access, **NOT_RUN, **kwargs
         )
         restore_buffers(model)
-    # BERT's pooler is part of many encoder checkpoints, and of none that is used here.
+    # BERT's pooler is part of many encoder checkpoints, and of no encoder that is used here.
     missing, unexpected = (
-        sorted(key for key in info[f"{kind}_keys"] if "pooler.dense" not in key) for kind in ("missing", "unexpected")
+        sorted(key for key in info[f"{kind}_keys"] if with_pooler or "pooler.dense" not in key)
+        for kind in ("missing", "unexpected")
     )
     if without_heads:
         heads = [key for key in unexpected if _is_beside(model, key)]

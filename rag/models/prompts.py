@@ -24,6 +24,8 @@ from rag.models.tokens import reading, token_rows
 PLAIN = "Title: {title}\nPassage: {text}\nQuestion: {question}\nAnswer:"
 PLAIN_CLOSED_BOOK = "Question: {question}\nAnswer:"
 CHAT = "{title}\n{text}\n\nAnswer the question with a few words of this passage.\nQuestion: {question}"
+# Sachan et al. 2022 (arXiv 2204.07496), section 2.2; in two parts, so that a long passage is cut before the second.
+PASSAGE, ASK_FOR_QUESTION = "Passage: {title} {text}.", " Please write a question based on this passage."
 TEMPLATE, CONTROL_TOKENS = "prompt_template", "control_tokens"  # attributes that `with_template` gives a tokenizer
 PLACEHOLDER = re.compile(r"\{(title|text|question)\}")
 
@@ -210,6 +212,43 @@ def encode_prompts(
     return rows, lengths, cut
 
 
+def passage_prompts(
+    tokenizer: Any, generator_config: Any, passages: list[tuple[str, str]], question: str, max_length: int, most: int
+) -> tuple[list[list[int]], list[int]]:
+    """What a generator reads of N passages before it says a question, and what it says.
+
+    An encoder-decoder is asked for a question. A language model reads its template up to where the question stands.
+
+    Args:
+        passages: titles and texts.
+        max_length: tokens of what is read; where there are more, the passage is cut at its end.
+        most: tokens of the question that are kept, its end token included.
+
+    Returns:
+        N rows, and the tokens of the question behind the one that the decoder starts with.
+    """
+    template = template_of(tokenizer)
+    if template is None:
+        before, after = _around(tokenizer)
+        heads = [PASSAGE.format(title=title, text=text) for title, text in passages]
+        after = token_rows(tokenizer, [ASK_FOR_QUESTION], special=False)[0] + after
+        says = list(encode_answers(tokenizer, [question], most)["input_ids"][0])
+        if says[0] != generator_config.decoder_start_token_id:
+            says.insert(0, generator_config.decoder_start_token_id)
+        heads_ids = token_rows(tokenizer, heads, special=False)
+    else:
+        before = _begin_ids(tokenizer)
+        heads_ids = _ids_of_each(
+            tokenizer, [_filled(tokenizer, template.head, title=title, text=text) for title, text in passages]
+        )
+        up_to = template.question[: template.question.index("{question}")].rstrip(" ") or "\n"
+        *after, start = token_rows(tokenizer, [up_to], special=False)[0]
+        ids = token_rows(tokenizer, [f" {_plain(tokenizer, question)}"], special=False)[0]
+        says = [start, *ids[: most - 1], tokenizer.eos_token_id]
+    room = max(0, max_length - len(before) - len(after))
+    return [[*before, *head[:room], *after] for head in heads_ids], says
+
+
 def encode_closed_book(tokenizer: Any, questions: list[str], max_length: int | None = None, **kwargs: Any) -> Any:
     """The prompts of a language model without retrieval, without their last token, padded as `kwargs` say.
 
@@ -273,12 +312,18 @@ def _ids_of_each(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def _begin_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text, unless the template has it already."""
     template = getattr(tokenizer, TEMPLATE)
+    before, _ = _around(tokenizer)
+    has_it = before and template.startswith(tokenizer.convert_ids_to_tokens(before[0]))
+    return [] if has_it else before
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before a text, and behind it."""
     with reading(tokenizer):
         whole = tokenizer("a")["input_ids"]
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    before = whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
-    has_it = before and template.startswith(tokenizer.convert_ids_to_tokens(before[0]))
-    return [] if has_it else before
+    start = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def _end_ids(tokenizer: Any) -> list[int]:

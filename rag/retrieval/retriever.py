@@ -26,11 +26,11 @@ from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens, settle_vector_size
 from rag.models.loading import MODEL_FLAG
-from rag.models.packed_encoder import can_pack, encode_packed
 from rag.models.prompts import encode_prompts, template_of, with_template
 from rag.models.questions import bare_questions, with_prompt
 from rag.models.tokens import token_rows
-from rag.packing import Heads, Packing, right_padded_lengths, to_device
+from rag.packing import Heads, right_padded_lengths, to_device
+from rag.retrieval.finding import Rescoring, find_passages
 
 # Contexts are padded to the longest of the batch, rounded up: tensor cores like multiples of 8.
 CONTEXT_MULTIPLE = 8
@@ -135,7 +135,7 @@ class RagKnowledgeRetriever(RagRetriever):
                 NaN or infinity.
         """
         queries = np.ascontiguousarray(question_hidden_states, dtype=np.float32)
-        has_vectors = isinstance(self.index, KnowledgeIndex) and not self.index.reads_text
+        has_vectors = isinstance(self.index, KnowledgeIndex) and self.index.reads_vectors
         if has_vectors and queries.shape[1:] != (self.index.vector_size,):
             raise UserError(
                 f"the question vectors have shape {queries.shape}, but {self.index.index_origin} searches for those of "
@@ -266,32 +266,6 @@ def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np
     return input_ids, mask.astype(np.int64)
 
 
-def reads_text(retriever: RagRetriever) -> bool:
-    """Whether the index reads the questions' words (BM25, given passages): no question encoder runs or trains."""
-    return isinstance(retriever.index, KnowledgeIndex) and retriever.index.reads_text
-
-
-def question_vectors(
-    question_encoder, retriever: RagRetriever, tokens, questions: list[str], lengths: np.ndarray | None = None
-) -> torch.Tensor:
-    """The query vectors of B questions, (B, d), on the device of the tokens, float32 of half-precision weights, too.
-
-    Args:
-        tokens: input_ids and attention_mask (B, S) of the questions, for an index of vectors.
-        questions: the same questions, for an index that reads text.
-        lengths: (B) tokens of each, on the host, so that they are read without padding and the device is not asked
-            where it is; None where that is not known.
-    """
-    if reads_text(retriever):
-        return torch.from_numpy(retriever.index.encode_questions(questions)).to(tokens["input_ids"].device)
-    if lengths is not None and can_pack(question_encoder):
-        packing = Packing(lengths, tokens["input_ids"].device)
-        vectors = encode_packed(question_encoder, packing.pack(tokens["input_ids"]), packing)
-    else:
-        vectors = question_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
-    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # float64 stays
-
-
 def require_n_docs(index: Index, n_docs: int) -> None:
     """Raise `UserError` if an index holds fewer passages than are to be fetched for each question.
 
@@ -320,7 +294,7 @@ class RetrievedContexts:
         input_ids: (B * n_docs, S) int64, the documents of a question in a row.
         attention_mask: (B * n_docs, S) int64.
         doc_scores: (B, n_docs), inner products of question and passage, differentiable in the question encoder, or
-            BM25 or given scores; -inf in a slot without a passage, so that it gets no probability.
+            BM25, fused, given or reranked scores; -inf in a slot without a passage, so that it gets no probability.
         doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
         docs: B dicts of the passages' columns, among them the lists "title" and "text".
         lengths: (B * n_docs) tokens of each context, on the host; None where padding stands before or between them.
@@ -347,6 +321,7 @@ def retrieve_contexts(
     texts: list[str] | None = None,
     questions: list[str] | None = None,
     lengths: np.ndarray | None = None,
+    rescore: Rescoring | None = None,
 ) -> RetrievedContexts:
     """Encode the questions, fetch their passages, tokenize the contexts (the first half of `RagModel.forward`).
 
@@ -359,32 +334,29 @@ def retrieve_contexts(
         texts: the questions as they were written, for an index that reads text; None for what their tokens say.
         questions: what their tokens say (`bare_questions`), where the device need not be asked for it.
         lengths: as of `question_vectors`.
+        rescore: as of `find_passages`.
     """
     n_docs, device = n_docs or rag.config.n_docs, input_ids.device
     if questions is None:
         questions = bare_questions(retriever.question_encoder_tokenizer, input_ids)
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
-    queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions, lengths)  # (B, d)
-    doc_embeds, doc_ids, docs = retriever.retrieve(
-        queries.detach().to("cpu", torch.float32).numpy(), n_docs
-    )  # (B, n_docs, d), (B, n_docs)
+    found = find_passages(rag.question_encoder, retriever, tokens, texts or questions, n_docs, lengths, rescore)
     heads = None
     if template_of(retriever.generator_tokenizer) is None:
         prefix = getattr(rag.generator.config, "prefix", None)
-        context_ids, context_mask = retriever.postprocess_docs(docs, questions, prefix, n_docs, return_tensors="pt")
+        context_ids, context_mask = retriever.postprocess_docs(
+            found.docs, questions, prefix, n_docs, return_tensors="pt"
+        )
     else:
-        *arrays, heads = retriever.prompts(docs, questions, n_docs)
+        *arrays, heads = retriever.prompts(found.docs, questions, n_docs)
         context_ids, context_mask = map(torch.from_numpy, arrays)
 
-    doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), device)
-    doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
-    missing = to_device(doc_ids < 0, device)
     return RetrievedContexts(
         input_ids=to_device(context_ids, device),
         attention_mask=to_device(context_mask, device),
-        doc_scores=doc_scores.masked_fill(missing, float("-inf")),
-        doc_ids=doc_ids,
-        docs=docs,
+        doc_scores=found.scores,
+        doc_ids=found.doc_ids,
+        docs=found.docs,
         lengths=right_padded_lengths(context_mask),
         n_tokens=int(context_mask.cpu().numpy().sum()),
         heads=heads,

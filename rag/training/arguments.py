@@ -20,6 +20,7 @@ from rag.distributed.meeting import node_problems, port_problems, rank_problems
 from rag.errors import UserError, raise_problems
 from rag.index.arguments import SearchArguments
 from rag.questions.arguments import DatasetArguments
+from rag.retrieval.arguments import RerankArguments
 from rag.training.flag_problems import contradictions, package_problems, range_problems, run_problems
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class ModelArguments:
 
 
 @dataclass
-class RetrievalArguments(SearchArguments):
+class RetrievalArguments(SearchArguments, RerankArguments):
     """Where passages come from."""
 
     _argument_group_name = "retrieval"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rag.command_line.trainer_flags import TrainerArguments
 from rag.distributed.meeting import timeout_problems
-from rag.index.arguments import READING_TEXT
+from rag.index.arguments import WITHOUT_ENCODER, teaches
+from rag.retrieval.arguments import UPR
 
 if TYPE_CHECKING:
     from rag.training import arguments
@@ -167,6 +168,7 @@ def _sharding_contradictions(args: "FinetuneArguments") -> list[str]:
         "--adafactor": (training.adafactor, "it needs whole rows and columns of a weight"),
         f"--encoder_layerdrop {model.encoder_layerdrop}": (model.encoder_layerdrop, LAYERS_LEFT_OUT),
         f"--decoder_layerdrop {model.decoder_layerdrop}": (model.decoder_layerdrop, LAYERS_LEFT_OUT),
+        f"--reranker {UPR}": (args.retrieval.reranker == UPR, "it reads the generator outside of a step"),
     }
     problems = [
         f"--strategy fsdp and {flag} contradict each other: {why}; leave one out"
@@ -198,7 +200,7 @@ def _adapter_contradictions(args: "FinetuneArguments") -> list[str]:
         problems.append("--lora_r and --freeze_generator contradict each other; give one of them")
     if model.question_encoder_lora_r is not None:
         given = ["--freeze_question_encoder"] if model.freeze_question_encoder else []
-        given += [f"--index_name {args.retrieval.index_name}"] if args.retrieval.index_name in READING_TEXT else []
+        given += list(_scores_that_teach_nothing(args.retrieval))
         problems += [f"--question_encoder_lora_r and {flag} contradict each other; give one of them" for flag in given]
     problems += _nothing_learns(args)
     if args.trainer.strategy == "fsdp" and (flag := _flag_of_frozen_parts(model)) is not None:
@@ -220,13 +222,26 @@ def _nothing_learns(args: "FinetuneArguments") -> list[str]:
 
 def _without_question_encoder(args: "FinetuneArguments") -> list[str]:
     """What leaves no question encoder to learn, as it was given."""
-    model, index_name = args.model, args.retrieval.index_name
+    model = args.model
+    scores = [f"{flag} ({why})" for flag, why in _scores_that_teach_nothing(args.retrieval).items()]
     others = {
         "--freeze_question_encoder": model.freeze_question_encoder,
-        f"--index_name {index_name} (which asks no question encoder)": index_name in READING_TEXT,
         f"--model_type {model.model_type} (which has no question encoder)": model.model_type in CLOSED_BOOK,
     }
-    return [flag for flag, is_given in others.items() if is_given]
+    return [flag for flag, is_given in others.items() if is_given] + scores
+
+
+def _scores_that_teach_nothing(retrieval: "RetrievalArguments") -> dict[str, str]:
+    """Flags of scores that have no gradient for the question encoder, and why."""
+    index_name, flags = retrieval.index_name, {}
+    if index_name in WITHOUT_ENCODER:
+        flags[f"--index_name {index_name}"] = "which asks no question encoder"
+    elif not teaches(index_name, retrieval.fusion, retrieval.dense_weight):
+        given = f"--fusion {retrieval.fusion}" if retrieval.fusion == "ranks" else "--dense_weight 0"
+        flags[given] = "whose scores have no gradient for the question encoder"
+    if retrieval.reranker is not None:
+        flags[f"--reranker {retrieval.reranker}"] = "whose scores have no gradient for the question encoder"
+    return flags
 
 
 def _retriever_loss_contradictions(args: "FinetuneArguments") -> list[str]:
@@ -347,7 +362,7 @@ def _lightning_1_contradictions(run: "RunArguments", trainer: TrainerArguments) 
 
 
 def _retrieval_contradictions(retrieval: "RetrievalArguments") -> list[str]:
-    if problems := retrieval.search_problems():
+    if problems := retrieval.search_problems() + retrieval.rerank_problems(retrieval.n_docs):
         return problems
     uses_ray = retrieval.distributed_retriever == "ray"
     if retrieval.retrieval_worker_gpus > 0 and not uses_ray:

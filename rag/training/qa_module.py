@@ -45,7 +45,10 @@ from rag.models.prompts import decode_answers
 from rag.models.questions import bare_questions
 from rag.packing import right_padded_lengths, to_device
 from rag.public_names import Replaced
-from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
+from rag.retrieval.arguments import UPR
+from rag.retrieval.finding import learns_from
+from rag.retrieval.reranking import open_reranker
+from rag.retrieval.retriever import RetrievedContexts, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
 from rag.training.flag_problems import fusion_problems
@@ -110,9 +113,11 @@ class GenerativeQAModule(BaseTransformer):
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
         self.is_fused = is_fusion(model)
         raise_problems(fusion_problems(args, self.is_fused, f"{MODEL_FLAG} {args.model.model_name_or_path}"))
-        # BM25 does without the question encoder, and so does a Fusion-in-Decoder's likelihood; parameters that get no
-        # gradient would keep other ranks waiting.
-        is_asked = bool(self.rag_loss) and not args.model.freeze_question_encoder and not reads_text(retriever)
+        self.rescore = self._reranker() if self.rag_loss else None
+        # BM25 does without the question encoder, and so do rerankers and a Fusion-in-Decoder's likelihood; parameters
+        # that get no gradient would keep other ranks waiting.
+        gets_gradients = bool(self.rag_loss) and self.rescore is None and learns_from(retriever)
+        is_asked = gets_gradients and not args.model.freeze_question_encoder
         self.lacks_a_teacher = is_asked and self.is_fused and self.retriever_loss is None
         self.question_encoder_is_frozen = bool(self.rag_loss) and (not is_asked or self.lacks_a_teacher)
         self._freeze()
@@ -183,6 +188,12 @@ class GenerativeQAModule(BaseTransformer):
         return add_flags(parser, RetrievalArguments)
 
     add_ray_specific_args = add_retriever_specific_args  # Ray's flags are among them
+
+    def _reranker(self):
+        """What --reranker names, no part of this module; None where it names nothing."""
+        retrieval = self.args.retrieval
+        depth = retrieval.depth_for(self.model.config.n_docs)
+        return open_reranker(retrieval.reranker, depth, self.model, self.answer_tokenizer)
 
     @property
     def generator(self):
@@ -327,6 +338,7 @@ class GenerativeQAModule(BaseTransformer):
         return retrieve_contexts(
             self.model.rag, self.retriever, ids, mask,
             texts=batch.get("source"), questions=batch["questions"], lengths=batch["question_lengths"],
+            rescore=self.rescore,
         )  # fmt: skip
 
     def _on_the_host(self, batch: dict) -> dict[str, Any]:
@@ -342,7 +354,8 @@ class GenerativeQAModule(BaseTransformer):
 
         On a CPU the two would share the cores: steps were measured to take 7% longer.
         """
-        return self.question_encoder_is_frozen and device.type != "cpu"
+        is_known = self.question_encoder_is_frozen and self.args.retrieval.reranker != UPR  # which changes at each step
+        return is_known and device.type != "cpu"
 
     def prefetch_retrieval(self, batch: dict) -> Future:
         """Retrieve for a batch in another thread, while the device works on the batch before.

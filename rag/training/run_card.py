@@ -100,6 +100,9 @@ def _results(module: "GenerativeQAModule", index: dict[str, Any]) -> list[EvalRe
     }
     if data.prefix:
         settings["prefix"] = data.prefix
+    if module.rescore is not None:
+        settings["reranker"] = public_name(module.args.retrieval.reranker or "")
+        settings["rerank_depth"] = module.rescore.depth
     name = public_name(data.name)
     return [
         EvalResult(

@@ -298,11 +298,11 @@ def test_a_killed_run_is_continued(run, rag_folder, files, monkeypatch):
     answer = predictors.answer_from_passages
     asked = []
 
-    def killed(args, model, retriever, questions, answers):
+    def killed(args, model, retriever, questions, answers, **rest):
         asked.extend(questions)
         if len(asked) > 6:
             raise KeyboardInterrupt
-        return answer(args, model, retriever, questions, answers)
+        return answer(args, model, retriever, questions, answers, **rest)
 
     monkeypatch.setattr(predictors, "answer_from_passages", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -346,10 +346,10 @@ def dtypes(monkeypatch):
     """The dtypes of the models that answered, and of the query vectors that were searched for."""
     used, original, retrieve = set(), predictors.answer_from_passages, RagKnowledgeRetriever.retrieve
 
-    def answer(plan, model, *args):
+    def answer(plan, model, *args, **rest):
         used.add(model.dtype)
         assert not torch.is_autocast_enabled("cpu")
-        return original(plan, model, *args)
+        return original(plan, model, *args, **rest)
 
     def searched(retriever, vectors, n_docs):
         assert vectors.dtype == np.float32

@@ -79,11 +79,11 @@ def in_a_batch_of_rank_one(act, number: int, rank: int) -> None:
     answer = predictors.answer_from_passages
     batches = []
 
-    def spoilt(*args):
+    def spoilt(*args, **rest):
         batches.append(args)
         if rank == 1 and len(batches) == number:
             act()
-        return answer(*args)
+        return answer(*args, **rest)
 
     predictors.answer_from_passages = spoilt
 

@@ -10,8 +10,12 @@ from transformers import BertConfig, BertModel
 
 import use_own_knowledge_dataset
 from rag.errors import UserError
+from rag.index.sources import open_index
+from rag.models.checkpoints import load_model, load_tokenizer
+from rag.retrieval.reranking import Upr
 from tests.conftest import DIMENSION, QUESTIONS, assert_equal_but_for_rounding
 from tests.knowledge.test_use_own_knowledge_dataset import run
+from tests.retrieval.test_distributed_pytorch_retriever import rag_config
 from use_own_knowledge_dataset import ENCODER_FLAG, main, parse_args
 
 TWO = [question for question, _ in QUESTIONS[:2]]
@@ -92,3 +96,70 @@ def test_what_cannot_be_searched(flags, question_encoder_folder, context_encoder
     with pytest.raises(UserError, match="is not finished; run the command that was building it"):
         search(tmp_path / "out", *given)
     shutil.rmtree(tmp_path / "out")
+
+
+def test_words_beside_vectors(flags, question_encoder_folder, question_encoder, bert_tokenizer, tmp_path, capsys):
+    run(flags)
+    given = ["--question_encoder_name_or_path", question_encoder_folder, "--n_docs", 3, "--index_name", "hybrid"]
+    found = search(tmp_path / "out", *given, "--dense_weight", 0.3)
+    index = open_index(
+        rag_config(
+            index_name="hybrid", dense_weight=0.3, passages_path=str(tmp_path / "out" / "my_knowledge_dataset"),
+            index_path=str(tmp_path / "out" / "my_knowledge_dataset_hnsw_index.faiss"),
+        )
+    )  # fmt: skip
+    index.init_index()
+    with torch.no_grad():
+        vectors = question_encoder(**bert_tokenizer(TWO, padding=True, return_tensors="pt"))[0].numpy()
+    scores, ids = index.search(np.concatenate([vectors, index.encode_questions(TWO)], axis=1), 3)
+    assert [[passage["id"] for passage in passages] for passages in found] == ids.tolist()
+    np.testing.assert_allclose([[passage["score"] for passage in passages] for passages in found], scores, atol=1e-4)
+    assert next(passage["id"] for passage in search(tmp_path / "out", *given, "--dense_weight", 0)[0]) == 0  # BM25's
+    assert main(parse_args(["--output_dir", str(tmp_path / "out"), "--verify"])) is not None
+    assert run(flags)  # what is there is reused
+
+
+def test_a_reranker_orders_what_was_found(flags, checkpoint, tmp_path):
+    run(flags)
+    folder = checkpoint()
+    found = search(
+        tmp_path / "out", "--rag_model_name", folder, "--reranker", "upr", "--rerank_depth", 6, "--n_docs", 2
+    )
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    plain = search(tmp_path / "out", "--rag_model_name", folder, "--n_docs", 6)
+    for question, own, passages in zip(TWO, found, plain, strict=True):
+        texts = [(passage["title"], passage["text"]) for passage in passages]
+        with torch.no_grad():
+            scores = Upr(model.generator, tokenizer.generator, 6, model.config.max_combined_length).log_likelihoods(
+                question, texts
+            )
+        order = scores.argsort(descending=True)[:2].tolist()
+        assert [passage["id"] for passage in own] == [passages[place]["id"] for place in order]
+        np.testing.assert_allclose([passage["score"] for passage in own], scores[order], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--search", "q", "--reranker", "upr"], "--reranker upr needs a generator; give --rag_model_name"),
+        (["--search", "q", "--fusion", "ranks"], "--fusion ranks is for --index_name hybrid, not custom"),
+        (["--search", "q", "--rerank_depth", "9"], "--rerank_depth 9 is for --reranker"),
+        (["--index_name", "hybrid"], "--index_name hybrid is for --search; leave it out"),
+        (["--reranker", "upr"], "--reranker upr is for --search; leave it out"),
+    ],
+)
+def test_flags_of_a_search_that_cannot_be_meant(words, problem, flags, tmp_path):
+    with pytest.raises(UserError, match=problem):
+        main(parse_args(["--output_dir", str(tmp_path / "out"), "--csv_path", str(flags["--csv_path"]), *words]))
+
+
+def test_words_alone_are_reranked_too_and_have_no_vectors(flags, checkpoint, tmp_path):
+    words = {name: flags[name] for name in ("--csv_path", "--output_dir")}
+    run(words | {"--index_factory": "bm25"})
+    with pytest.raises(UserError, match="has words alone and no vectors; leave it out"):
+        search(tmp_path / "out", "--index_name", "hybrid")
+    reranker = ["--rag_model_name", checkpoint(), "--reranker", "upr", "--n_docs", 2]
+    plain, found = search(tmp_path / "out", "--n_docs", 11), search(tmp_path / "out", *reranker)
+    for own, passages in zip(found, plain, strict=True):
+        assert len(own) == 2 and {passage["id"] for passage in own} <= {passage["id"] for passage in passages}
+        assert own[0]["score"] >= own[1]["score"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -107,6 +108,20 @@ def test_other_indexes_give_what_one_process_gives(kind, request, retriever):
         other.init_retrieval()
         for rows, n_docs in [(3, 2), (0, 3), (2, len(PASSAGES))]:
             same(other.retrieve(queries_of(rows, rows), n_docs), alone.retrieve(queries_of(rows, rows), n_docs))
+
+
+def test_vectors_and_words_travel_together(config, tmp_path, retriever):
+    shutil.copytree(Path(config.passages_path).parent, tmp_path / "own")  # beside which BM25's index is built
+    paths = {name: str(tmp_path / "own" / Path(getattr(config, name)).name) for name in ("passages_path", "index_path")}
+    hybrid = rag_config(index_name="hybrid", **paths)
+    alone = RagKnowledgeRetriever(hybrid, None, None)
+    words = alone.index.encode_questions(["the capital of norway", "the river tagus"])
+    queries = np.concatenate([queries_of(2, 2), words], axis=1)
+    with RetrievalWorkers(1) as workers:
+        other = RagRayDistributedRetriever(hybrid, None, None, workers)
+        other.init_retrieval()
+        same(other.retrieve(queries, 3), alone.retrieve(queries, 3))
+        same(other.retrieve(queries[:0], 3), alone.retrieve(queries[:0], 3))
 
 
 def test_workers_search_an_index_that_is_given(config, knowledge, alone, retriever):

@@ -214,11 +214,13 @@ def test_an_index_in_memory_is_saved_beside_the_checkpoint(on_disk, bert_tokeniz
     check(RagKnowledgeRetriever.from_pretrained(tmp_path / "third"))
 
 
-@pytest.fixture(params=["custom", "sharded_config", "legacy_config", "bm25", "given"])
+@pytest.fixture(params=["custom", "sharded_config", "legacy_config", "bm25", "hybrid", "given"])
 def some_config(request, on_disk, tmp_path):
     """Indexes of each kind whose parts are in files."""
     if request.param == "custom":
         return rag_config(**on_disk)
+    if request.param == "hybrid":
+        return rag_config(**on_disk | {"index_name": "hybrid"})
     if request.param == "bm25":
         return rag_config(index_name="bm25", passages_path=on_disk["passages_path"])
     if request.param == "given":
@@ -230,7 +232,9 @@ def some_config(request, on_disk, tmp_path):
 
 def answers(retriever) -> tuple:
     index = retriever.index
-    return retriever.retrieve(index.encode_questions(["two", "one"]) if index.reads_text else QUERIES, 2)
+    parts = [QUERIES] if index.reads_vectors else []
+    parts += [index.encode_questions(["two", "one"][: len(QUERIES)])] if index.reads_text else []
+    return retriever.retrieve(np.concatenate(parts, axis=1), 2)
 
 
 def same(one: tuple, two: tuple) -> None:
