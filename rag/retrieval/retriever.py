@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -338,6 +339,19 @@ class RetrievedContexts:
     heads: Heads | None = None
 
 
+class PassageScores(Protocol):
+    """Scores found passages by something else than their stored vectors."""
+
+    def candidates(self, n_docs: int) -> int:
+        """Passages a question that are searched for, of which `n_docs` are read."""
+
+    def best(self, queries: torch.Tensor, doc_ids: np.ndarray, docs: list[dict], n_docs: int) -> np.ndarray:
+        """The ids (B, n_docs) of those that score highest among (B, candidates)."""
+
+    def __call__(self, queries: torch.Tensor, docs: list[dict]) -> torch.Tensor:
+        """Queries (B, d) and B dicts of "title" and "text" to scores (B, n_docs)."""
+
+
 def retrieve_contexts(
     rag,
     retriever: RagRetriever,
@@ -347,6 +361,7 @@ def retrieve_contexts(
     texts: list[str] | None = None,
     questions: list[str] | None = None,
     lengths: np.ndarray | None = None,
+    fresh: "PassageScores | None" = None,
 ) -> RetrievedContexts:
     """Encode the questions, fetch their passages, tokenize the contexts (the first half of `RagModel.forward`).
 
@@ -359,6 +374,7 @@ def retrieve_contexts(
         texts: the questions as they were written, for an index that reads text; None for what their tokens say.
         questions: what their tokens say (`bare_questions`), where the device need not be asked for it.
         lengths: as of `question_vectors`.
+        fresh: scores what was found, in the place of the stored vectors, and may choose among more; None for these.
     """
     n_docs, device = n_docs or rag.config.n_docs, input_ids.device
     if questions is None:
@@ -366,8 +382,11 @@ def retrieve_contexts(
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
     queries = question_vectors(rag.question_encoder, retriever, tokens, texts or questions, lengths)  # (B, d)
     doc_embeds, doc_ids, docs = retriever.retrieve(
-        queries.detach().to("cpu", torch.float32).numpy(), n_docs
+        queries.detach().to("cpu", torch.float32).numpy(), n_docs if fresh is None else fresh.candidates(n_docs)
     )  # (B, n_docs, d), (B, n_docs)
+    if fresh is not None and doc_ids.shape[1] > n_docs:
+        doc_ids = fresh.best(queries.detach(), doc_ids, docs, n_docs)
+        docs = retriever.index.get_doc_dicts(doc_ids)
     heads = None
     if template_of(retriever.generator_tokenizer) is None:
         prefix = getattr(rag.generator.config, "prefix", None)
@@ -376,8 +395,11 @@ def retrieve_contexts(
         *arrays, heads = retriever.prompts(docs, questions, n_docs)
         context_ids, context_mask = map(torch.from_numpy, arrays)
 
-    doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), device)
-    doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
+    if fresh is None:
+        doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), device)
+        doc_scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)  # (B, n_docs)
+    else:
+        doc_scores = fresh(queries, docs)
     missing = to_device(doc_ids < 0, device)
     return RetrievedContexts(
         input_ids=to_device(context_ids, device),

@@ -44,6 +44,8 @@ from rag.public_names import Replaced
 from rag.retrieval.retriever import RetrievedContexts, reads_text, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
+from rag.training.context_encoder import FOLDER as CONTEXT_ENCODER
+from rag.training.context_encoder import FreshScores, open_context_encoder, save_context_encoder
 from rag.training.loading import (
     adapt,
     base_of_run,
@@ -105,6 +107,13 @@ class GenerativeQAModule(BaseTransformer):
         self.question_encoder_is_frozen = bool(self.rag_loss) and (
             args.model.freeze_question_encoder or reads_text(retriever)
         )
+        self.context_encoder, self.fresh_scores = None, None
+        if args.model.train_context_encoder and args.run.do_train:
+            self.context_encoder, self.context_tokenizer = open_context_encoder(args, retriever)
+            self.fresh_scores = FreshScores(
+                self.context_encoder, self.context_tokenizer, args.retrieval.over_retrieve,
+                packed=args.model.attn_implementation == "auto",
+            )  # fmt: skip
         self._freeze()
         if has_adapters(model) or args.model.freeze_generator:
             self.learn_beside(base_of_run(args))
@@ -305,6 +314,7 @@ class GenerativeQAModule(BaseTransformer):
         return retrieve_contexts(
             self.model.rag, self.retriever, ids, mask,
             texts=batch.get("source"), questions=batch["questions"], lengths=batch["question_lengths"],
+            fresh=self.fresh_scores,
         )  # fmt: skip
 
     def _on_the_host(self, batch: dict) -> dict[str, Any]:
@@ -320,7 +330,8 @@ class GenerativeQAModule(BaseTransformer):
 
         On a CPU the two would share the cores: steps were measured to take 7% longer.
         """
-        return self.question_encoder_is_frozen and device.type != "cpu"
+        is_known = self.question_encoder_is_frozen and self.context_encoder is None
+        return is_known and device.type != "cpu"
 
     def prefetch_retrieval(self, batch: dict) -> Future:
         """Retrieve for a batch in another thread, while the device works on the batch before.
@@ -505,3 +516,5 @@ class GenerativeQAModule(BaseTransformer):
                 backend.no_padding()
                 backend.no_truncation()
         save_model(self.model, folder, self.tokenizer, self.base, making_of(self))
+        if self.context_encoder is not None:
+            save_context_encoder(self.context_encoder, self.context_tokenizer, Path(folder) / CONTEXT_ENCODER)
