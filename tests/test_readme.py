@@ -58,6 +58,7 @@ RUN_ON_EACH_PAGE = {
         "eval_rag",
     ],
     "docs/retrievers.md": ["use_own_knowledge_dataset"],
+    "docs/training_the_retriever.md": ["finetune_rag", "eval_rag"],
     "docs/knowledge.md": [
         "use_own_knowledge_dataset",
         "finetune_rag",

@@ -202,7 +202,7 @@ class GenerativeQAModule(BaseTransformer):
         if stage == "fit":
             self.train()  # transformers loads models in evaluation mode, which Lightning leaves as it is
             if self.trainer.is_global_zero:
-                print(learning_summary(self.model), flush=True)
+                print(learning_summary(self.model, self.context_encoder), flush=True)
         if self.retriever is not None:
             self.retriever.init_retrieval()
 

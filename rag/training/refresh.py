@@ -278,8 +278,11 @@ class IndexRefresh(Callback):
             step = int(folder.name.removeprefix("step_"))
             if step not in spoken_of:
                 remove(folder)
-            elif step not in searched:
+                continue
+            if step not in searched:
                 remove(folder / KNOWLEDGE)
+            if at_the_end or step not in searched:
+                remove(folder / f"{KNOWLEDGE}.log")
         if at_the_end and not any((self.output_dir / REFRESH).glob("*")):
             remove(self.output_dir / REFRESH)
 

@@ -8,11 +8,13 @@ import torch
 from transformers import BertConfig, BertModel, RagTokenizer
 
 from rag.errors import UserError
-from rag.models.checkpoints import load_model
+from rag.knowledge.embedding import embed
+from rag.models.checkpoints import load_model, load_tokenizer
 from rag.models.encoders import load_encoder
+from rag.models.pooled_encoder import PooledEncoder, PooledEncoderConfig
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 from rag.training.arguments import parse_args
-from rag.training.context_encoder import FreshScores, open_context_encoder
+from rag.training.context_encoder import FreshScores, open_context_encoder, save_context_encoder
 from rag.training.qa_module import GenerativeQAModule
 from rag.training.retriever_loss import RETRIEVER_LOSSES
 from tests.conftest import QUESTIONS, assert_equal_but_for_rounding, in_float64
@@ -223,3 +225,21 @@ def test_padded_and_packed_passages_have_the_same_vectors(module_of):
     padded = FreshScores(module.context_encoder, module.context_tokenizer, packed=False)
     assert module.fresh_scores.packed and not padded.packed
     torch.testing.assert_close(module.fresh_scores.read(passages), padded.read(passages), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_pooled_encoder_reads_as_the_knowledge_build_does(pooling, bert_tokenizer, tmp_path):
+    """With its prompt, lower-cased, normalized; and it is written as it was."""
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(bert_tokenizer), **sizes))
+    settings = {"pooling": pooling, "normalize": True, "passage_prompt": "a city ", "lower_case": True}
+    encoder = PooledEncoder(PooledEncoderConfig(backbone=bert.config, **settings), bert).eval()
+    passages = [("Oslo", "Oslo is the capital of Norway"), ("", "a River"), ("Rome", "Rome lies on the tiber")]
+    expected = embed(dict(zip(("title", "text"), zip(*passages, strict=True), strict=True)), encoder, bert_tokenizer)
+    save_context_encoder(encoder, bert_tokenizer, tmp_path / "encoder")
+    written = load_encoder(str(tmp_path / "encoder"), "context"), load_tokenizer(str(tmp_path / "encoder"))
+    for parts in ((encoder, bert_tokenizer), written):
+        for packed in (True, False):
+            found = FreshScores(*parts, packed=packed).read(passages).detach().numpy()
+            np.testing.assert_allclose(found, expected["embeddings"], rtol=1e-5, atol=1e-5)
