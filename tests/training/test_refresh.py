@@ -14,7 +14,6 @@ import use_own_knowledge_dataset
 from rag.errors import UserError
 from rag.index.index_files import read_description
 from rag.index.knowledge_index import KnowledgeIndex
-from rag.knowledge import reembedding
 from rag.knowledge.arguments import KnowledgeArguments
 from rag.knowledge.embedding import embed
 from rag.models.checkpoints import load_tokenizer
@@ -241,7 +240,7 @@ def test_what_cannot_be_made_anew_is_refused(words, own, model_folder, tmp_path)
         run(model_folder, data, tmp_path / "other", *flags, "--over_retrieve", 9)
 
 
-# --- The build, and ranks ---------------------------------------------------------------------------------------------
+# --- Ranks ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -258,23 +257,3 @@ def test_two_ranks_take_the_index_together(retriever, whole, words, model_folder
     np.testing.assert_allclose(vectors_of(tmp_path / "out/knowledge"), vectors_of(whole / "knowledge"), atol=0.02)
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["callbacks"]["IndexRefresh"]
     assert state == {"current": 2, "pending": None}
-
-
-def test_an_index_of_an_unknown_origin_becomes_the_usual_kind(knowledge, context_encoder_folder, tmp_path, capsys):
-    args = reembedding.ReembeddingArguments(
-        knowledge["passages_path"], knowledge["index_path"], str(context_encoder_folder), str(tmp_path / "out")
-    )
-    made = reembedding.main(args)
-    description = read_description(made.passages_path)
-    assert (description.factory, description.passages, made.reused) == ("HNSW128,Flat", 8, False)
-    assert "does not say of which kind it is: HNSW128,Flat is built" in capsys.readouterr().out
-    assert reembedding.main(args).reused
-    encoder = load_encoder(str(context_encoder_folder), "context")
-    with torch.no_grad():
-        next(encoder.parameters()).mul_(2)
-    other = shutil.copytree(context_encoder_folder, tmp_path / "other")
-    encoder.save_pretrained(other)
-    before = vectors_of(tmp_path / "out")
-    args.encoder = str(other)
-    assert not reembedding.main(args).reused  # what was there, of other weights, makes room
-    assert not np.allclose(vectors_of(tmp_path / "out"), before)
