@@ -115,8 +115,9 @@ class IndexRefresh(Callback):
             lefts = "step_*" if trainer.ckpt_path is None else ".*"  # an earlier run's; what a kill left half removed
             for left in (self.output_dir / REFRESH).glob(lefts):
                 remove(left)
-        if self.schedule is None:
+        if self.given is None:
             return
+        self.pending = None if self.schedule is None else self.pending
         for step in (self.current, self.pending):
             if step is not None:
                 self.ranks.on_rank_zero("context encoder of a refresh", partial(self._find, trainer, step))
@@ -323,9 +324,10 @@ class IndexRefresh(Callback):
             self.build.start()
         failure = self._await("embedding of all passages") or self._take(pl_module.retriever, knowledge)
         if failure is not None:
-            raise UserError(
-                f"--output_dir {self.output_dir}: {encoder.name} is trained, but its index could not be built "
-                f"({failure}); the same command goes on with it"
+            raise_on_all_ranks(
+                trainer,
+                f"--output_dir {self.output_dir}: {shown(encoder)} is trained, but its index could not be built "
+                f"({failure}); the same command goes on with it",
             )
         pl_module.fresh_scores = None  # stored vectors are the encoder's own again
         if trainer.is_global_zero:

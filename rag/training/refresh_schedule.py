@@ -51,8 +51,8 @@ class RefreshSchedule:
 
     def swap_step(self, begun: int) -> int:
         """Behind how many steps the index of the refresh that began at `begun` is taken: an interval later, or sooner
-        where another refresh begins."""
-        interval = next(one.interval for one in self.ranges if one.holds(begun))
+        where another refresh begins; at once where it began by another schedule."""
+        interval = next((one.interval for one in self.ranges if one.holds(begun)), 0)
         later = [due for one in self.ranges if (due := one.first_behind(begun)) is not None]
         return min([begun + interval, *later])
 

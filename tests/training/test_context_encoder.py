@@ -114,7 +114,14 @@ def test_a_slot_without_a_passage_scores_nothing_and_the_encoder_has_a_gradient_
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--freeze_generator", "--freeze_question_encoder", "--question_encoder_lora_r 2"]
+    "flags",
+    [
+        "",
+        "--freeze_generator",
+        "--freeze_question_encoder",
+        "--freeze_generator --freeze_question_encoder",
+        "--question_encoder_lora_r 2",
+    ],
 )
 @pytest.mark.parametrize("loss", ["marginal", *RETRIEVER_LOSSES])
 def test_it_learns_from_every_loss(loss, flags, module_of, bert_tokenizer):

@@ -67,7 +67,7 @@ def test_a_schedule_names_steps_and_when_their_index_is_taken():
     assert [schedule.swap_step(step) for step in (500, 1000, 2000)] == [1000, 2000, 3000]
     sooner = RefreshSchedule.parse("0-900:800,1000-1300:100")
     assert [step for step in range(2000) if sooner.is_due(step)] == [800, 1000, 1100, 1200]
-    assert [sooner.swap_step(step) for step in (800, 1000, 1200)] == [1000, 1100, 1300]
+    assert [sooner.swap_step(step) for step in (800, 1000, 1200, 1500)] == [1000, 1100, 1300, 1500]
 
 
 @pytest.mark.parametrize(
