@@ -79,6 +79,15 @@ class RagPyTorchDistributedRetriever(RagKnowledgeRetriever):
             index.leave_slice(fallback)
         return fallback is None
 
+    def _open_search(self, index, paths: tuple[str, str]) -> None:
+        """Rank 0 opens the index, or every rank its part."""
+        assert self.ranks is not None, "call init_retrieval() on every rank first"
+        if self.is_sliced:
+            if (fallback := index.init_slice(self.ranks.rank, self.ranks.size)) is not None:
+                raise UserError(fallback)
+        elif self.ranks.rank == 0:
+            super()._open_search(index, paths)
+
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """As the parent's. Collective: every rank calls this equally often, with any number of queries, also none."""
         assert self.ranks is not None, "call init_retrieval() on every rank first"

@@ -80,6 +80,9 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         self.given_index = index
         self.timeout = timeout
         self.pools: list[ActorPool] = []  # one for each shard
+        # Passages and index that the workers have opened last, and that are searched in place of the config's.
+        self.opened: tuple[str, str] | None = None
+        self.knowledge: tuple[str, str] | None = None
 
     @classmethod
     def from_pretrained(cls, retriever_name_or_path, actor_handles, indexed_dataset=None, **kwargs):
@@ -107,6 +110,20 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
             call_all(pools[0], "init_retrieval", timeout=self.timeout)
         self.pools = [ActorPool(actors, self.timeout) for actors in pools]
 
+    def _open_search(self, index, paths: tuple[str, str]) -> None:
+        """Have the workers open the index; one that dies and is restarted opens it by the next search."""
+        if not self.retrieval_workers:
+            super()._open_search(index, paths)
+            return
+        assert self.pools, "call init_retrieval() first"
+        actors = list(dict.fromkeys(actor for pool in self.pools for actor in pool.actors))
+        call_all(actors, "open_beside", *paths, timeout=self.timeout)
+        self.opened = paths
+
+    def take_index(self, index) -> None:
+        super().take_index(index)
+        self.knowledge = self.opened
+
     def _search(self, queries: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
         """As the parent's, in one actor of each shard, all at the same time."""
         if not self.retrieval_workers:
@@ -118,7 +135,8 @@ class RagRayDistributedRetriever(RagKnowledgeRetriever):
         data = queries.tobytes()
         if len(self.pools) > 1:
             data = ray.put(data)  # once for all shards
-        searches = [pool.begin(data, queries.shape[1], n_docs) for pool in self.pools]
+        asked = (data, queries.shape[1], n_docs, *([] if self.knowledge is None else [self.knowledge]))
+        searches = [pool.begin(*asked) for pool in self.pools]
         answers = [pool.finish(search, deadline) for pool, search in zip(self.pools, searches, strict=True)]
         if len(answers) > 1:
             doc_ids = best_of_shards([(scores, ids) for scores, ids, _ in answers], n_docs)

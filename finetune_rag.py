@@ -8,7 +8,8 @@
 DATA holds train|val|test .source and .target, one example a line. In its place --dataset_name takes OWNER/NAME on the
 hub, or a local folder of Parquet, JSONL or CSV files. OUT receives metrics.json, hparams.json, git_log.json, the best
 three checkpoints by exact match (Lightning's and, as checkpoint1, checkpoint2, ..., Hugging Face's) and, with
---do_predict, test_results.txt and test_generations.txt. If a run is killed, the same command resumes it.
+--do_predict, test_results.txt and test_generations.txt. With --train_context_encoder it receives passages and index of
+the trained context encoder, too, as `knowledge`. If a run is killed, the same command resumes it.
 """
 
 import logging
@@ -114,6 +115,8 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     callbacks = build_callbacks(args)
     if not only_tests:  # a test leaves the description of the run that trained
         callbacks.append(RunDescription(lambda: write_run_description(args)))
+    refresh = _index_refresh(args)
+    callbacks += [] if refresh is None else [refresh]
     trainer = build_trainer(args, callbacks, build_logger(args))
     model, tokenizer = load_model_and_tokenizer(args)
     with refusals(args), ended_together(trainer), _retriever(args, model, tokenizer) as retriever:
@@ -127,11 +130,22 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
                 trainer.fit(module, datamodule=data, ckpt_path=args.run.resume_from_checkpoint)
             metrics |= trainer.callback_metrics
             checkpoint_to_test = trainer.checkpoint_callback.best_model_path or None
+            if refresh is not None and checkpoint_to_test is not None:
+                refresh.finish(trainer, module, Path(checkpoint_to_test).with_suffix(""))
         if args.run.do_predict:
             with going_back_to(checkpoint_to_test):
                 trainer.test(module, datamodule=data, ckpt_path=checkpoint_to_test, verbose=False)
             metrics |= trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _index_refresh(args: FinetuneArguments):
+    """What has the index follow a context encoder that learns; None where none does."""
+    if not (args.model.train_context_encoder and args.run.do_train):
+        return None
+    from rag.training.refresh import IndexRefresh
+
+    return IndexRefresh(args)
 
 
 def write_run_description(args: FinetuneArguments) -> None:
@@ -154,6 +168,8 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
     parts, retrieval = (model.config, tokenizer.question_encoder, tokenizer.generator), args.retrieval
     with RETRIEVERS[retrieval.distributed_retriever](args, parts) as retriever:
         require_n_docs(retriever.index, model.config.n_docs)
+        if args.retrieval.over_retrieve is not None:
+            require_n_docs(retriever.index, args.retrieval.over_retrieve, "--over_retrieve")
         if retriever.config.index_name == "given":
             _check_given_passages(args, retriever)
         elif retrieval.reranker is not None and not args.model.freeze_question_encoder:

@@ -322,10 +322,10 @@ def open_encoder(
     from rag.index.index_files import IndexDescription, pooling_of
     from rag.knowledge.embedding import PassageEmbedder
     from rag.knowledge.precision import settle_precision
-    from rag.knowledge.reading import PassageReader
     from rag.models.checkpoints import load_tokenizer, weights_digest
     from rag.models.encoders import describe_encoder, encoder_dimension, load_encoder
     from rag.models.fit import require_reading, vocabulary_problems
+    from rag.models.passages import PassageReader
     from rag.models.precision import name_of
 
     name = args.dpr_ctx_encoder_model_name

@@ -59,6 +59,7 @@ RUN_ON_EACH_PAGE = {
     ],
     "docs/fusion_in_decoder.md": ["consolidate_rag_checkpoint", "finetune_rag", "eval_rag"],
     "docs/retrievers.md": ["use_own_knowledge_dataset"],
+    "docs/training_the_retriever.md": ["finetune_rag", "eval_rag"],
     "docs/knowledge.md": [
         "use_own_knowledge_dataset",
         "finetune_rag",

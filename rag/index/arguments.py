@@ -20,6 +20,7 @@ WIKI_FLAGS = ("dataset", "dataset_encoding", "use_dummy_dataset")
 # FAISS counts in 32 bits; an index allows less, by its size (rag/index/faiss_opening.py).
 MOST_EFFORT = 2**31 - 1
 WITHOUT_ENCODER = ("bm25", "given")  # kinds that read a question's words alone, so that no question encoder runs
+READING_TEXT = (*WITHOUT_ENCODER, "hybrid")  # kinds that read a question's words
 FUSION_FLAGS = ("fusion", "dense_weight", "hybrid_depth")
 HYBRID_DEPTH = 100
 # Of the dense part, by the fusion: docs/better_passages.md has the sweep over training questions. Cormack et al. 2009

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from rag.errors import UserError
 from rag.knowledge.precision import machine_precision
-from rag.knowledge.reading import PassageReader
 from rag.knowledge.shards import PASSAGES_PER_SHARD, Passages
 from rag.knowledge.token_batches import ahead, cut_batches, tokens_that_fit
 from rag.models.packed_encoder import can_pack, encode_packed
+from rag.models.passages import PassageReader
 from rag.packing import Packing, has_ragged_kernel
 
 # Pieces that are read and tokenized, and batches whose vectors are on their way back, while a GPU encodes another one.

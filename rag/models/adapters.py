@@ -188,9 +188,10 @@ def _short_names(part: PreTrainedModel, layers: list[str]) -> set[str]:
     return {name if (last := name.rpartition(".")[2]) in others else last for name in layers}
 
 
-def learning_summary(model: PreTrainedModel) -> str:
-    """One line: what of a model learns."""
-    weights = {id(weight): weight for weight in model.parameters()}.values()
+def learning_summary(model: PreTrainedModel, beside: PreTrainedModel | None = None) -> str:
+    """One line: what of a model learns, and of another one that is trained with it."""
+    both = [model] if beside is None else [model, beside]
+    weights = {id(weight): weight for part in both for weight in part.parameters()}.values()
     learning = sum(weight.numel() for weight in weights if weight.requires_grad)
     whole = sum(_size(weight) for weight in weights)
     parts = []

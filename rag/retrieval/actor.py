@@ -7,6 +7,7 @@ It is a file of its own because an actor that died is back the sooner the less i
 transformers, whose import takes seconds.
 """
 
+import copy
 import json
 import os
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import faiss
 import numpy as np
 
+from rag.index.knowledge_index import KnowledgeIndex
 from rag.index.sources import open_index
 from rag.retrieval.remote import search_to_send, top_docs
 
@@ -41,6 +43,7 @@ class RayRetriever:
         self.config = config
         self.shard = shard
         self.index = index
+        self.beside: dict[tuple[str, str], KnowledgeIndex] = {}  # opened in its place, by passages and index
         # Ray sets OMP_NUM_THREADS to 1 for an actor that reserves no more cores.
         faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_on_node))
 
@@ -49,6 +52,7 @@ class RayRetriever:
 
         The tokenizers are the public suite's arguments; an actor only searches.
         """
+        self.config = config if self.config is None else self.config
         if self.index is None:
             self.index = open_index(config) if index is None else index
 
@@ -58,6 +62,8 @@ class RayRetriever:
         Returns:
             Why a device that was to search does not, if so.
         """
+        if self.index is None and self.beside:  # one that was taken in its place
+            return None
         self.create_rag_retriever(self.config, None, None, None)
         if not self.index.is_initialized():
             self.index.init_index(*([] if self.shard is None else [self.shard]))  # transformers' take no argument
@@ -76,19 +82,39 @@ class RayRetriever:
         self.init_retrieval()
         return top_docs(self.index, question_hidden_states, n_docs)
 
+    def open_beside(self, passages_path: str, index_path: str) -> None:
+        """Open another index over the same passages; a second call does nothing."""
+        if (passages_path, index_path) in self.beside:
+            return
+        config = copy.copy(self.config)
+        config.index_name, config.passages_path, config.index_path = "custom", passages_path, index_path
+        index = open_index(config)
+        index.init_index(self.shard)
+        self.beside[passages_path, index_path] = index
+
     def search(
-        self, queries: bytes, dimension: int, n_docs: int
+        self, queries: bytes, dimension: int, n_docs: int, knowledge: tuple[str, str] | None = None
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
         """`retrieve` for ranks that have mapped the same passages: embeddings travel only where these lack them.
 
         Args:
             queries: bytes of a float32 array (B, dimension), which Ray passes on in less time than the array.
+            knowledge: passages and index to search in place of those of the config, which are let go of then.
 
         Returns:
             scores (B, n_docs) float32 where one shard of several is held, else None; doc_ids (B, n_docs) int64; and
             their embeddings (B, n_docs, d) float32, or None where the passages hold them.
         """
-        self.init_retrieval()
+        if knowledge is None:
+            self.init_retrieval()
+            index = self.index
+        else:
+            knowledge = knowledge[0], knowledge[1]
+            self.open_beside(*knowledge)
+            index = self.beside[knowledge]
+            if len(self.beside) > 1 and next(iter(self.beside)) != knowledge:  # not one that is yet to be taken
+                del self.beside[next(iter(self.beside))]
+            self.index = None
         array = np.frombuffer(queries, dtype=np.float32).reshape(-1, dimension)
-        scores, doc_ids, vectors = search_to_send(self.index, array, n_docs)
+        scores, doc_ids, vectors = search_to_send(index, array, n_docs)
         return None if self.shard is None else scores, doc_ids, vectors

@@ -70,12 +70,18 @@ class FoundPassages:
 
 
 class Rescoring(Protocol):
-    """Scores in the place of those that the index gives: `depth` passages are fetched, and the best of them kept."""
+    """Scores in the place of those that the index gives: `depth` passages are fetched, and the best of them kept.
+
+    Attributes:
+        depth: passages a question that are fetched, n_docs at least.
+        learns: whether the scores have gradients; those of the passages that are kept are then taken with them.
+    """
 
     depth: int
+    learns: bool
 
     def __call__(self, found: FoundPassages) -> torch.Tensor:
-        """The logits of p(passage | question) (B, depth), on the device of the queries."""
+        """The logits of p(passage | question), as many as were found a question, on the device of the queries."""
 
 
 def find_passages(
@@ -102,10 +108,16 @@ def find_passages(
     found = FoundPassages(queries, questions, doc_ids, docs, _masked(scores, doc_ids))
     if rescore is None:
         return found
-    scores = _masked(rescore(found), doc_ids)
+    is_choice, with_gradients = fetched > n_docs, torch.is_grad_enabled()
+    with torch.set_grad_enabled(with_gradients and not is_choice):
+        scores = _masked(rescore(found), doc_ids)
     order = scores.detach().argsort(dim=1, descending=True, stable=True)[:, :n_docs]
     doc_ids = np.take_along_axis(doc_ids, order.cpu().numpy(), axis=1)
-    return replace(found, doc_ids=doc_ids, docs=retriever.index.get_doc_dicts(doc_ids), scores=scores.gather(1, order))
+    docs = retriever.index.get_doc_dicts(doc_ids)
+    found = replace(found, doc_ids=doc_ids, docs=docs, scores=scores.gather(1, order))
+    if is_choice and with_gradients and rescore.learns:
+        found.scores = _masked(rescore(found), doc_ids)
+    return found
 
 
 def _masked(scores: torch.Tensor, doc_ids: np.ndarray) -> torch.Tensor:

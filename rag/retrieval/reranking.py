@@ -13,8 +13,7 @@ CrossEncoder   one logit of the pair of question and passage, as sentence-transf
 The scores are the logits of p(passage | question), as the index's are without a reranker. They have no gradient.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from rag.models.checkpoints import load_tokenizer
 from rag.models.fit import vocabulary_problems
 from rag.models.limits import most_tokens
 from rag.models.loading import load_config, load_weights
+from rag.models.modes import evaluating
 from rag.models.prompts import passage_prompts
 from rag.models.tokens import reading
 from rag.packing import to_device
@@ -59,6 +59,8 @@ class Upr:
         depth: passages a question.
         most: tokens of a passage's prompt; more are cut off the passage.
     """
+
+    learns = False
 
     def __init__(self, generator: PreTrainedModel, tokenizer: Any, depth: int, most: int = ANY_LENGTH):
         self.generator = generator
@@ -105,19 +107,6 @@ class Upr:
         return -torch.cat(nll).view(len(rows), -1).sum(1).float()
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class CrossEncoder:
     """The one logit of a classifier that reads question and passage side by side.
 
@@ -126,6 +115,8 @@ class CrossEncoder:
         tokenizer: of the model.
         depth: passages a question.
     """
+
+    learns = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, depth: int):
         self.model = model

@@ -6,10 +6,12 @@
 A subclass changes only where the search runs (`_search`); passage text is read on the rank that needs it.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,6 +119,35 @@ class RagKnowledgeRetriever(RagRetriever):
         """Open the index; a second call does nothing."""
         if not self.index.is_initialized():
             self.index.init_index()
+
+    def open_beside(self, passages_path: str, index_path: str) -> KnowledgeIndex:
+        """Another index over the same passages, opened for `take_index`; until then the old one is searched.
+
+        Not collective: each rank opens what it searches and reads. Vectors that a device holds make room for the new
+        ones first.
+
+        Raises:
+            UserError: it cannot be opened, or holds another number of passages.
+        """
+        config = copy.copy(self.config)
+        config.index_name, config.passages_path, config.index_path = "custom", passages_path, index_path
+        index = open_index(config)
+        if len(index) != len(self.index):
+            raise UserError(
+                f"--index_path {index_path} is of {len(index)} passages, and {len(self.index)} were searched so far"
+            )
+        if isinstance(self.index, KnowledgeIndex):
+            self.index.device_search = None
+        self._open_search(index, (passages_path, index_path))
+        return index
+
+    def _open_search(self, index: KnowledgeIndex, paths: tuple[str, str]) -> None:
+        """Open what is searched for this process of an index; `paths` are those of its passages and its FAISS file."""
+        index.init_index()
+
+    def take_index(self, index: Any) -> None:
+        """Search an index that `open_beside` has opened from now on. Every rank calls this between two retrievals."""
+        self.index = index
 
     def retrieve(self, question_hidden_states: np.ndarray, n_docs: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
         """The `n_docs` passages of largest inner product for each question, best first.
@@ -266,13 +297,13 @@ def _padded(rows: list[list[int]], pad_token_id: int, multiple: int) -> tuple[np
     return input_ids, mask.astype(np.int64)
 
 
-def require_n_docs(index: Index, n_docs: int) -> None:
+def require_n_docs(index: Index, n_docs: int, flag: str = "--n_docs") -> None:
     """Raise `UserError` if an index holds fewer passages than are to be fetched for each question.
 
     Passages that were found already may be fewer for any question.
     """
     if isinstance(index, KnowledgeIndex) and not isinstance(index, GivenPassages) and n_docs > len(index):
-        raise UserError(f"--n_docs {n_docs} is more than the {len(index)} passages of the index; ask for fewer")
+        raise UserError(f"{flag} {n_docs} is more than the {len(index)} passages of the index; ask for fewer")
 
 
 def require_passages_for(index: Index, questions: Iterable[str], source: str, prefix: str = "") -> None:

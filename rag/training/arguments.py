@@ -46,6 +46,14 @@ class ModelArguments:
     attention_dropout: float | None = flag(None, "Dropout probability of its attention; left out, the checkpoint's.")
     label_smoothing: float = flag(0.0, "Share of the probability spread over the vocabulary; 0 is the plain loss.")
     freeze_question_encoder: bool = flag(False, "Leave the question encoder as it is: a remedy for collapse.")
+    train_context_encoder: bool = flag(
+        False,
+        "Train the encoder of the passages, too: found passages are read and scored anew in each step: "
+        "docs/training_the_retriever.md.",
+    )
+    context_encoder_name_or_path: str | None = flag(
+        None, "That encoder: the one that made the index; left out, the one that the index names."
+    )
     freeze_generator: bool = flag(
         False, "Leave the generator as it is, without dropout: the question encoder alone learns, through it."
     )
@@ -100,6 +108,20 @@ class RetrievalArguments(SearchArguments, RerankArguments):
     ray_address: str = flag("auto", "Address of the Ray cluster; auto finds the one on this machine.")
     num_retrieval_workers: int = flag(1, "Ray processes that hold the index; only with --distributed_retriever ray.")
     retrieval_worker_gpus: float = flag(0.0, "Share of a GPU for each of them, which then searches on it.")
+    over_retrieve: int | None = flag(
+        None,
+        "Passages a question that are searched for, scored by the context encoder as it is now, and of which the best "
+        "--n_docs are read; left out, --n_docs.",
+    )
+    refresh_index: str | None = flag(
+        None,
+        "When passages are embedded anew beside the training, as steps:interval, such as 0-1000:500,1000-:1000; left "
+        "out, at the training's end alone.",
+    )
+    refresh_device: str | None = flag(
+        None, "Where they are embedded: cpu, cuda:1, or ray for tasks on its cluster; left out, the CPU."
+    )
+    refresh_processes: int = flag(1, "Processes that embed them.")
     distributed_port: int = flag(-1, "Without effect: retrieval uses a group inside the running job, not a port.")
 
 
@@ -147,6 +169,7 @@ class TrainingArguments:
     _argument_group_name = "training"
     learning_rate: float = flag(5e-5, "Peak learning rate.")
     question_encoder_learning_rate: float | None = flag(None, "The question encoder's; left out, --learning_rate.")
+    context_encoder_learning_rate: float | None = flag(None, "The context encoder's; left out, --learning_rate.")
     decoder_learning_rate: float | None = flag(None, "The generator's decoder's; left out, --learning_rate.")
     lr_scheduler: Literal["linear", "cosine", "cosine_w_restarts", "polynomial"] = flag(
         "linear", "How the learning rate goes down after the warm-up."

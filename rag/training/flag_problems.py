@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rag.command_line.trainer_flags import TrainerArguments
 from rag.distributed.meeting import timeout_problems
-from rag.index.arguments import WITHOUT_ENCODER, teaches
+from rag.index.arguments import READING_TEXT, WITHOUT_ENCODER, device_problems, teaches
 from rag.retrieval.arguments import UPR
+from rag.training.refresh_schedule import schedule_problems
 
 if TYPE_CHECKING:
     from rag.training import arguments
@@ -66,7 +67,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         """num_retrieval_workers max_source_length max_target_length num_processes train_batch_size eval_batch_size
         num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length num_nodes
-        check_val_every_n_epoch lora_r question_encoder_lora_r""",
+        check_val_every_n_epoch lora_r question_encoder_lora_r over_retrieve refresh_processes""",
         lambda value: value >= 1,
         "must be 1 or more",
     ),
@@ -82,7 +83,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         "must be 0 or more",
     ),
     (
-        "learning_rate question_encoder_learning_rate decoder_learning_rate",
+        "learning_rate question_encoder_learning_rate context_encoder_learning_rate decoder_learning_rate",
         lambda value: 0 <= value <= LARGEST_LEARNING_RATE,
         f"must be 0 or more, and {LARGEST_LEARNING_RATE:g} or less: 5e-5 is usual",
     ),
@@ -144,7 +145,7 @@ def contradictions(args: "FinetuneArguments") -> list[str]:
     problems += _adapter_contradictions(args) + _retriever_loss_contradictions(args) + _length_contradictions(args)
     if args.model.model_type is not None:  # else the checkpoint says it
         problems += fusion_problems(args, args.model.model_type == "fid", f"--model_type {args.model.model_type}")
-    problems += _sharding_contradictions(args)
+    problems += _sharding_contradictions(args) + _context_encoder_contradictions(args)
     return problems + _gpu_contradictions(run, trainer) + _lightning_1_contradictions(run, trainer)
 
 
@@ -211,6 +212,48 @@ def _adapter_contradictions(args: "FinetuneArguments") -> list[str]:
     return problems
 
 
+def _context_encoder_contradictions(args: "FinetuneArguments") -> list[str]:
+    """What cannot be with a context encoder that learns, and settings of one that does not."""
+    model, retrieval = args.model, args.retrieval
+    if not model.train_context_encoder:
+        given = {
+            "context_encoder_name_or_path": model.context_encoder_name_or_path,
+            "context_encoder_learning_rate": args.training.context_encoder_learning_rate,
+            "over_retrieve": retrieval.over_retrieve,
+            "refresh_index": retrieval.refresh_index,
+            "refresh_device": retrieval.refresh_device,
+        }
+        return [
+            f"--{name} {value} is for a context encoder that learns; give --train_context_encoder too, or leave it out"
+            for name, value in given.items()
+            if value is not None
+        ]
+    without = {
+        f"--index_name {retrieval.index_name} (whose scores are by words)": retrieval.index_name in READING_TEXT,
+        f"--reranker {retrieval.reranker} (whose scores are its own)": retrieval.reranker is not None,
+        f"--model_type {model.model_type} (which retrieves nothing)": model.model_type in CLOSED_BOOK,
+        "--strategy fsdp (which shares out the model alone)": args.trainer.strategy == "fsdp",
+    }
+    problems = [
+        f"--train_context_encoder and {flag} contradict each other; leave one out"
+        for flag, is_given in without.items()
+        if is_given
+    ]
+    over, n_docs = retrieval.over_retrieve, retrieval.n_docs
+    if over is not None and n_docs is not None and over < n_docs:
+        problems.append(f"--over_retrieve {over} is less than --n_docs {n_docs}; give as many or more")
+    if retrieval.refresh_index is not None:
+        problems += schedule_problems(retrieval.refresh_index)
+        if retrieval.index_name not in (None, "custom", *READING_TEXT):
+            problems.append(
+                f"--refresh_index {retrieval.refresh_index} and --index_name {retrieval.index_name} contradict each "
+                "other: an index of your own is made anew alone; leave one out"
+            )
+    if retrieval.refresh_device != "ray":
+        problems += device_problems("--refresh_device", retrieval.refresh_device)
+    return problems
+
+
 def _nothing_learns(args: "FinetuneArguments") -> list[str]:
     if not args.model.freeze_generator:
         return []
@@ -225,7 +268,7 @@ def _without_question_encoder(args: "FinetuneArguments") -> list[str]:
     model = args.model
     scores = [f"{flag} ({why})" for flag, why in _scores_that_teach_nothing(args.retrieval).items()]
     others = {
-        "--freeze_question_encoder": model.freeze_question_encoder,
+        "--freeze_question_encoder": model.freeze_question_encoder and not model.train_context_encoder,
         f"--model_type {model.model_type} (which has no question encoder)": model.model_type in CLOSED_BOOK,
     }
     return [flag for flag, is_given in others.items() if is_given] + scores
@@ -279,9 +322,10 @@ def fusion_problems(args: "FinetuneArguments", is_fused: bool, source: str) -> l
         why = f"and {source} is none; give --model_type fid, or pdist"
         return [f"{loss} reads the attention of a Fusion-in-Decoder, {why}"] if is_adist else []
     taught = {"--freeze_generator": model.freeze_generator}
+    taught["--train_context_encoder"] = model.train_context_encoder
     taught["--question_encoder_lora_r"] = model.question_encoder_lora_r is not None
     problems = [
-        f"{flag}: the answers of a Fusion-in-Decoder ({source}) teach the question encoder nothing; give "
+        f"{flag}: the answers of a Fusion-in-Decoder ({source}) teach the retriever nothing; give "
         "--retriever_loss, too, or leave it out"
         for flag, is_given in taught.items()
         if is_given and is_marginal

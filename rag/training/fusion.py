@@ -11,8 +11,7 @@ without gradients, as Atlas does (Izacard et al. 2022, arXiv 2208.03299, section
     adist               the decoder's attention to each passage, all read at once
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 from rag.generation.forward import EncodedContexts, decode_answers, output_layer
 from rag.generation.fusion import NotedAttention, Passages, encode_passages
+from rag.models.modes import evaluating
 from rag.packing import Packing, to_device
 from rag.retrieval.retriever import RetrievedContexts
 from rag.training.loss import rag_sequence_nll, target_logprobs
@@ -93,19 +93,9 @@ def fused_nll(
     nll = reading.nll(label_smoothing)
     # Behind the answers: what autocast has cast for these, it has cast with gradients.
     if note_teacher is not None:
-        with torch.no_grad(), _without_dropout(generator.get_decoder()):
+        with torch.no_grad(), evaluating(generator.get_decoder()):
             note_teacher(TEACHERS[retriever_loss](reading))
     return nll
-
-
-@contextmanager
-def _without_dropout(part: torch.nn.Module) -> Iterator[None]:
-    was_training = part.training
-    part.eval()
-    try:
-        yield
-    finally:
-        part.train(was_training)
 
 
 def read_alone(reading: Reading) -> Teacher:

@@ -40,6 +40,7 @@ from rag.models.questions import with_prompt
 from rag.packing import PADDED
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments, ModelArguments
+from rag.training.context_encoder import FOLDER as CONTEXT_ENCODER
 from rag.training.flag_problems import fusion_problems
 from rag.training.namespaces import group_settings
 from rag.training.run_folder import begun_precision, is_rank_zero
@@ -215,6 +216,8 @@ def read_lightning_checkpoint(
     exported = Path(path).with_suffix("")
     if (exported / "config.json").is_file() and "model_name_or_path" not in changes:
         changes |= {"model_name_or_path": str(exported), "config_name": None, "tokenizer_name": None}
+    if (exported / CONTEXT_ENCODER / "config.json").is_file():
+        changes.setdefault("context_encoder_name_or_path", str(exported / CONTEXT_ENCODER))
     args = group_settings(settings, **changes)
     if (digest := checkpoint.get("base")) is not None and base_of_run(args).digest != digest:
         raise UserError(

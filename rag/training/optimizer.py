@@ -40,7 +40,8 @@ def build_optimizer(module: torch.nn.Module, training: TrainingArguments, fused:
 def parameter_groups(module: torch.nn.Module, training: TrainingArguments) -> list[dict[str, Any]]:
     """Trainable parameters by their part of the model and by whether they decay: vectors (biases, norms) do not.
 
-    Each group has a "suffix" for what is logged of it: `_question_encoder`, `_decoder`, or none for all else.
+    Each group has a "suffix" for what is logged of it: `_question_encoder`, `_context_encoder`, `_decoder`, or none for
+    all else.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
@@ -56,6 +57,8 @@ def parameter_groups(module: torch.nn.Module, training: TrainingArguments) -> li
 
 
 def _part_of_model(parameter_name: str, training: TrainingArguments) -> tuple[str, float | None]:
+    if parameter_name.startswith("context_encoder."):
+        return "_context_encoder", training.context_encoder_learning_rate
     if "question_encoder." in parameter_name:
         return "_question_encoder", training.question_encoder_learning_rate
     if ".decoder." in f".{parameter_name}" or "lm_head" in parameter_name:

@@ -51,6 +51,8 @@ from rag.retrieval.reranking import open_reranker
 from rag.retrieval.retriever import RetrievedContexts, retrieve_contexts
 from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
+from rag.training.context_encoder import FOLDER as CONTEXT_ENCODER
+from rag.training.context_encoder import FreshScores, open_context_encoder, save_context_encoder
 from rag.training.flag_problems import fusion_problems
 from rag.training.fusion import fused_nll
 from rag.training.loading import (
@@ -113,11 +115,17 @@ class GenerativeQAModule(BaseTransformer):
         self.answer_tokenizer = tokenizer.generator if self.rag_loss else tokenizer
         self.is_fused = is_fusion(model)
         raise_problems(fusion_problems(args, self.is_fused, f"{MODEL_FLAG} {args.model.model_name_or_path}"))
-        self.rescore = self._reranker() if self.rag_loss else None
+        self.context_encoder, self.rescore = None, self._reranker() if self.rag_loss else None
+        if args.model.train_context_encoder and args.run.do_train:
+            self.context_encoder, self.context_tokenizer = open_context_encoder(args, retriever)
+            packed = args.model.attn_implementation == "auto"
+            self.rescore = FreshScores(
+                self.context_encoder, self.context_tokenizer, args.retrieval.over_retrieve, packed=packed
+            )
         # BM25 does without the question encoder, and so do rerankers and a Fusion-in-Decoder's likelihood; parameters
         # that get no gradient would keep other ranks waiting.
-        gets_gradients = bool(self.rag_loss) and self.rescore is None and learns_from(retriever)
-        is_asked = gets_gradients and not args.model.freeze_question_encoder
+        gets_gradients = learns_from(retriever) if self.rescore is None else self.rescore.learns
+        is_asked = bool(self.rag_loss) and gets_gradients and not args.model.freeze_question_encoder
         self.lacks_a_teacher = is_asked and self.is_fused and self.retriever_loss is None
         self.question_encoder_is_frozen = bool(self.rag_loss) and (not is_asked or self.lacks_a_teacher)
         self._freeze()
@@ -214,7 +222,7 @@ class GenerativeQAModule(BaseTransformer):
         if stage == "fit":
             self.train()  # transformers loads models in evaluation mode, which Lightning leaves as it is
             if self.trainer.is_global_zero:
-                print(learning_summary(self.model), flush=True)
+                print(learning_summary(self.model, self.context_encoder), flush=True)
                 if self.lacks_a_teacher:
                     print("The question encoder stays as it is: a Fusion-in-Decoder teaches it by --retriever_loss")
         if self.retriever is not None:
@@ -354,7 +362,8 @@ class GenerativeQAModule(BaseTransformer):
 
         On a CPU the two would share the cores: steps were measured to take 7% longer.
         """
-        is_known = self.question_encoder_is_frozen and self.args.retrieval.reranker != UPR  # which changes at each step
+        rescore, is_upr = self.rescore, self.args.retrieval.reranker == UPR  # whose generator changes at each step
+        is_known = self.question_encoder_is_frozen and not is_upr and (rescore is None or not rescore.learns)
         return is_known and device.type != "cpu"
 
     def prefetch_retrieval(self, batch: dict) -> Future:
@@ -538,3 +547,5 @@ class GenerativeQAModule(BaseTransformer):
                 backend.no_padding()
                 backend.no_truncation()
         save_model(self.model, folder, self.tokenizer, self.base, making_of(self))
+        if self.context_encoder is not None:
+            save_context_encoder(self.context_encoder, self.context_tokenizer, Path(folder) / CONTEXT_ENCODER)

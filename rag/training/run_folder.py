@@ -28,6 +28,8 @@ FREE_TO_CHANGE = {
         "ray_address",
         "num_retrieval_workers",
         "retrieval_worker_gpus",
+        "refresh_device",
+        "refresh_processes",
         "distributed_port",
     },
     "data": {"eval_batch_size", "num_workers", "n_test", "test_max_target_length", "dataset_digest"},

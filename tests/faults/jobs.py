@@ -19,7 +19,7 @@ from tests.faults.processes import Process, Seen, run, start
 
 SCRIPTS = {"eval": "eval_rag.py", "retrieval": "eval_rag.py", "finetune": "finetune_rag.py",
            "lora": "finetune_rag.py", "knowledge": "use_own_knowledge_dataset.py",
-           "append": "use_own_knowledge_dataset.py"}  # fmt: skip
+           "append": "use_own_knowledge_dataset.py", "refresh": "finetune_rag.py"}  # fmt: skip
 LONGER = {
     "eval": {"--evaluation_set": "{world}/many.source", "--gold_data_path": "{world}/many.target",
              "--gold_data_mode": "ans", "--eval_batch_size": 2},
@@ -31,6 +31,10 @@ LONGER = {
                  "--do_train": True, "--do_predict": True, "--train_batch_size": 2, "--log_every_n_steps": 5},
 }  # fmt: skip
 LONGER["lora"] = LONGER["finetune"] | {"--lora_r": 4, "--lora_dropout": 0.1}
+LONGER["refresh"] = LONGER["finetune"] | {
+    "--train_context_encoder": True, "--context_encoder_name_or_path": "{world}/context_encoder",
+    "--over_retrieve": 4, "--refresh_index": "0-10:5,12-:6",
+}  # fmt: skip
 VARIES = re.compile(r"gen_time|per_second|seconds|queries")  # in two runs of one command
 DESCRIBES = {"hparams.json", "git_log.json"}  # a folder's and a machine's names
 

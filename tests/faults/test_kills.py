@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -47,6 +48,21 @@ def test_sigkill_at_any_moment(world, whole, tmp_path, kind, number):
         process = job.start()
         if not job.wait_for_progress(process, draw.choice([0.0, draw.uniform(0, 0.1), draw.uniform(0, 1)])):
             break
+        process.kill()
+    seen = job.finish()
+    assert seen.status == 0 and not seen.has_traceback, seen.text[-2000:]
+    assert not differences(job.out, reference)
+
+
+@pytest.mark.faults
+def test_sigkill_while_an_index_is_made_anew(world, whole, tmp_path):
+    """Beside the training, behind the step that takes it, and at the end."""
+    reference, job = whole("refresh"), job_of(world, whole, "refresh", tmp_path)
+    for moment in ("refresh/step_5/knowledge", "refresh/step_5/knowledge/.my*", "refresh/step_12", "knowledge/*"):
+        process = job.start()
+        while not list(job.out.glob(moment)):
+            assert process.poll() is None, job.folder
+            time.sleep(0.002)
         process.kill()
     seen = job.finish()
     assert seen.status == 0 and not seen.has_traceback, seen.text[-2000:]

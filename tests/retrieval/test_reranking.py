@@ -13,10 +13,11 @@ import finetune_rag
 from rag.errors import UserError
 from rag.files import load_json, read_lines, write_lines
 from rag.models.checkpoints import load_model
+from rag.models.modes import evaluating
 from rag.models.prompts import PLAIN, settle_language_model
 from rag.retrieval.arguments import RerankArguments
 from rag.retrieval.finding import FoundPassages, find_passages
-from rag.retrieval.reranking import CrossEncoder, Upr, evaluating, open_cross_encoder, open_reranker
+from rag.retrieval.reranking import CrossEncoder, Upr, open_cross_encoder, open_reranker
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
 from tests.conftest import (
     DIMENSION,

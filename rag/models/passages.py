@@ -9,12 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rag.errors import UserError, is_failure, one_line
-from rag.knowledge.arguments import ENCODER_FLAG
-from rag.knowledge.shards import Passages
 from rag.models.limits import most_tokens
 
 # What a tokenizer that knows of no limit says, and the tokens that are read where nothing names one: most encoders'.
 ANY_LENGTH, TOKENS_OF_NO_LIMIT = int(1e30), 512
+
+CONTEXT_ENCODER_FLAG = "--dpr_ctx_encoder_model_name"  # of use_own_knowledge_dataset.py
+
+Passages = list[tuple[str, str]]  # titles and texts
 
 FITTING = "put the tokenizer beside the encoder that belongs to it"
 
@@ -25,14 +27,17 @@ class PassageReader:
     A DPR encoder reads title and text as a pair, as it was trained to; any other reads "title text": sentence encoders
     were trained on plain text (MiniLM, nq_gold, 500 questions: gold passage first 0.900, as a pair 0.888).
 
+    Args:
+        flag: the one that gave the encoder, for the messages.
+
     Attributes:
         max_length: tokens an encoder can read; longer passages are cut.
         prompt: text before every passage.
         lower_case: whether passages are lower-cased first.
     """
 
-    def __init__(self, encoder: PreTrainedModel, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, encoder: PreTrainedModel, tokenizer, flag: str = CONTEXT_ENCODER_FLAG):
+        self.tokenizer, self.flag = tokenizer, flag
         self.as_pair = encoder.config.model_type == "dpr"
         backbone = encoder.config if self.as_pair else encoder.config.backbone
         own = getattr(encoder.config, "max_seq_length", None) or ANY_LENGTH
@@ -40,11 +45,11 @@ class PassageReader:
         if self.max_length == ANY_LENGTH:  # nothing names a limit
             self.max_length = TOKENS_OF_NO_LIMIT
         if self.max_length < 1:
-            raise UserError(f"{ENCODER_FLAG}: its tokenizer says model_max_length {self.max_length}; mend it there")
+            raise UserError(f"{flag}: its tokenizer says model_max_length {self.max_length}; mend it there")
         self.prompt = getattr(encoder.config, "passage_prompt", "")
         if self.prompt and len(tokenizer(self.prompt)["input_ids"]) >= self.max_length:
             raise UserError(
-                f"{ENCODER_FLAG}: the passage prompt {self.prompt[:80]!r} leaves no room for a passage in the "
+                f"{flag}: the passage prompt {self.prompt[:80]!r} leaves no room for a passage in the "
                 f"encoder's {self.max_length} tokens; give another encoder"
             )
         self.lower_case = getattr(encoder.config, "lower_case", False)
@@ -81,4 +86,4 @@ class PassageReader:
             if not is_failure(error):
                 raise
             reason = one_line(error, 120)
-            raise UserError(f"{ENCODER_FLAG}: its tokenizer cannot read the passages ({reason}); {FITTING}") from error
+            raise UserError(f"{self.flag}: its tokenizer cannot read the passages ({reason}); {FITTING}") from error
