@@ -126,7 +126,6 @@ class CrossEncoder:
         self.most = min((limit for limit in limits if limit is not None), default=ANY_LENGTH)
         self.most = min(self.most, 10**6)  # of a tokenizer that knows no limit it is 10**30
 
-    @torch.no_grad()
     def __call__(self, found: FoundPassages) -> torch.Tensor:
         device = found.queries.device
         self.model.to(device)
@@ -141,6 +140,7 @@ class CrossEncoder:
             scores[rows, places] = self.logits(pairs)
         return scores
 
+    @torch.no_grad()
     def logits(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
         """Of N questions and texts, (N,) float32 on the model's device."""
         order = np.argsort([len(question) + len(text) for question, text in pairs], kind="stable")

@@ -31,7 +31,8 @@ def module_of(checkpoint, bert_tokenizer, bart_tokenizer, context_encoder_folder
 
     def make(*flags) -> GenerativeQAModule:
         n_docs = flags[flags.index("--n_docs") + 1] if "--n_docs" in flags else 3
-        model = load_model(str(folder), config_overrides={"dropout": 0.0, "n_docs": n_docs})
+        model_type = flags[flags.index("--model_type") + 1] if "--model_type" in flags else None
+        model = load_model(str(folder), model_type, config_overrides={"dropout": 0.0, "n_docs": n_docs})
         tokenizer = RagTokenizer(bert_tokenizer, bart_tokenizer)
         words = ["--model_name_or_path", folder, "--data_dir", "d", "--output_dir", "o", "--train_context_encoder"]
         words += ["--context_encoder_name_or_path", context_encoder_folder, *flags]
@@ -127,7 +128,8 @@ def test_a_slot_without_a_passage_scores_nothing_and_the_encoder_has_a_gradient_
 )
 @pytest.mark.parametrize("loss", ["marginal", *RETRIEVER_LOSSES])
 def test_it_learns_from_every_loss(loss, flags, module_of, bert_tokenizer):
-    module = module_of("--n_docs", 3, "--retriever_loss", loss, *flags.split())
+    kind = ["--model_type", "fid"] if loss == "adist" else []
+    module = module_of("--n_docs", 3, "--retriever_loss", loss, *kind, *flags.split())
     module.is_log_step = lambda: False
     module._training_losses(module.prepare_batch(batch_of(module, bert_tokenizer)))[0].mean().backward()
     gradients = {name: w.grad for name, w in module.context_encoder.named_parameters()}
@@ -202,8 +204,8 @@ def bert_folders(context_encoder_folder, tmp_path_factory):
     [
         ("--over_retrieve 9", "--over_retrieve 9 is for a context encoder that learns"),
         ("--refresh_index 0-:5", "--refresh_index 0-:5 is for a context encoder that learns"),
-        ("--train_context_encoder --index_name bm25 --passages_path x", "which has no vectors"),
-        ("--train_context_encoder --passages_file x", "which has no vectors"),
+        ("--train_context_encoder --index_name bm25 --passages_path x", "whose scores are by words"),
+        ("--train_context_encoder --passages_file x", "whose scores are by words"),
         ("--train_context_encoder --model_type t5", "which retrieves nothing"),
         ("--train_context_encoder --strategy fsdp", "--strategy fsdp"),
         ("--train_context_encoder --over_retrieve 3 --n_docs 4", "--over_retrieve 3 is less than --n_docs 4"),
