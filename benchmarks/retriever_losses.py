@@ -1,13 +1,13 @@
 """What a retriever learns from answers alone: --retriever_loss of each kind, from the same start, on the same data.
 
-    python benchmarks/retriever_losses.py                          # four trainings and a ceiling, forty minutes
+    python benchmarks/retriever_losses.py                          # five trainings and a ceiling, forty minutes
     python benchmarks/retriever_losses.py --losses pdist --steps 250
     python benchmarks/retriever_losses.py --short                  # two steps of each on test_data, a minute
 
 A question encoder that finds too little, MiniLM read as a DPR encoder (its first token's vector, inner product), is
 trained by the answers of ../shared/data/nq_gold over its passages and those of distractors_2wiki, which are searched
 exactly. What teaches is SmolLM2-135M-Instruct as its authors left it: it stays as it is, and so do the passages'
-vectors. The ceiling is the same training with labels: the teacher is sure of the passages with the gold page's title.
+vectors but in the last training. The ceiling is the same training with labels: the teacher is sure of the passages with the gold page's title.
 Each training is a call of finetune_rag.py, in which the teacher is asked about a question and a passage once for all
 losses; each line of the table is a call of eval_rag.py; a gold page a question, so that recall@k is k times
 precision@k. What is finished is found again.
@@ -34,7 +34,8 @@ from rag.files import atomic_folder, read_lines, save_json
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 START, CEILING = "start", "gold"
-LOSSES = ["emdr2", "pdist", "lsr", "loop", CEILING]
+BOTH = "+context"  # behind a loss: the context encoder learns, too, and all passages are embedded anew at the end
+LOSSES = ["emdr2", "pdist", "lsr", "loop", CEILING, f"pdist{BOTH}"]
 Judgments = dict[tuple[int, int], float]  # of a question and a passage, by their numbers: log p(y|x,z), nats
 CERTAIN = 30.0  # nats by which the ceiling's teacher prefers the passages with the right title
 TRAINING = {
@@ -58,7 +59,7 @@ TRAINING = {
 class BenchmarkArguments:
     short: bool = flag(False, "Two steps of each on test_data.")
     folder: Path = flag(Path("output/retriever_losses"), "Models, knowledge, trainings.")
-    losses: list[str] = flag(LOSSES, "Which to train by; gold is the ceiling.")
+    losses: list[str] = flag(LOSSES, f"Which to train by; gold is the ceiling, {BOTH} trains both encoders.")
     steps: int = flag(120, "Of each training, of 8 questions.")
     seed: int = flag(42, "Of each training.")
     flags: str = flag("{}", "More settings of finetune_rag.py, as JSON.")
@@ -210,11 +211,21 @@ def train(loss: str, folder: Path, known: Judgments, data: Path, **flags: Any) -
     if not list(folder.glob("checkpoint?")):
         settings = folder.with_suffix(".json")
         words = {"data_dir": data, "output_dir": folder, "retriever_loss": "pdist" if loss == CEILING else loss}
+        if loss.endswith(BOTH):
+            encoder = folder.parent / "models" / "context_encoder"
+            words |= {"retriever_loss": loss.removesuffix(BOTH), "train_context_encoder": True}
+            words |= {"context_encoder_name_or_path": encoder}
         save_json(as_plain(words | flags), settings)
         pages = read_lines(data / "train.pages") if loss == CEILING else None
         with patch.object(qa_module, "GenerativeQAModule", remembering_module(known, pages)):
             finetune_rag.main(finetune_rag.parse_args(["--config_file", str(settings)]))
     return next(folder.glob("checkpoint?"))
+
+
+def index_of(knowledge: Path) -> dict[str, Any]:
+    """The flags that open the index of a folder of knowledge."""
+    passages = knowledge / "my_knowledge_dataset"
+    return {"index_name": "custom", "passages_path": passages, "index_path": f"{passages}_index.faiss"}
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -243,8 +254,7 @@ def line(name: str, scores: dict[str, Any]) -> str:
 def main(args: BenchmarkArguments) -> None:
     data, files = data_folder(args.short)
     checkpoint, knowledge = make_start(args.folder, files, args.short)
-    passages = knowledge / "my_knowledge_dataset"
-    index = {"index_name": "custom", "passages_path": passages, "index_path": f"{passages}_index.faiss"}
+    index = index_of(knowledge)
     print(header("torch", "transformers", "faiss-cpu"))
     print(f"\n{args.steps} steps, seed {args.seed}, {args.flags}\n")
     print("| | precision@1 | recall@5 | recall@20 | MRR |\n|---|---|---|---|---|")
@@ -254,7 +264,8 @@ def main(args: BenchmarkArguments) -> None:
     for loss in args.losses:
         name = f"{loss}_{args.steps}_{args.seed}"
         trained = train(loss, args.folder / name, known, data, **flags | json.loads(args.flags))
-        print(line(loss, measure(f"{name}_test", trained, data, index, args.folder)), flush=True)
+        searched = index_of(args.folder / name / "knowledge") if loss.endswith(BOTH) else index
+        print(line(loss, measure(f"{name}_test", trained, data, searched, args.folder)), flush=True)
 
 
 if __name__ == "__main__":
