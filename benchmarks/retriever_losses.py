@@ -7,10 +7,10 @@
 A question encoder that finds too little, MiniLM read as a DPR encoder (its first token's vector, inner product), is
 trained by the answers of ../shared/data/nq_gold over its passages and those of distractors_2wiki, which are searched
 exactly. What teaches is SmolLM2-135M-Instruct as its authors left it: it stays as it is, and so do the passages'
-vectors but in the last training. The ceiling is the same training with labels: the teacher is sure of the passages with the gold page's title.
-Each training is a call of finetune_rag.py, in which the teacher is asked about a question and a passage once for all
-losses; each line of the table is a call of eval_rag.py; a gold page a question, so that recall@k is k times
-precision@k. What is finished is found again.
+vectors but in the last training. The ceiling is the same training with labels: the teacher is sure of the passages with
+the gold page's title. Each training is a call of finetune_rag.py, in which the teacher is asked about a question and a
+passage once for all losses; each line of the table is a call of eval_rag.py; a gold page a question, so that recall@k
+is k times precision@k. What is finished is found again.
 """
 
 import json
