@@ -18,7 +18,7 @@ from rag.errors import UserError
 FUSED = ("bart", "t5", "mt5")
 NOT_HERE = (
     "a Fusion-in-Decoder does not run by itself: rag.retrieval.retriever.retrieve_contexts finds its passages, "
-    "rag.generation.decoding.generate_answers answers, rag.generation.fusion.encode_passages trains"
+    "rag.generation.decoding.generate_answers answers, rag.training.fusion.fused_nll trains"
 )
 
 
