@@ -7,6 +7,7 @@ The scores are the index's, by a question encoder, by words or by both; or those
 that is shown more passages than are kept.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,6 +23,11 @@ from rag.packing import Packing, to_device
 def learns_from(retriever: RagRetriever) -> bool:
     """Whether scores have a gradient for a question encoder; BM25's, given ones and those of fused ranks have none."""
     return not isinstance(retriever.index, KnowledgeIndex) or retriever.index.teaches
+
+
+def passages_in(retriever: RagRetriever) -> int:
+    """How many passages an index of ours holds, and more than enough of another: of more there are only empty slots."""
+    return len(retriever.index) if isinstance(retriever.index, KnowledgeIndex) else sys.maxsize
 
 
 def question_vectors(
@@ -101,7 +107,7 @@ def find_passages(
         rescore: gives the scores, which then decide which passages are kept; None for the index's.
     """
     queries = question_vectors(question_encoder, retriever, tokens, questions, lengths)  # (B, d)
-    fetched = n_docs if rescore is None else max(n_docs, rescore.depth)
+    fetched = n_docs if rescore is None else max(n_docs, min(rescore.depth, passages_in(retriever)))
     doc_embeds, doc_ids, docs = retriever.retrieve(queries.detach().to("cpu", torch.float32).numpy(), fetched)
     doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), queries.device)  # (B, fetched, d)
     scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LARGEST_NUMBER = 2**31 - 1  # of anything counted: libraries in C take no larger one
 LARGEST_SEED = 2**32 - 1  # numpy's generator takes no larger one
+MOST_PROCESSES = 1024  # that embed, as in use_own_knowledge_dataset.py
 LARGEST_LEARNING_RATE = 10.0  # of both optimizers; a step of such a size leaves nothing of a pretrained model
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 # Where a log can go, and the package that it takes.
@@ -67,9 +68,14 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         """num_retrieval_workers max_source_length max_target_length num_processes train_batch_size eval_batch_size
         num_beams num_train_epochs gradient_accumulation_steps n_docs max_combined_length num_nodes
-        check_val_every_n_epoch lora_r question_encoder_lora_r over_retrieve refresh_processes""",
+        check_val_every_n_epoch lora_r question_encoder_lora_r over_retrieve""",
         lambda value: value >= 1,
         "must be 1 or more",
+    ),
+    (
+        "refresh_processes",
+        lambda value: 1 <= value <= MOST_PROCESSES,
+        f"must be from 1 to {MOST_PROCESSES:,}: those of a machine",
     ),
     (
         "val_max_target_length test_max_target_length",
@@ -222,6 +228,7 @@ def _context_encoder_contradictions(args: "FinetuneArguments") -> list[str]:
             "over_retrieve": retrieval.over_retrieve,
             "refresh_index": retrieval.refresh_index,
             "refresh_device": retrieval.refresh_device,
+            "refresh_processes": None if retrieval.refresh_processes == 1 else retrieval.refresh_processes,
         }
         return [
             f"--{name} {value} is for a context encoder that learns; give --train_context_encoder too, or leave it out"
@@ -242,6 +249,12 @@ def _context_encoder_contradictions(args: "FinetuneArguments") -> list[str]:
     over, n_docs = retrieval.over_retrieve, retrieval.n_docs
     if over is not None and n_docs is not None and over < n_docs:
         problems.append(f"--over_retrieve {over} is less than --n_docs {n_docs}; give as many or more")
+    return problems + _refresh_contradictions(retrieval)
+
+
+def _refresh_contradictions(retrieval: "RetrievalArguments") -> list[str]:
+    """What is wrong with when, and where, passages are embedded anew."""
+    problems = []
     if retrieval.refresh_index is not None:
         problems += schedule_problems(retrieval.refresh_index)
         if retrieval.index_name not in (None, "custom", *READING_TEXT):
@@ -250,7 +263,14 @@ def _context_encoder_contradictions(args: "FinetuneArguments") -> list[str]:
                 "other: an index of your own is made anew alone; leave one out"
             )
     if retrieval.refresh_device != "ray":
-        problems += device_problems("--refresh_device", retrieval.refresh_device)
+        return problems + device_problems("--refresh_device", retrieval.refresh_device)
+    if importlib.util.find_spec("ray") is None:
+        problems.append("--refresh_device ray: Ray is not installed; pip install ray")
+    if retrieval.refresh_processes != 1:
+        problems.append(
+            f"--refresh_processes {retrieval.refresh_processes}: with --refresh_device ray, Ray starts as many as fit; "
+            "leave one out"
+        )
     return problems
 
 
@@ -339,6 +359,21 @@ def fusion_problems(args: "FinetuneArguments", is_fused: bool, source: str) -> l
         for flag, is_given in unpacked.items()
         if is_given and is_adist
     ]
+
+
+def closed_book_problems(args: "FinetuneArguments", source: str) -> list[str]:
+    """Settings of passages, of a model that reads none.
+
+    Args:
+        source: the flag that names the model, and its value.
+    """
+    reranker, loss = args.retrieval.reranker, args.training.retriever_loss
+    given = {
+        f"--reranker {reranker}": reranker is not None,
+        f"--retriever_loss {loss}": loss != "marginal",
+        "--train_context_encoder": args.model.train_context_encoder,
+    }
+    return [f"{flag}: {source} retrieves nothing; leave it out" for flag, is_given in given.items() if is_given]
 
 
 def _flag_of_frozen_parts(model: "ModelArguments") -> str | None:

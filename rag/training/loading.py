@@ -41,7 +41,7 @@ from rag.packing import PADDED
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments, ModelArguments
 from rag.training.context_encoder import FOLDER as CONTEXT_ENCODER
-from rag.training.flag_problems import fusion_problems
+from rag.training.flag_problems import closed_book_problems, fusion_problems
 from rag.training.namespaces import group_settings
 from rag.training.run_folder import begun_precision, is_rank_zero
 from rag.training.seals import is_whole
@@ -59,6 +59,8 @@ def load_model_and_tokenizer(args: FinetuneArguments) -> tuple[PreTrainedModel, 
         args.retrieval.apply_to(config)
         if isinstance(config, RagConfig):
             require_family(config.generator, source)
+        else:
+            raise_problems(closed_book_problems(args, source))
         is_fused = fitting_model_type(config, path, model_args.model_type) == "fid"
         raise_problems(_size_problems(args, config, source) + fusion_problems(args, is_fused, source))
 

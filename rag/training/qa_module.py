@@ -124,8 +124,8 @@ class GenerativeQAModule(BaseTransformer):
             )
         # BM25 does without the question encoder, and so do rerankers and a Fusion-in-Decoder's likelihood; parameters
         # that get no gradient would keep other ranks waiting.
-        gets_gradients = learns_from(retriever) if self.rescore is None else self.rescore.learns
-        is_asked = bool(self.rag_loss) and gets_gradients and not args.model.freeze_question_encoder
+        is_asked = bool(self.rag_loss) and not args.model.freeze_question_encoder
+        is_asked = is_asked and (learns_from(retriever) if self.rescore is None else self.rescore.learns)
         self.lacks_a_teacher = is_asked and self.is_fused and self.retriever_loss is None
         self.question_encoder_is_frozen = bool(self.rag_loss) and (not is_asked or self.lacks_a_teacher)
         self._freeze()

@@ -308,6 +308,29 @@ def test_depths_that_are_left_out():
     assert (args.depth_for(5), args.depth_for(80)) == (50, 80)
 
 
+def test_no_more_is_fetched_than_there_is(rag_sequence, retriever, bert_tokenizer, cross_folder):
+    """Slots behind the last passage would take memory, and are empty."""
+    tokens, fetched = bert_tokenizer(ASKED, padding=True, return_tensors="pt"), []
+    rerank = open_cross_encoder(str(cross_folder), 100_000)
+
+    def noted(found):
+        fetched.append(found.doc_ids.shape)
+        return rerank(found)
+
+    noted.depth, noted.learns = rerank.depth, rerank.learns
+    found = find_passages(rag_sequence.rag.question_encoder, retriever, tokens, ASKED, 2, rescore=noted)
+    assert fetched == [(len(ASKED), len(PASSAGES))] and found.doc_ids.shape == (len(ASKED), 2)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--reranker", "upr"], ["--retriever_loss", "pdist"], ["--train_context_encoder"], ["--fusion", "ranks"]]
+)
+def test_a_bare_generator_cannot_be_trained_with_passages(flags, bart_folder, data_dir, tmp_path):
+    words = ["--model_name_or_path", bart_folder, "--data_dir", data_dir, "--output_dir", tmp_path / "out", *flags]
+    with pytest.raises(UserError, match=f"^{' '.join(flags)}: .*leave it out"):
+        finetune_rag.main(finetune_rag.parse_args([*map(str, words), "--accelerator", "cpu"]))
+
+
 def test_a_model_without_retrieval_has_nothing_to_rerank(bart_folder, data_dir, tmp_path):
     words = ["--model_name_or_path", bart_folder, "--evaluation_set", data_dir / "test.source", "--gold_data_path"]
     words += [data_dir / "test.target", "--gold_data_mode", "ans", "--reranker", "upr"]
