@@ -199,7 +199,7 @@ class SearchArguments(EffortArguments, FusionArguments):
 
         Raises:
             UserError: flags were given and it is the config of a model that retrieves nothing, or --index_name given
-                where neither names a file.
+                where neither names a file, or flags of fusion with an index of another kind.
         """
         if not hasattr(config, "index_name"):
             raise_problems(
@@ -210,6 +210,7 @@ class SearchArguments(EffortArguments, FusionArguments):
             )
         for name, value in self.given().items():
             setattr(config, name, value)
+        raise_problems(self.fusion_problems(getattr(config, "index_name", None)))
         if getattr(config, "index_name", None) == "given" and not getattr(config, "passages_file", None):
             raise UserError(NO_PASSAGES_FILE)
 

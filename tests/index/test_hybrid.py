@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import RagConfig
 
 import eval_rag
 import finetune_rag
@@ -307,6 +308,13 @@ def test_finetuning(fusion, rag_folder, data_dir, tmp_path, own_knowledge):
 )  # fmt: skip
 def test_flags_that_cannot_be_meant(flags, problem):
     assert SearchArguments(**flags).search_problems() == [problem]
+
+
+def test_fusion_of_what_the_checkpoint_searches_otherwise_is_refused(rag_folder):
+    config = RagConfig.from_pretrained(rag_folder)
+    assert config.index_name == "custom"
+    with pytest.raises(UserError, match=r"^--fusion ranks is for --index_name hybrid, not custom; leave it out$"):
+        SearchArguments(fusion="ranks").apply_to(config)
 
 
 def test_both_paths_are_needed():
