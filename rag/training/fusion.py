@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rag.errors import UserError
 from rag.generation.forward import EncodedContexts, decode_answers, output_layer
 from rag.generation.fusion import NotedAttention, Passages, encode_passages
 from rag.models.modes import evaluating
@@ -124,7 +125,11 @@ def read_attention(reading: Reading) -> AttentionTeacher:
 
     passages = reading.passages
     packing = passages.encoded.packing
-    assert packing is not None, "checked by `fusion_problems`"
+    if packing is None:  # what flags tell of it, `fusion_problems` has refused
+        raise UserError(
+            "--retriever_loss adist reads attention in packed rows, and these contexts have padding in front of their "
+            "tokens; take a tokenizer of the generator with padding_side right, or give --retriever_loss pdist"
+        )
     decode_answers(reading.generator, passages.joined(), reading.decoder_input_ids, reading.lengths, attend)
     return AttentionTeacher(reading.by_slot(noted[0].of_passages(packing)))
 

@@ -193,6 +193,17 @@ def test_attention_is_that_of_a_plain_pass_times_the_values(kind):
             starts = end
 
 
+def test_attention_of_padded_contexts_is_refused():
+    """As tokenizers leave them that pad on the left, of a retriever that is none of ours."""
+    generator = MAKE["t5"](3)
+    contexts, batch = make_batch(generator)
+    use_packed_rows(generator)
+    rows = [torch.tensor(part).flip(1) for part in (contexts.input_ids.tolist(), contexts.attention_mask.tolist())]
+    left = SimpleNamespace(**(vars(contexts) | {"input_ids": rows[0], "attention_mask": rows[1], "lengths": None}))
+    with pytest.raises(UserError, match=r"--retriever_loss adist .* take a tokenizer .* with padding_side right"):
+        teacher_of("adist", generator, left, batch)
+
+
 def test_adist_of_worked_numbers():
     """Attention of 0.6 and 0.3 at a temperature of 0.3 teaches 0.731 and 0.269; a missing passage nothing."""
     teacher = SimpleNamespace(attention=torch.tensor([[0.6, 0.0, 0.3]]))
