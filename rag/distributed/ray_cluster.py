@@ -123,8 +123,7 @@ class RayConnection:
         import ray
 
         try:
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
+            _knock(address)
             _on_loopback(loopback)
             noted = self.address == "auto" and not os.environ.get("RAY_ADDRESS")  # by `ray start` on this node
             if not loopback and _takes_token(address, unknown=noted):
@@ -215,6 +214,23 @@ class ClusterGuard(threading.Thread):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         os._exit(1)
+
+
+def address_problem(address: str) -> str | None:
+    """Why no cluster can be reached at the address of one, as far as a connection tells; "auto" has none yet."""
+    if address == "auto":
+        return None
+    try:
+        _knock(address)
+    except (OSError, ValueError) as error:
+        return f"--ray_address {address}: no Ray cluster can be reached there ({first_line(error)}); give another"
+    return None
+
+
+def _knock(address: str) -> None:
+    """Connect to HOST:PORT and hang up; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _running_cluster() -> str | None:

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rag.distributed.ray_cluster import address_problem
+
 COMMAND = (sys.executable, "-m", "rag.knowledge.reembedding")
 TRIES = 4  # of a build that is killed
 LOOK = 0.02  # seconds between two looks at whether it is over
@@ -77,6 +79,21 @@ class BuildOrder:
             number = self.device.partition(":")[2]
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
         return environment
+
+
+def device_problem(device: str | None, ray_address: str) -> str | None:
+    """Why passages cannot be embedded on --refresh_device, as far as this process can tell."""
+    if device == "ray":
+        return address_problem(ray_address)
+    if device is None or not device.startswith("cuda"):
+        return None
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) < count:
+        return None
+    seen = f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
+    return f"--refresh_device {device}: this machine has {seen} that torch can use; name another, or leave it out"
 
 
 class IndexBuild:

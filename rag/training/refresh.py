@@ -35,7 +35,7 @@ from rag.index.index_files import read_description
 from rag.index.knowledge_index import KnowledgeIndex
 from rag.training.arguments import FinetuneArguments
 from rag.training.context_encoder import FOLDER, save_context_encoder
-from rag.training.index_build import BuildOrder, IndexBuild
+from rag.training.index_build import BuildOrder, IndexBuild, device_problem
 from rag.training.refresh_schedule import RefreshSchedule
 from rag.training.reports import raise_on_all_ranks
 
@@ -95,6 +95,9 @@ class IndexRefresh(Callback):
                     "(--index_name custom); leave it out"
                 )
             )
+        device, address = self.retrieval.refresh_device, self.retrieval.ray_address
+        if (problem := device_problem(device, address)) is not None:
+            return problem
         for name in (REFRESH, KNOWLEDGE):
             if (self.output_dir / name).absolute() in Path(self.given[0]).absolute().parents:
                 return (
@@ -118,6 +121,12 @@ class IndexRefresh(Callback):
         if self.given is None:
             return
         self.pending = None if self.schedule is None else self.pending
+        steps = trainer.estimated_stepping_batches
+        if self.schedule is not None and trainer.is_global_zero and not self.schedule.is_used_within(steps):
+            logger.warning(
+                f"--refresh_index {self.retrieval.refresh_index}: none of the {steps} steps of this training searches "
+                "an index that is made anew; shorter intervals would"
+            )
         for step in (self.current, self.pending):
             if step is not None:
                 self.ranks.on_rank_zero("context encoder of a refresh", partial(self._find, trainer, step))

@@ -56,6 +56,11 @@ class RefreshSchedule:
         later = [due for one in self.ranges if (due := one.first_behind(begun)) is not None]
         return min([begun + interval, *later])
 
+    def is_used_within(self, steps: float) -> bool:
+        """Whether an index is taken before the last of so many steps."""
+        firsts = [due for one in self.ranges if (due := one.first_behind(0)) is not None]
+        return self.swap_step(min(firsts)) < steps
+
 
 def schedule_problems(text: str) -> list[str]:
     """What is wrong with --refresh_index."""

@@ -212,7 +212,10 @@ def bert_folders(context_encoder_folder, tmp_path_factory):
         ("--train_context_encoder --refresh_index 5", "'5' says no steps and interval"),
         ("--train_context_encoder --refresh_index 0-:5 --index_name exact", "--index_name exact contradict"),
         ("--train_context_encoder --refresh_device gpu", "--refresh_device gpu is no device"),
-        ("--train_context_encoder --refresh_processes 0", "--refresh_processes 0 must be 1 or more"),
+        ("--train_context_encoder --refresh_processes 0", "--refresh_processes 0 must be from 1 to 1,024"),
+        ("--train_context_encoder --refresh_processes 100000", "--refresh_processes 100000 must be from 1 to 1,024"),
+        ("--train_context_encoder --refresh_device ray --refresh_processes 3", "Ray starts as many as fit"),
+        ("--refresh_processes 3", "--refresh_processes 3 is for a context encoder that learns"),
         ("--train_context_encoder --context_encoder_learning_rate -1", "must be 0 or more"),
     ],
 )

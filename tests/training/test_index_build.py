@@ -1,12 +1,13 @@
 """The process that builds an index: its command line, its device and cores."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from rag.knowledge.reembedding import parse_args
-from rag.training.index_build import COMMAND, OF_A_RANK, BuildOrder
+from rag.training.index_build import COMMAND, OF_A_RANK, BuildOrder, device_problem
 
 
 def order_of(device=None, beside=True) -> BuildOrder:
@@ -43,3 +44,18 @@ def test_it_sees_the_device_that_it_may_use(device, visible, expected, monkeypat
     environment = order_of(device).environment()
     assert environment.get("CUDA_VISIBLE_DEVICES") == expected
     assert environment["OMP_NUM_THREADS"] == "1" and not set(OF_A_RANK) & environment.keys()
+
+
+def test_a_device_that_there_is_not_is_told(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert [device_problem(name, "auto") for name in (None, "cpu", "cuda", "cuda:0", "ray")] == [None] * 5
+    assert device_problem("cuda:1", "auto") == (
+        "--refresh_device cuda:1: this machine has 1 GPU that torch can use; name another, or leave it out"
+    )
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert "--refresh_device cuda: this machine has no GPU" in device_problem("cuda", "auto")
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unheard.getsockname()[1]}"
+        assert f"--ray_address {address}: no Ray cluster can be reached there (" in device_problem("ray", address)
+    assert "--ray_address nowhere: no Ray cluster" in device_problem("ray", "nowhere")

@@ -68,6 +68,7 @@ def test_a_schedule_names_steps_and_when_their_index_is_taken():
     sooner = RefreshSchedule.parse("0-900:800,1000-1300:100")
     assert [step for step in range(2000) if sooner.is_due(step)] == [800, 1000, 1100, 1200]
     assert [sooner.swap_step(step) for step in (800, 1000, 1200, 1500)] == [1000, 1100, 1300, 1500]
+    assert [sooner.is_used_within(steps) for steps in (800, 1000, 1001, float("inf"))] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +187,11 @@ def test_killed_in_a_build_at_its_taking_and_in_the_last_one(whole, words, model
         assert calls
     run(model_folder, words[0], out, *words[1])
     assert_same_end(out, whole)
+
+
+def test_a_run_that_is_too_short_for_its_schedule_says_so(words, model_folder, tmp_path, caplog):
+    run(model_folder, words[0], tmp_path / "out", *words[1], "--max_steps", 4)
+    assert "--refresh_index 0-3:2: none of the 4 steps of this training searches an index" in caplog.text
 
 
 @pytest.mark.slow
