@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,11 @@ def continuation_problems(args: FinetuneArguments) -> list[str]:
     if not all(isinstance(earlier.get(group), dict) for group in COMPARED):
         return [f"--output_dir: {folder / 'hparams.json'} is damaged (it lacks groups of settings); {remedy}"]
     changes = [
-        f"--{name} was {earlier[group].get(name)} and is {value}"
+        f"--{name} was {earlier_value} and is {value}"
         for group in COMPARED
         for name, value in args.to_dict()[group].items()
-        if name not in FREE_TO_CHANGE.get(group, ()) and name in earlier[group] and earlier[group][name] != value
+        if name not in FREE_TO_CHANGE.get(group, ())
+        and (earlier_value := _earlier_value(earlier[group], getattr(args, group), name)) != value
     ]
     then, now = precision_of(earlier), precision_of(args.to_dict())
     if not changes and now not in (then, "auto"):
@@ -96,6 +98,12 @@ def continuation_problems(args: FinetuneArguments) -> list[str]:
         f"--output_dir {folder} holds a run with other settings ({'; '.join(changes)}); choose another folder, or give "
         "--overwrite_output_dir to remove that run"
     ]
+
+
+def _earlier_value(earlier: dict[str, Any], group: Any, name: str) -> Any:
+    """What a run had for a setting of a group; one from before there was the setting had what leaving it out means."""
+    default = next(field.default for field in fields(group) if field.name == name)
+    return earlier.get(name, getattr(group, name) if default is MISSING else default)
 
 
 def precision_of(settings: dict[str, Any]) -> str:

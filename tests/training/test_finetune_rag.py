@@ -12,7 +12,7 @@ from transformers import RagSequenceForGeneration
 import finetune_rag
 from lightning_base import AtomicCheckpointIO
 from rag.errors import UserError
-from rag.files import load_json, read_lines
+from rag.files import load_json, read_lines, save_json
 from rag.models.checkpoints import load_model
 from rag.training.run_folder import held
 from tests.conftest import QUESTIONS
@@ -122,6 +122,23 @@ def test_another_run_in_the_same_folder_is_refused(model_folder, data_dir, tmp_p
     run(model_folder, data_dir, out, "--max_steps", 1, "--learning_rate", 0.5, "--overwrite_output_dir")
     assert json.loads((out / "hparams.json").read_text())["training"]["learning_rate"] == 0.5
     assert len(load_json(out / "metrics.json")["val"]) == 1
+
+
+def test_a_run_of_an_earlier_release_had_what_leaving_a_flag_out_means(model_folder, data_dir, tmp_path):
+    out = tmp_path / "out"
+    run(model_folder, data_dir, out, "--max_steps", 1)
+    settings, new = load_json(out / "hparams.json"), ("reranker", "refresh_processes", "dense_weight", "over_retrieve")
+    for name in new:
+        del settings["retrieval"][name]
+    for name in ("train_context_encoder", "context_encoder_name_or_path"):
+        del settings["model"][name]
+    save_json(settings, out / "hparams.json")
+    for name, value in (("reranker", "upr"), ("train_context_encoder", True)):
+        was = "None" if name == "reranker" else "False"
+        with pytest.raises(UserError, match=rf"--{name} was {was} and is {value}"):
+            run(model_folder, data_dir, out, "--max_steps", 2, f"--{name}", value)
+    run(model_folder, data_dir, out, "--max_steps", 2)
+    assert [row["step"] for row in load_json(out / "metrics.json")["val"]] == [1, 2]
 
 
 @pytest.mark.parametrize(("model_type", "generator"), [("rag_token", "bart"), ("rag_sequence", "t5")])
