@@ -25,6 +25,9 @@ LOOK = 0.02  # seconds between two looks at whether it is over
 # What tells a process that it is a rank of a job, which the build is not.
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
              "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # fmt: skip
+# What it tells by the flags of use_own_knowledge_dataset.py, by those of the training.
+HERE = {"--num_encoding_processes": "--refresh_processes", "--distributed ray": "--refresh_device ray",
+        " or less --tokens_per_batch": "", ", or give less --tokens_per_batch": ""}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class BuildOrder:
         environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
         root = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        environment["PYTHONSAFEPATH"] = "1"  # no module of the folder that the training was started in
         if self.beside:
             environment["OMP_NUM_THREADS"] = "1"
         if self.device in ("cpu", "ray"):
@@ -141,7 +145,9 @@ class IndexBuild:
         if status < 0:
             return f"its process was killed ({signal.Signals(-status).name}) {self.tries} times"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        said = next((line.partition(": error: ")[2] for line in lines if ": error: " in line), None)
+        said = next((line.partition(": error: ")[2] for line in lines if ": error: " in line), "")
+        for theirs, ours in HERE.items():
+            said = said.replace(theirs, ours)
         return said or (lines[-1] if lines else f"its process ended with status {status}")
 
     def stop(self) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rag.knowledge.reembedding import parse_args
-from rag.training.index_build import COMMAND, OF_A_RANK, BuildOrder, device_problem
+from rag.training.index_build import COMMAND, OF_A_RANK, BuildOrder, IndexBuild, device_problem
 
 
 def order_of(device=None, beside=True) -> BuildOrder:
@@ -59,3 +61,20 @@ def test_a_device_that_there_is_not_is_told(monkeypatch):
         address = f"127.0.0.1:{unheard.getsockname()[1]}"
         assert f"--ray_address {address}: no Ray cluster can be reached there (" in device_problem("ray", address)
     assert "--ray_address nowhere: no Ray cluster" in device_problem("ray", "nowhere")
+
+
+def test_a_module_of_the_folder_that_the_training_was_started_in_is_none_of_its_own(tmp_path):
+    (tmp_path / "dataclasses.py").write_text("raise SystemExit('not this one')\n")
+    (tmp_path / "rag").mkdir()
+    (tmp_path / "rag" / "__init__.py").write_text("raise SystemExit('not this one')\n")
+    environment = order_of("cpu").environment()
+    told = subprocess.run([*COMMAND, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0 and "--passages_path" in told.stdout
+
+
+def test_its_failure_is_told_in_the_flags_of_the_training(monkeypatch, tmp_path):
+    said = "x: error: one of 2 processes was killed; give fewer --num_encoding_processes or less --tokens_per_batch: y"
+    monkeypatch.setattr(BuildOrder, "words", lambda *_: [sys.executable, "-c", f"raise SystemExit({said!r})"])
+    build = IndexBuild(order_of("cpu"), tmp_path / "encoder", tmp_path / "knowledge")
+    build.start()
+    assert build.is_over(60) and build.failure == "one of 2 processes was killed; give fewer --refresh_processes: y"
