@@ -210,7 +210,7 @@ def open_bm25(config) -> Bm25Index:
     path = config.passages_path
     if path is None or not os.path.isdir(path):
         raise UserError(
-            f"--passages_path {path} is not a folder of passages, which --index_name bm25 needs; build it with "
+            f"--passages_path {path} is not a folder of passages, which BM25 needs; build it with "
             "use_own_knowledge_dataset.py, or save a dataset of title and text by save_to_disk"
         )
     for name, value in index_effort(config).items():
@@ -300,8 +300,8 @@ def build_bm25(passages: datasets.Dataset, folder: Path, description: dict) -> N
     words, numbers, lengths = _number_words(passages)
     if not 0 < len(words) <= MOST_WORDS:
         raise UserError(
-            f"--index_name bm25: the passages have {len(words):,} different words, but from 1 to {MOST_WORDS:,} can be "
-            "told apart; take other passages"
+            f"--passages_path: the passages have {len(words):,} different words, but BM25 can tell from 1 to "
+            f"{MOST_WORDS:,} apart; take other passages"
         )
     bm25 = bm25s.BM25(**BM25_SETTINGS)
     bm25.scores = bm25.build_index_from_ids(range(len(words)), _Rows(numbers, lengths), show_progress=False)

@@ -327,7 +327,7 @@ def test_what_is_in_the_way_is_named(config, tmp_path, knowledge):
     with pytest.raises(UserError, match=r"--index_path .*index cannot be written \(File exists: .*/file\)"):
         open_index(config)
     for path in (None, str(tmp_path / "none")):
-        with pytest.raises(UserError, match="is not a folder of passages, which --index_name bm25 needs"):
+        with pytest.raises(UserError, match="is not a folder of passages, which BM25 needs"):
             open_index(rag_config(index_name="bm25", passages_path=path))
     # A checkpoint that remembers a FAISS file.
     config.index_path = knowledge["index_path"]
@@ -341,7 +341,7 @@ def test_no_word_and_more_words_than_a_query_can_tell_apart(config, monkeypatch,
     with pytest.raises(UserError, match="have 0 different words"):
         open_index(rag_config(index_name="bm25", passages_path=save([("", "?"), ("the", "of")], tmp_path / "silent")))
     monkeypatch.setattr(bm25, "MOST_WORDS", 10)
-    with pytest.raises(UserError, match=r"have \d\d different words, but from 1 to 10 can be told apart"):
+    with pytest.raises(UserError, match=r"have \d\d different words, but BM25 can tell from 1 to 10 apart"):
         open_index(config)
     assert not list(tmp_path.glob("*_bm25"))
 
