@@ -203,14 +203,20 @@ def _open_encoder(
 
 
 def _remove_others(output: Path, description: "IndexDescription") -> None:
-    """Remove what the folder holds of an encoder with other weights: a run was taken up before that was made."""
+    """Remove what the folder holds of an encoder with other weights, as a run was taken up before that was made, and
+    what is so damaged that it does not tell what made it: all of it can be made again."""
     from rag.files import remove
     from rag.knowledge.contents import read_knowledge
     from rag.knowledge.shards import digest_of
 
-    there = digest_of(output / PASSAGES_FOLDER)
-    known = [part.digest for part in read_knowledge(output).parts[:1]]
-    if {there, *known} - {None, description.passages_digest()}:
+    passages, wanted = output / PASSAGES_FOLDER, description.passages_digest()
+    there = digest_of(passages)
+    try:
+        known = [part.digest for part in read_knowledge(output).parts[:1]]
+        is_known = there is not None or not passages.exists()
+    except UserError:
+        known, is_known = [], False
+    if not is_known or {there, *known} - {None, wanted}:
         for name in OUTPUT_NAMES:
             remove(output / name)
 

@@ -17,6 +17,7 @@ their indexes can be made again.
 """
 
 import logging
+import re
 import shutil
 import time
 from functools import partial
@@ -42,6 +43,7 @@ from rag.training.reports import raise_on_all_ranks
 logger = logging.getLogger(__name__)
 
 REFRESH, KNOWLEDGE = "refresh", "knowledge"  # folders in --output_dir
+OF_A_CHECKPOINT = re.compile(rf"checkpoint\d+/{FOLDER}")  # an encoder that a training has written
 PASSAGES = "my_knowledge_dataset"  # in a folder of knowledge
 MOST_AT_A_TIME = 10.0  # seconds that rank 0 waits before it tells the others that it still waits
 
@@ -59,7 +61,7 @@ class IndexRefresh(Callback):
         retrieval, self.output_dir = args.retrieval, Path(args.run.output_dir)
         self.schedule = RefreshSchedule.parse(retrieval.refresh_index) if retrieval.refresh_index else None
         self.retrieval, self.run_code = retrieval, args.run.trust_remote_code
-        self.timeout = args.run.rank_timeout
+        self.timeout, self.resumes = args.run.rank_timeout, args.run.resume_from_checkpoint is not None
         self.current: int | None = None
         self.pending: int | None = None
         self.handled: int | None = None  # the step at whose beginning it was last asked what is due
@@ -99,18 +101,29 @@ class IndexRefresh(Callback):
         if (problem := device_problem(device, address)) is not None:
             return problem
         for name in (REFRESH, KNOWLEDGE):
+            if (self.output_dir / name).exists() and not (self.output_dir / name).is_dir():
+                return f"--output_dir {self.output_dir}: its {name} is no folder; remove it, or give another"
             if (self.output_dir / name).absolute() in Path(self.given[0]).absolute().parents:
                 return (
                     f"--passages_path {self.given[0]} lies in {shown(self.output_dir / name)}, where the training "
                     "writes; give another --output_dir"
                 )
-        made_by = read_description(self.output_dir / KNOWLEDGE / PASSAGES, "--output_dir").encoder
-        if made_by and Path(made_by).name != FOLDER:
+        if self._holds_foreign_knowledge():
             return (
                 f"--output_dir {self.output_dir} holds {KNOWLEDGE} that no training made, where the trained index is "
                 "to lie; give another --output_dir"
             )
         return None
+
+    def _holds_foreign_knowledge(self) -> bool:
+        passages = self.output_dir / KNOWLEDGE / PASSAGES
+        try:
+            made_by = read_description(passages, "--output_dir").encoder
+        except UserError:  # one of our own that is damaged is made again
+            made_by = ""
+        if not made_by:
+            return passages.exists() and not self.resumes
+        return OF_A_CHECKPOINT.fullmatch("/".join(Path(made_by).parts[-2:])) is None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Go on with the index that was searched, and with the one that was being built. Collective."""
@@ -217,7 +230,10 @@ class IndexRefresh(Callback):
         knowledge = self._paths(step)[1]
 
         def is_there() -> bool:
-            return read_description(knowledge / PASSAGES).is_finished
+            try:
+                return read_description(knowledge / PASSAGES).is_finished
+            except UserError:  # damaged: it is made again
+                return False
 
         if self.ranks.from_rank_zero("index of a refresh", is_there) and not self._take(pl_module.retriever, knowledge):
             return None

@@ -43,6 +43,26 @@ def test_an_index_of_an_unknown_origin_becomes_the_usual_kind(args, context_enco
     assert not made.reused and not np.allclose(vectors_of(made), before)  # what was there made room
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("index.json", b"{"),
+        ("index.json", None),
+        ("my_knowledge_dataset/state.json", b"{"),
+        ("my_knowledge_dataset/state.json", None),
+        ("my_knowledge_dataset/data-00000-of-00001.arrow", b""),
+        ("my_knowledge_dataset_hnsw_index.faiss", b"x"),
+    ],
+)
+def test_what_is_damaged_is_made_again(file, content, args, tmp_path):
+    expected = vectors_of(reembedding.main(args))
+    path = tmp_path / "out" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    made = reembedding.main(args)
+    assert not made.reused
+    np.testing.assert_array_equal(vectors_of(made), expected)
+
+
 @pytest.mark.slow
 def test_a_killed_process_costs_its_shards(args, tmp_path, capsys):
     expected = vectors_of(reembedding.main(args))

@@ -242,6 +242,18 @@ def test_what_cannot_be_made_anew_is_refused(words, own, model_folder, tmp_path)
         run(model_folder, data, tmp_path / "out", *moved)
     with pytest.raises(UserError, match="holds knowledge that no training made"):
         run(model_folder, data, tmp_path / "out", *flags)
+    (tmp_path / "third/knowledge" / PASSAGES_FOLDER).mkdir(parents=True)  # of another origin: nothing is told of it
+    with pytest.raises(UserError, match="holds knowledge that no training made"):
+        run(model_folder, data, tmp_path / "third", *flags)
+    named_alike = tmp_path / "fourth/knowledge/index.json"  # as the quickstart names its encoder
+    named_alike.parent.mkdir(parents=True)
+    named_alike.write_text(json.dumps({"encoder": "models/context_encoder"}))
+    with pytest.raises(UserError, match="holds knowledge that no training made"):
+        run(model_folder, data, tmp_path / "fourth", *flags)
+    (tmp_path / "fifth").mkdir()
+    (tmp_path / "fifth/refresh").write_text("")
+    with pytest.raises(UserError, match="fifth: its refresh is no folder"):
+        run(model_folder, data, tmp_path / "fifth", *flags)
     with pytest.raises(UserError, match="--over_retrieve 9 is more than the 8 passages"):
         run(model_folder, data, tmp_path / "other", *flags, "--over_retrieve", 9)
 
