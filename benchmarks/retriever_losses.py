@@ -13,6 +13,7 @@ passage once for all losses; each line of the table is a call of eval_rag.py; a 
 is k times precision@k. What is finished is found again.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -219,6 +220,7 @@ def train(loss: str, folder: Path, known: Judgments, data: Path, **flags: Any) -
         pages = read_lines(data / "train.pages") if loss == CEILING else None
         with patch.object(qa_module, "GenerativeQAModule", remembering_module(known, pages)):
             finetune_rag.main(finetune_rag.parse_args(["--config_file", str(settings)]))
+        gc.collect()  # the module is in circles, and would stay beside the next one
     return next(folder.glob("checkpoint?"))
 
 
