@@ -41,8 +41,8 @@ from rag.packing import PADDED
 from rag.retrieval.retriever import RagKnowledgeRetriever
 from rag.training.arguments import FinetuneArguments, ModelArguments
 from rag.training.context_encoder import FOLDER as CONTEXT_ENCODER
-from rag.training.flag_problems import closed_book_problems, fusion_problems
 from rag.training.namespaces import group_settings
+from rag.training.retrieval_problems import closed_book_problems, fusion_problems
 from rag.training.run_folder import begun_precision, is_rank_zero
 from rag.training.seals import is_whole
 

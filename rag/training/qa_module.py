@@ -53,7 +53,6 @@ from rag.training.arguments import RetrievalArguments
 from rag.training.base_module import BaseTransformer
 from rag.training.context_encoder import FOLDER as CONTEXT_ENCODER
 from rag.training.context_encoder import FreshScores, open_context_encoder, save_context_encoder
-from rag.training.flag_problems import fusion_problems
 from rag.training.fusion import fused_nll
 from rag.training.loading import (
     adapt,
@@ -67,6 +66,7 @@ from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll, rag_
 from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
+from rag.training.retrieval_problems import fusion_problems
 from rag.training.retriever_loss import RETRIEVER_LOSSES, Teacher
 from rag.training.run_card import making_of, measured
 
