@@ -168,8 +168,8 @@ def _retriever(args: FinetuneArguments, model, tokenizer):
     parts, retrieval = (model.config, tokenizer.question_encoder, tokenizer.generator), args.retrieval
     with RETRIEVERS[retrieval.distributed_retriever](args, parts) as retriever:
         require_n_docs(retriever.index, model.config.n_docs)
-        if args.retrieval.over_retrieve is not None:
-            require_n_docs(retriever.index, args.retrieval.over_retrieve, "--over_retrieve")
+        if retrieval.over_retrieve is not None:
+            require_n_docs(retriever.index, retrieval.over_retrieve, "--over_retrieve")
         if retriever.config.index_name == "given":
             _check_given_passages(args, retriever)
         elif retrieval.reranker is not None and not args.model.freeze_question_encoder:

@@ -62,6 +62,17 @@ def open_index(config) -> KnowledgeIndex:
     return INDEX_SOURCES[config.index_name](config)
 
 
+def open_own(config, passages_path: str, index_path: str) -> KnowledgeIndex:
+    """Another index over the passages of the one that `config` describes, in its place, not yet opened.
+
+    Raises:
+        UserError: as of `open_index`.
+    """
+    config = copy.copy(config)
+    config.index_name, config.passages_path, config.index_path = "custom", passages_path, index_path
+    return open_index(config)
+
+
 def fetched(config):
     """The config with the paths of the hub's cache in place of `hub:OWNER/NAME`; what is not there yet is fetched.
 

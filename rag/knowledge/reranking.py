@@ -12,7 +12,7 @@ from rag.index.knowledge_index import KnowledgeIndex
 from rag.knowledge.search import RAG_FLAG
 from rag.models.checkpoints import load_model, load_tokenizer
 from rag.retrieval.arguments import UPR
-from rag.retrieval.finding import FoundPassages
+from rag.retrieval.finding import FetchedPassages
 from rag.retrieval.reranking import open_reranker
 
 
@@ -49,7 +49,7 @@ class SearchReranker:
         """
         assert self.rescore is not None
         docs: list = index.get_doc_dicts(ids)
-        found = FoundPassages(torch.zeros(len(ids), 1), questions, ids, docs, torch.zeros(ids.shape))
+        found = FetchedPassages(torch.zeros(len(ids), 1), questions, ids, docs)
         with torch.inference_mode():
             scores = self.rescore(found).numpy()
         scores = np.where(ids >= 0, scores, -np.inf)

@@ -7,7 +7,6 @@ It is a file of its own because an actor that died is back the sooner the less i
 transformers, whose import takes seconds.
 """
 
-import copy
 import json
 import os
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import faiss
 import numpy as np
 
 from rag.index.knowledge_index import KnowledgeIndex
-from rag.index.sources import open_index
+from rag.index.sources import open_index, open_own
 from rag.retrieval.remote import search_to_send, top_docs
 
 
@@ -86,9 +85,7 @@ class RayRetriever:
         """Open another index over the same passages; a second call does nothing."""
         if (passages_path, index_path) in self.beside:
             return
-        config = copy.copy(self.config)
-        config.index_name, config.passages_path, config.index_path = "custom", passages_path, index_path
-        index = open_index(config)
+        index = open_own(self.config, passages_path, index_path)
         index.init_index(self.shard)
         self.beside[passages_path, index_path] = index
 

@@ -8,7 +8,7 @@ that is shown more passages than are kept.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -57,21 +57,30 @@ def question_vectors(
 
 
 @dataclass
-class FoundPassages:
-    """The passages of B questions, best first.
+class FetchedPassages:
+    """The passages of B questions, in the index's order.
 
     Attributes:
         queries: (B, d), as of `question_vectors`.
         questions: B texts.
         doc_ids: (B, n_docs) int64 row numbers in the index, -1 in a slot without a passage.
         docs: B dicts of the passages' columns, among them the lists "title" and "text".
-        scores: (B, n_docs), -inf in a slot without a passage.
     """
 
     queries: torch.Tensor
     questions: list[str]
     doc_ids: np.ndarray
     docs: list[dict]
+
+
+@dataclass
+class FoundPassages(FetchedPassages):
+    """The passages of B questions, best first.
+
+    Attributes:
+        scores: (B, n_docs), -inf in a slot without a passage.
+    """
+
     scores: torch.Tensor
 
 
@@ -86,7 +95,7 @@ class Rescoring(Protocol):
     depth: int
     learns: bool
 
-    def __call__(self, found: FoundPassages) -> torch.Tensor:
+    def __call__(self, found: FetchedPassages) -> torch.Tensor:
         """The logits of p(passage | question), as many as were found a question, on the device of the queries."""
 
 
@@ -109,18 +118,17 @@ def find_passages(
     queries = question_vectors(question_encoder, retriever, tokens, questions, lengths)  # (B, d)
     fetched = n_docs if rescore is None else max(n_docs, min(rescore.depth, passages_in(retriever)))
     doc_embeds, doc_ids, docs = retriever.retrieve(queries.detach().to("cpu", torch.float32).numpy(), fetched)
-    doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), queries.device)  # (B, fetched, d)
-    scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)
-    found = FoundPassages(queries, questions, doc_ids, docs, _masked(scores, doc_ids))
     if rescore is None:
-        return found
+        doc_embeds = to_device(torch.from_numpy(doc_embeds).to(queries.dtype), queries.device)  # (B, n_docs, d)
+        scores = (queries.unsqueeze(1) * doc_embeds).sum(-1)
+        return FoundPassages(queries, questions, doc_ids, docs, _masked(scores, doc_ids))
     is_choice, with_gradients = fetched > n_docs, torch.is_grad_enabled()
     with torch.set_grad_enabled(with_gradients and not is_choice):
-        scores = _masked(rescore(found), doc_ids)
+        scores = _masked(rescore(FetchedPassages(queries, questions, doc_ids, docs)), doc_ids)
     order = scores.detach().argsort(dim=1, descending=True, stable=True)[:, :n_docs]
     doc_ids = np.take_along_axis(doc_ids, order.cpu().numpy(), axis=1)
     docs = retriever.index.get_doc_dicts(doc_ids)
-    found = replace(found, doc_ids=doc_ids, docs=docs, scores=scores.gather(1, order))
+    found = FoundPassages(queries, questions, doc_ids, docs, scores.gather(1, order))
     if is_choice and with_gradients and rescore.learns:
         found.scores = _masked(rescore(found), doc_ids)
     return found

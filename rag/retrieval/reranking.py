@@ -32,7 +32,7 @@ from rag.models.prompts import passage_prompts
 from rag.models.tokens import reading
 from rag.packing import to_device
 from rag.retrieval.arguments import UPR
-from rag.retrieval.finding import FoundPassages, Rescoring
+from rag.retrieval.finding import FetchedPassages, Rescoring
 from rag.retrieval.retriever import bare_title
 
 FLAG = "--reranker"
@@ -70,7 +70,7 @@ class Upr:
         self.most = most if readable is None else min(most, readable)
 
     @torch.no_grad()
-    def __call__(self, found: FoundPassages) -> torch.Tensor:
+    def __call__(self, found: FetchedPassages) -> torch.Tensor:
         scores = torch.zeros(found.doc_ids.shape, dtype=torch.float32, device=found.queries.device)
         with evaluating(self.generator):
             for row, (question, doc, ids) in enumerate(zip(found.questions, found.docs, found.doc_ids, strict=True)):
@@ -126,7 +126,7 @@ class CrossEncoder:
         self.most = min((limit for limit in limits if limit is not None), default=ANY_LENGTH)
         self.most = min(self.most, 10**6)  # of a tokenizer that knows no limit it is 10**30
 
-    def __call__(self, found: FoundPassages) -> torch.Tensor:
+    def __call__(self, found: FetchedPassages) -> torch.Tensor:
         device = found.queries.device
         self.model.to(device)
         there = np.argwhere(found.doc_ids >= 0)

@@ -6,7 +6,6 @@
 A subclass changes only where the search runs (`_search`); passage text is read on the rank that needs it.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
@@ -23,7 +22,7 @@ from rag.index.arguments import INDEX_FLAGS
 from rag.index.columns import require_finite
 from rag.index.given_passages import GivenPassages
 from rag.index.knowledge_index import KnowledgeIndex
-from rag.index.sources import open_index
+from rag.index.sources import open_index, open_own
 from rag.models.checkpoints import load_tokenizer
 from rag.models.custom_code import code_beside
 from rag.models.limits import most_tokens, settle_vector_size
@@ -129,9 +128,7 @@ class RagKnowledgeRetriever(RagRetriever):
         Raises:
             UserError: it cannot be opened, or holds another number of passages.
         """
-        config = copy.copy(self.config)
-        config.index_name, config.passages_path, config.index_path = "custom", passages_path, index_path
-        index = open_index(config)
+        index = open_own(self.config, passages_path, index_path)
         if len(index) != len(self.index):
             raise UserError(
                 f"--index_path {index_path} is of {len(index)} passages, and {len(self.index)} were searched so far"

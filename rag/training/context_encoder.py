@@ -31,7 +31,7 @@ from rag.models.modes import evaluating
 from rag.models.packed_encoder import can_pack, encode_packed
 from rag.models.passages import PassageReader, Passages
 from rag.packing import Packing, to_device
-from rag.retrieval.finding import FoundPassages
+from rag.retrieval.finding import FetchedPassages
 from rag.training.arguments import FinetuneArguments
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class FreshScores:
         self.encoder, self.reader = encoder, PassageReader(encoder, tokenizer, FLAG)
         self.depth, self.packed = over_retrieve or 0, packed and can_pack(encoder)
 
-    def __call__(self, found: FoundPassages) -> torch.Tensor:
+    def __call__(self, found: FetchedPassages) -> torch.Tensor:
         """The scores (B, as many as were found), differentiable in the queries and in the encoder's weights.
 
         Passages that are equal, title and text, are read once. A slot without a passage counts as one without words,
@@ -68,7 +68,7 @@ class FreshScores:
         with evaluating(self.encoder):
             return self._scores(found, self._read_in_parts)
 
-    def _scores(self, found: FoundPassages, read: Callable[[Passages], torch.Tensor]) -> torch.Tensor:
+    def _scores(self, found: FetchedPassages, read: Callable[[Passages], torch.Tensor]) -> torch.Tensor:
         rows = [list(zip(doc["title"], doc["text"], strict=True)) for doc in found.docs]
         places: dict[tuple[str, str], int] = {}
         for passage in (passage for row in rows for passage in row):
