@@ -28,6 +28,7 @@ from rag.models.fit import vocabulary_problems
 from rag.models.limits import most_tokens
 from rag.models.loading import load_config, load_weights
 from rag.models.modes import evaluating
+from rag.models.passages import TOKENS_OF_NO_LIMIT
 from rag.models.prompts import passage_prompts
 from rag.models.tokens import reading
 from rag.packing import to_device
@@ -39,7 +40,7 @@ FLAG = "--reranker"
 PAIRS_AT_A_TIME = 32  # that a CrossEncoder reads, of similar length
 ROWS_AT_A_TIME = 1024  # of logits over the vocabulary
 QUESTION_TOKENS = 128  # of a question that the generator is to say, the scripts' default
-ANY_LENGTH = 512  # tokens of a pair where neither model nor tokenizer says how many it reads
+MOST_TOKENS = 10**6  # of a pair; a tokenizer that knows no limit says 10**30, which is more than it can be told
 
 
 def text_of(title: str, text: str) -> str:
@@ -62,7 +63,7 @@ class Upr:
 
     learns = False
 
-    def __init__(self, generator: PreTrainedModel, tokenizer: Any, depth: int, most: int = ANY_LENGTH):
+    def __init__(self, generator: PreTrainedModel, tokenizer: Any, depth: int, most: int = TOKENS_OF_NO_LIMIT):
         self.generator = generator
         self.tokenizer = tokenizer
         self.depth = depth
@@ -122,9 +123,7 @@ class CrossEncoder:
         self.model = model
         self.tokenizer = tokenizer
         self.depth = depth
-        limits = [most_tokens(model.config), tokenizer.model_max_length]
-        self.most = min((limit for limit in limits if limit is not None), default=ANY_LENGTH)
-        self.most = min(self.most, 10**6)  # of a tokenizer that knows no limit it is 10**30
+        self.most = min(most_tokens(model.config) or MOST_TOKENS, tokenizer.model_max_length, MOST_TOKENS)
 
     def __call__(self, found: FetchedPassages) -> torch.Tensor:
         device = found.queries.device
