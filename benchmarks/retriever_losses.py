@@ -7,10 +7,10 @@
 A question encoder that finds too little, MiniLM read as a DPR encoder (its first token's vector, inner product), is
 trained by the answers of ../shared/data/nq_gold over its passages and those of distractors_2wiki, which are searched
 exactly. What teaches is SmolLM2-135M-Instruct as its authors left it: it stays as it is, and so do the passages'
-vectors but in the last training. The ceiling is the same training with labels: the teacher is sure of the passages with
-the gold page's title. Each training is a call of finetune_rag.py, in which the teacher is asked about a question and a
-passage once for all losses; each line of the table is a call of eval_rag.py; a gold page a question, so that recall@k
-is k times precision@k. What is finished is found again.
+vectors but in trainings of both encoders. The ceiling is the same training with labels: the teacher is sure of the
+passages with the gold page's title. Each training is a call of finetune_rag.py, in which the teacher is asked about a
+question and a passage once for all of them; each line of the table is a call of eval_rag.py; a gold page a question, so
+that recall@k is k times precision@k. What is finished is found again.
 """
 
 import gc
@@ -30,14 +30,14 @@ from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError
-from rag.files import atomic_folder, read_lines, save_json
+from rag.files import atomic_folder, json_digest, read_lines, save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 START, CEILING = "start", "gold"
 BOTH = "+context"  # behind a loss: the context encoder learns, too, and all passages are embedded anew at the end
 LOSSES = ["emdr2", "pdist", "lsr", "loop", CEILING, f"pdist{BOTH}"]
-Judgments = dict[tuple[int, int], float]  # of a question and a passage, by their numbers: log p(y|x,z), nats
+Judgments = dict[str, float]  # "question passage", by their numbers: log p(y|x,z), nats
 CERTAIN = 30.0  # nats by which the ceiling's teacher prefers the passages with the right title
 TRAINING = {
     "n_docs": 5,
@@ -68,7 +68,8 @@ class BenchmarkArguments:
     def __post_init__(self):
         if self.short:
             self.steps, self.folder = 2, self.folder / "short"
-            self.losses = [loss for loss in self.losses if loss != CEILING]  # test_data has no labels to train by
+            # test_data has no labels to train by
+            self.losses = [loss for loss in self.losses if not loss.startswith(CEILING)]
 
 
 def parse_args(argv=None) -> BenchmarkArguments:
@@ -156,8 +157,8 @@ def remembering_module(known: Judgments, pages: list[str] | None) -> type:
     import torch
 
     from rag.generation.forward import answer_states, output_layer
+    from rag.generation.logprobs import target_logprobs
     from rag.packing import to_device
-    from rag.training.loss import target_logprobs
     from rag.training.qa_module import GenerativeQAModule
     from rag.training.retriever_loss import Teacher
 
@@ -169,7 +170,7 @@ def remembering_module(known: Judgments, pages: list[str] | None) -> type:
                 return super().negative_log_likelihood(batch, label_smoothing)
             contexts = self._retrieve(batch)
             pairs = [
-                (i, doc) for i, docs in zip(batch["index"], contexts.doc_ids.tolist(), strict=True) for doc in docs
+                f"{i} {doc}" for i, docs in zip(batch["index"], contexts.doc_ids.tolist(), strict=True) for doc in docs
             ]
             judged = self._by_labels(batch, contexts) if pages else self._by_generator(batch, contexts, pairs)
             lengths = torch.ones(len(judged)) if pages else to_device(batch["decoder_lengths"], self.device)
@@ -204,22 +205,25 @@ def remembering_module(known: Judgments, pages: list[str] | None) -> type:
     return Remembering
 
 
-def train(loss: str, folder: Path, known: Judgments, data: Path, **flags: Any) -> Path:
+def train(loss: str, folder: Path, data: Path, **flags: Any) -> Path:
     """What finetune_rag.py trains, with what the teacher has said before; the trained checkpoint."""
     import finetune_rag
     from rag.training import qa_module
 
     if not list(folder.glob("checkpoint?")):
+        judgments = folder.parent / "judgments.json"
+        known: Judgments = json.loads(judgments.read_text()) if judgments.exists() else {}
         settings = folder.with_suffix(".json")
-        words = {"data_dir": data, "output_dir": folder, "retriever_loss": "pdist" if loss == CEILING else loss}
+        teacher = loss.removesuffix(BOTH)
+        words = {"data_dir": data, "output_dir": folder, "retriever_loss": "pdist" if teacher == CEILING else teacher}
         if loss.endswith(BOTH):
             encoder = folder.parent / "models" / "context_encoder"
-            words |= {"retriever_loss": loss.removesuffix(BOTH), "train_context_encoder": True}
-            words |= {"context_encoder_name_or_path": encoder}
+            words |= {"train_context_encoder": True, "context_encoder_name_or_path": encoder}
         save_json(as_plain(words | flags), settings)
-        pages = read_lines(data / "train.pages") if loss == CEILING else None
+        pages = read_lines(data / "train.pages") if teacher == CEILING else None
         with patch.object(qa_module, "GenerativeQAModule", remembering_module(known, pages)):
             finetune_rag.main(finetune_rag.parse_args(["--config_file", str(settings)]))
+        save_json(known, judgments)
         gc.collect()  # the module is in circles, and would stay beside the next one
     return next(folder.glob("checkpoint?"))
 
@@ -261,11 +265,11 @@ def main(args: BenchmarkArguments) -> None:
     print(f"\n{args.steps} steps, seed {args.seed}, {args.flags}\n")
     print("| | precision@1 | recall@5 | recall@20 | MRR |\n|---|---|---|---|---|")
     print(line(START, measure(START, checkpoint, data, index, args.folder)), flush=True)
-    known: Judgments = {}
     flags = TRAINING | index | {"model_name_or_path": checkpoint, "max_steps": args.steps, "seed": args.seed}
+    more = f"_{json_digest(args.flags)[:8]}" if json.loads(args.flags) else ""
     for loss in args.losses:
-        name = f"{loss}_{args.steps}_{args.seed}"
-        trained = train(loss, args.folder / name, known, data, **flags | json.loads(args.flags))
+        name = f"{loss}_{args.steps}_{args.seed}{more}"
+        trained = train(loss, args.folder / name, data, **flags | json.loads(args.flags))
         searched = index_of(args.folder / name / "knowledge") if loss.endswith(BOTH) else index
         print(line(loss, measure(f"{name}_test", trained, data, searched, args.folder)), flush=True)
 

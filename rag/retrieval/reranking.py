@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rag.errors import UserError, one_line, raise_problems
-from rag.generation.forward import answer_states, full_precision, output_layer
+from rag.generation.forward import answer_states, output_layer
+from rag.generation.logprobs import target_logprobs
 from rag.models.checkpoints import load_tokenizer
 from rag.models.fit import vocabulary_problems
 from rag.models.limits import most_tokens
@@ -38,7 +38,6 @@ from rag.retrieval.retriever import bare_title
 
 FLAG = "--reranker"
 PAIRS_AT_A_TIME = 32  # that a CrossEncoder reads, of similar length
-ROWS_AT_A_TIME = 1024  # of logits over the vocabulary
 QUESTION_TOKENS = 128  # of a question that the generator is to say, the scripts' default
 MOST_TOKENS = 10**6  # of a pair; a tokenizer that knows no limit says 10**30, which is more than it can be told
 
@@ -98,14 +97,9 @@ class Upr:
         hidden, answers = answer_states(
             generator, to_device(ids, device), to_device(mask, device), inputs, lengths=lengths
         )
-        targets = to_device(torch.tensor(says[1:]), device).repeat(len(rows))  # (N * T), none of them padding
-        hidden = hidden.flatten(0, 1) if answers is None else answers.unpack(hidden, inputs.shape[1]).flatten(0, 1)
-        weight, bias = output_layer(generator)
-        nll = [
-            cross_entropy(full_precision(linear(part, weight, bias.to(weight.dtype))), own, reduction="none")
-            for part, own in zip(hidden.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
-        ]
-        return -torch.cat(nll).view(len(rows), -1).sum(1).float()
+        targets = to_device(torch.tensor(says[1:]), device).expand(len(rows), -1)  # (N, T), none of them padding
+        found, _ = target_logprobs(hidden, *output_layer(generator), targets, answers)
+        return found.sum(1).float()
 
 
 class CrossEncoder:

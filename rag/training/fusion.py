@@ -21,10 +21,11 @@ import torch
 from rag.errors import UserError
 from rag.generation.forward import EncodedContexts, decode_answers, output_layer
 from rag.generation.fusion import NotedAttention, Passages, encode_passages
+from rag.generation.logprobs import target_logprobs
 from rag.models.modes import evaluating
 from rag.packing import Packing, to_device
 from rag.retrieval.retriever import RetrievedContexts
-from rag.training.loss import rag_sequence_nll, target_logprobs
+from rag.training.loss import rag_sequence_nll
 from rag.training.retriever_loss import AttentionTeacher, LeftOutTeacher, Teacher
 
 

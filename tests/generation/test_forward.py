@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from rag.generation import logprobs
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
 from rag.generation.stacks import use_packed_rows
 from rag.packing import groups_of_similar_length
-from rag.training import loss as loss_module
-from rag.training.loss import rag_sequence_nll, rag_token_nll, target_logprobs
+from rag.training.loss import rag_sequence_nll, rag_token_nll
 from tests.conftest import assert_equal_but_for_rounding, in_float64
 
 
@@ -100,7 +100,7 @@ def test_another_attention_that_was_chosen_stays(bart, contexts):
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_log_probabilities_and_gradients_are_those_of_whole_logits(is_frozen, monkeypatch):
     """Of hidden states, and of a weight that is trained."""
-    monkeypatch.setattr(loss_module, "CHUNK_VOCABULARY", 4)
+    monkeypatch.setattr(logprobs, "CHUNK_VOCABULARY", 4)
     torch.manual_seed(0)
     hidden, weight = (torch.randn(shape).double().requires_grad_() for shape in ((2, 3, 5), (11, 5)))
     weight.requires_grad_(not is_frozen)
@@ -108,7 +108,7 @@ def test_log_probabilities_and_gradients_are_those_of_whole_logits(is_frozen, mo
     logits = hidden @ weight.T + bias
     expected = torch.stack([logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0], logits.logsumexp(-1)])
     weights = torch.randn(2, 2, 3).double()
-    found = torch.stack(target_logprobs(hidden, weight, bias, targets))
+    found = torch.stack(logprobs.target_logprobs(hidden, weight, bias, targets))
     assert_equal_but_for_rounding(found, expected)
     wanted = [hidden] if is_frozen else [hidden, weight]
     our_gradients, gradients = (torch.autograd.grad((weights * x).sum(), wanted) for x in (found, expected))

@@ -14,11 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import BartConfig, BartForConditionalGeneration
 
-from rag.generation import bart_layers
+from rag.generation import bart_layers, logprobs
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
 from rag.generation.stacks import use_packed_rows
 from rag.packing import Attention
-from rag.training import loss
 from rag.training.base_module import BaseTransformer
 from rag.training.loss import decoder_inputs_and_targets, rag_sequence_nll
 from rag.training.qa_module import GenerativeQAModule
@@ -122,7 +121,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(Attention, "__call__", ragged)
     monkeypatch.setattr(Attention, "with_backward", fused)
     monkeypatch.setattr(bart_layers, "weight_gradient", without_counting(lambda *two: product(*two).float()))
-    monkeypatch.setattr(loss, "words_at_a_time", lambda rows, device: 2**27 // rows)
+    monkeypatch.setattr(logprobs, "words_at_a_time", lambda rows, device: 2**27 // rows)
     monkeypatch.setattr(BaseTransformer, "judges_later", lambda module, optimizer: True)
     return called
 

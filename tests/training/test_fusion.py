@@ -16,6 +16,7 @@ import report_rag
 from rag import packing
 from rag.errors import UserError
 from rag.files import load_json, read_lines, write_lines
+from rag.generation import logprobs
 from rag.generation.stacks import use_packed_rows
 from rag.models.checkpoints import load_model
 from rag.models.fid_rag import RagFidForGeneration
@@ -92,7 +93,8 @@ def gradients_of(generator, loss) -> dict[str, torch.Tensor]:
 def test_loss_and_gradients_are_those_of_plain_passes(kind, packs, label_smoothing, dtype, monkeypatch):
     """With contexts in several groups and the vocabulary in several parts; also padded, as other attention needs it."""
     monkeypatch.setattr(packing, "GROUP_COST", 1)
-    monkeypatch.setattr(loss_module, "CHUNK_VOCABULARY", 16)
+    for module in (loss_module, logprobs):
+        monkeypatch.setattr(module, "CHUNK_VOCABULARY", 16)
     generator = MAKE[kind](0)
     generator = generator if dtype == torch.float64 else generator.float()
     contexts, batch = make_batch(generator)

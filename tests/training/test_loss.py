@@ -5,6 +5,7 @@ import torch
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
 from rag import packing
+from rag.generation import logprobs
 from rag.generation.forward import decode_answers, encode_contexts, output_layer
 from rag.generation.stacks import use_packed_rows
 from rag.retrieval.retriever import RagKnowledgeRetriever, retrieve_contexts
@@ -29,7 +30,8 @@ def test_loss_and_gradients_equal_transformers(
 ):
     """With contexts in several groups and the vocabulary in several parts."""
     monkeypatch.setattr(packing, "GROUP_COST", 1)
-    monkeypatch.setattr(loss_module, "CHUNK_VOCABULARY", 32)
+    for module in (loss_module, logprobs):
+        monkeypatch.setattr(module, "CHUNK_VOCABULARY", 32)
     generator, tokenizer = generator
     model = make_rag(model_class, question_encoder, generator, knowledge, label_smoothing=label_smoothing)
     if dtype == torch.float64:
