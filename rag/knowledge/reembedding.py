@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ def main(args: ReembeddingArguments) -> "Knowledge":
     if args.parent is not None:
         threading.Thread(target=_end_with, args=(args.parent,), daemon=True).start()
     if args.beside:
-        os.nice(NICENESS)
+        _step_back()
     from rag.models.trust import allow_code
     from rag.outputs import writing
 
@@ -109,6 +109,14 @@ def _hold(output: Path, stack: ExitStack) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _step_back() -> None:
+    """Let a training have the cores that it asks for, this process and those that it starts."""
+    os.nice(NICENESS)
+    # Where Linux shares cores out among sessions first, that counts within this one alone, which has a rank of its own.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 def _end_with(parent: int) -> None:

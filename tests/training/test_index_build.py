@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rag.knowledge.reembedding import parse_args
+from rag.knowledge.reembedding import NICENESS, parse_args
 from rag.training.index_build import COMMAND, OF_A_RANK, BuildOrder, IndexBuild, device_problem
 
 
@@ -70,6 +70,29 @@ def test_a_module_of_the_folder_that_the_training_was_started_in_is_none_of_its_
     environment = order_of("cpu").environment()
     told = subprocess.run([*COMMAND, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert told.returncode == 0 and "--passages_path" in told.stdout
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_beside_a_training_it_steps_back(beside, tmp_path):
+    """Also where the system shares cores out among sessions, of which it leads one."""
+    asked = """if True:
+        import contextlib, os, pathlib, sys
+        from rag.errors import UserError
+        from rag.knowledge.reembedding import main, parse_args
+        with contextlib.suppress(UserError):
+            main(parse_args(sys.argv[1:]))  # there are no passages
+        group = pathlib.Path("/proc/self/autogroup")
+        print(os.nice(0), group.read_text() if group.exists() else "")
+    """
+    order = BuildOrder(str(tmp_path / "none"), str(tmp_path / "none.faiss"), "cpu", 1, "", beside)
+    words = order.words(tmp_path / "encoder", tmp_path / "out")[len(COMMAND) :]
+    told = subprocess.run([sys.executable, "-c", asked, *words], env=order.environment(), start_new_session=True,
+                          capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    added = NICENESS if beside else 0
+    assert int(told[0]) == min(os.nice(0) + added, 19)
+    enabled = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    if enabled.exists() and enabled.read_text().strip() == "1":
+        assert told[2:] == ["nice", str(added)]
 
 
 def test_its_failure_is_told_in_the_flags_of_the_training(monkeypatch, tmp_path):
