@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from rag.errors import UserError
 from rag.files import load_json, read_lines, save_json
 from rag.models.checkpoints import load_model
 from rag.training.run_folder import held
-from tests.conftest import QUESTIONS
+from tests.conftest import QUESTIONS, ROOT
 
 SMALL = """--train_batch_size 4 --eval_batch_size 3 --num_workers 0 --accelerator cpu --num_train_epochs 2
 --learning_rate 0.01 --max_source_length 32 --num_sanity_val_steps 1 --log_every_n_steps 1 --n_docs 2""".split()  # noqa: SIM905
@@ -45,6 +47,28 @@ def run_killed_at(monkeypatch, global_step: int, *words) -> None:
 @pytest.fixture(scope="module")
 def model_folder(checkpoint):
     return checkpoint("rag_sequence", "bart")
+
+
+def test_what_is_too_small_for_a_cpu_to_be_quick_about_is_zero_in_all_threads(model_folder, data_dir, tmp_path):
+    code = """if True:
+        import sys
+        import torch
+        import finetune_rag
+        from rag.training.qa_module import GenerativeQAModule
+
+        def look(module, *_):
+            tiny = torch.full((10**6,), 2e-38) * 0.1
+            print("threads and left:", torch.get_num_threads(), tiny.count_nonzero().item())
+
+        GenerativeQAModule.on_train_batch_end = look
+        finetune_rag.main(finetune_rag.parse_args(sys.argv[1:]))
+    """
+    words = ["--model_name_or_path", model_folder, "--data_dir", data_dir, "--output_dir", tmp_path / "out", *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    words = [sys.executable, "-c", code, *map(str, words), "--max_steps", "1"]
+    said = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "threads and left: 2 0" in said.stdout
 
 
 def test_a_run_writes_what_the_readme_says(model_folder, data_dir, tmp_path, capsys):
