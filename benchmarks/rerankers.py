@@ -1,7 +1,7 @@
 """What rerankers are worth: precision and recall of what is found, before and after, and what they cost.
 
     python benchmarks/rerankers.py                # trains a CrossEncoder, then a line of the table each; half an hour
-    python benchmarks/rerankers.py --short        # two steps, test_data, a minute
+    python benchmarks/rerankers.py --short        # two steps, eight questions of test_data, a minute
 
 Passages of ../shared/data/nq_gold and distractors_2wiki are found by MiniLM read as a DPR encoder, exactly, the start
 of `retriever_losses.py`, and by both it and BM25 (`--index_name hybrid`). Rerankers are SmolLM2-135M-Instruct as its
@@ -22,17 +22,17 @@ from benchmarks.retriever_losses import data_folder, index_of, line, make_start,
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
-from rag.files import atomic_folder, read_lines
+from rag.files import atomic_folder, read_lines, write_lines
 
 FOUND = 10  # passages of a training question, of which one is right
 GROUP = 5  # of these, the right one among them, that the CrossEncoder compares at a time
-QUESTIONS = 8  # a step
+QUESTIONS = 8  # a step; asked, with --short
 LEARNING_RATE = 5e-5
 
 
 @dataclass
 class BenchmarkArguments:
-    short: bool = flag(False, "Two steps, of test_data.")
+    short: bool = flag(False, "Two steps, eight questions, of test_data.")
     folder: Path = flag(Path("output/retriever_losses"), "Models, knowledge, predictions; retriever_losses.py's.")
     steps: int = flag(250, "Of the CrossEncoder's training, of 8 questions.")
     depths: list[int] = flag([20, 50], "--rerank_depth of the CrossEncoder; upr's is the first.")
@@ -105,6 +105,14 @@ def make_cross_encoder(
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
+def few_questions(data: Path, folder: Path) -> Path:
+    """A folder with the first test questions alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("test.source", "test.pages"):
+        write_lines(read_lines(data / name)[:QUESTIONS], folder / name)
+    return folder
+
+
 def main(args: BenchmarkArguments) -> None:
     data, files = data_folder(args.short)
     checkpoint, knowledge = make_start(args.folder, files, args.short)
@@ -114,6 +122,8 @@ def main(args: BenchmarkArguments) -> None:
         split = "test" if args.short else "train"  # test_data has no other titles
         records, gold = records_of(split, args.folder, checkpoint, data, index), read_lines(data / f"{split}.pages")
         make_cross_encoder(cross_encoder, records, gold, knowledge, args.steps, args.seed)
+    if args.short:
+        data = few_questions(data, args.folder / "questions")
     print(header("torch", "transformers", "faiss-cpu"))
     print("\n| | precision@1 | recall@5 | recall@20 | MRR | s a question |\n|---|---|---|---|---|---|")
     for found, kind in (("vectors", {}), ("vectors and words", {"index_name": "hybrid"})):
