@@ -110,8 +110,8 @@ def finetune(args: FinetuneArguments) -> dict[str, float]:
     from rag.training.loading import going_back_to, load_model_and_tokenizer, settle_precision
     from rag.training.qa_module import GenerativeQAModule
 
-    # AdamW's mean gradient of a word that no longer comes up falls below 1e-38 within 800 steps, where a CPU computes a
-    # hundred times as slowly. Threads take this over from the one that starts them: it comes before the first of them.
+    # AdamW's mean gradient of a word that no longer comes up falls below 1e-38 within 800 steps, where a CPU takes over
+    # twenty times as long for it. Threads have this from the one that starts them: it comes before the first of them.
     torch.set_flush_denormal(True)
     pl.seed_everything(args.training.seed, workers=True, verbose=False)
     settle_precision(args, training_device(args))
