@@ -1,7 +1,7 @@
 """What rerankers are worth: precision and recall of what is found, before and after, and what they cost.
 
     python benchmarks/rerankers.py                # trains a CrossEncoder, then a line of the table each; half an hour
-    python benchmarks/rerankers.py --short        # two steps, eight questions of test_data, a minute
+    python benchmarks/rerankers.py --short        # two steps, eight questions of test_data, two minutes
 
 Passages of ../shared/data/nq_gold and distractors_2wiki are found by MiniLM read as a DPR encoder, exactly, the start
 of `retriever_losses.py`, and by both it and BM25 (`--index_name hybrid`). Rerankers are SmolLM2-135M-Instruct as its
@@ -15,10 +15,9 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.machine import header
-from benchmarks.retriever_losses import data_folder, index_of, line, make_start, measure, script
+from benchmarks.retriever_losses import data_folder, index_of, line, make_start, measure
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
@@ -50,17 +49,6 @@ def parse_args(argv=None) -> BenchmarkArguments:
 # --- A CrossEncoder ---------------------------------------------------------------------------------------------------
 
 
-def records_of(split: str, folder: Path, checkpoint: Path, data: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
-    """eval_rag.py's records of the questions to learn from."""
-    predictions = folder / f"{split}_found.tsv"
-    script(
-        "eval_rag", folder / f"{split}_found.json", eval_mode="retrieval", model_name_or_path=checkpoint,
-        evaluation_set=data / f"{split}.source", gold_data_path=data / f"{split}.pages", predictions_path=predictions,
-        k=[FOUND], **index,
-    )  # fmt: skip
-    return [json.loads(record) for record in read_lines(f"{predictions}.jsonl")]
-
-
 def make_cross_encoder(
     folder: Path, records: list[dict], gold: list[str], knowledge: Path, steps: int, seed: int
 ) -> None:
@@ -81,8 +69,9 @@ def make_cross_encoder(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     groups = []
     for record, title in zip(records, gold, strict=True):
-        right = [doc for doc, found in zip(record["doc_ids"], record["titles"], strict=True) if found == title]
-        wrong = [doc for doc in record["doc_ids"] if doc not in right]
+        docs, titles = record["doc_ids"][:FOUND], record["titles"][:FOUND]
+        right = [doc for doc, found in zip(docs, titles, strict=True) if found == title]
+        wrong = [doc for doc in docs if doc not in right]
         if right and len(wrong) >= GROUP - 1:
             groups.append((record["question"], [right[0], *draw.sample(wrong, GROUP - 1)]))
     for _ in progress(range(steps), steps, "CrossEncoder", "steps"):
@@ -120,7 +109,9 @@ def main(args: BenchmarkArguments) -> None:
     cross_encoder = args.folder / f"cross_encoder_{args.steps}_{args.seed}"
     if not cross_encoder.exists():
         split = "test" if args.short else "train"  # test_data has no other titles
-        records, gold = records_of(split, args.folder, checkpoint, data, index), read_lines(data / f"{split}.pages")
+        measure(f"{split}_found", checkpoint, data, index, args.folder, split)
+        records = [json.loads(record) for record in read_lines(args.folder / f"{split}_found.tsv.jsonl")]
+        gold = read_lines(data / f"{split}.pages")
         make_cross_encoder(cross_encoder, records, gold, knowledge, args.steps, args.seed)
     if args.short:
         data = few_questions(data, args.folder / "questions")

@@ -240,12 +240,14 @@ def index_of(knowledge: Path) -> dict[str, Any]:
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, checkpoint: Path, data: Path, index: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure(
+    name: str, checkpoint: Path, data: Path, index: dict[str, Any], folder: Path, split: str = "test"
+) -> dict[str, Any]:
     """What eval_rag.py leaves beside its predictions."""
     predictions = folder / f"{name}.tsv"
     script(
         "eval_rag", folder / f"{name}.json", eval_mode="retrieval", model_name_or_path=checkpoint,
-        evaluation_set=data / "test.source", gold_data_path=data / "test.pages", predictions_path=predictions,
+        evaluation_set=data / f"{split}.source", gold_data_path=data / f"{split}.pages", predictions_path=predictions,
         k=[1, 5, 20], **index,
     )  # fmt: skip
     return json.loads(Path(f"{predictions}.scores.json").read_text())
@@ -269,10 +271,11 @@ def main(args: BenchmarkArguments) -> None:
     print("| | precision@1 | recall@5 | recall@20 | MRR |\n|---|---|---|---|---|")
     print(line(START, measure(START, checkpoint, data, index, args.folder)), flush=True)
     flags = TRAINING | index | {"model_name_or_path": checkpoint, "max_steps": args.steps}
-    more = f"_{json_digest(args.flags)[:8]}" if json.loads(args.flags) else ""
+    more = json.loads(args.flags)
+    told = f"_{json_digest(more)[:8]}" if more else ""
     for loss, seed in product(args.losses, args.seeds):
-        name = f"{loss}_{args.steps}_{seed}{more}"
-        trained = train(loss, args.folder / name, data, seed=seed, **flags | json.loads(args.flags))
+        name = f"{loss}_{args.steps}_{seed}{told}"
+        trained = train(loss, args.folder / name, data, seed=seed, **flags | more)
         searched = index_of(args.folder / name / "knowledge") if loss.endswith(BOTH) else index
         measured = measure(f"{name}_test", trained, data, searched, args.folder)
         print(line(f"{loss}, seed {seed}", measured), flush=True)
