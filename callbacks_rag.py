@@ -9,6 +9,7 @@
 Names that the public suite has in this file are kept.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -41,6 +42,7 @@ from rag.training.reports import (
 
 __all__ = [
     "BestCheckpoints",
+    "FlatTeacher",
     "MetricsWriter",
     "ProgressLines",
     "RunDescription",
@@ -56,6 +58,7 @@ __all__ = [
     "get_early_stopping_callback",
 ]
 
+FLAT = 0.95  # of the most entropy that a teacher can have
 SECONDS_TO_APPEAR = 60  # a network disk shows a new file that long after it was looked for in vain
 STOPPED = 128 + signal.SIGTERM  # exit status
 
@@ -69,6 +72,8 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
         MetricsWriter(args.run.output_dir),
         LogKeeper(args.run.output_dir),
     ]
+    if args.training.retriever_loss != "marginal":
+        callbacks.append(FlatTeacher())
     if args.training.early_stopping_patience >= 0:
         callbacks.append(ValidationEarlyStopping(args.training.early_stopping_patience))
     kwargs = trainer_kwargs(args)
@@ -77,6 +82,29 @@ def build_callbacks(args: FinetuneArguments) -> list[Callback]:
     else:  # a GPU is to be waited for no more often than the log does it
         callbacks.append(TrainingBar(kwargs["log_every_n_steps"] or 50 if torch.cuda.is_available() else 1))
     return [*callbacks, StopTogether()]
+
+
+class FlatTeacher(Callback):
+    """Tells once that what teaches the retriever holds all passages for nearly alike: their order is forgotten."""
+
+    def __init__(self):
+        self.is_told = False
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Collective."""
+        if self.is_told or not pl_module.is_log_step():
+            return
+        entropy, most = trainer.callback_metrics.get("teacher_entropy"), math.log(pl_module.model.config.n_docs)
+        if entropy is None or entropy < FLAT * most:
+            return
+        self.is_told = True
+        if trainer.is_global_zero:
+            print(
+                f"step {trainer.global_step + 1}: what teaches the retriever holds all passages for nearly alike "
+                f"(teacher_entropy {entropy:.3f} of at most {most:.3f} nats) and makes it forget their order; give a "
+                "smaller --teacher_temperature",
+                flush=True,
+            )
 
 
 class RunDescription(Callback):

@@ -28,7 +28,7 @@ CHARTS = {
     "Gradient norms": ("grad_norm*",),
     "Tokens a second": ("tokens_per_second",),
     "Distinct passages, share": ("distinct_docs", "val_distinct_docs"),
-    "Entropy of p(z|x), nats": ("doc_entropy", "val_doc_entropy"),
+    "Entropy of p(z|x), nats": ("doc_entropy", "val_doc_entropy", "teacher_entropy"),
     "Contexts cut, share": ("cut_contexts",),
 }
 SAME = {"val_avg_em": "val_em", "val_avg_f1": "val_f1"}  # one thing under two names

@@ -67,7 +67,7 @@ from rag.training.measures import distinct_share, doc_entropy, means
 from rag.training.namespaces import add_flags, add_run_flags
 from rag.training.reports import collects_gradients
 from rag.training.retrieval_problems import fusion_problems
-from rag.training.retriever_loss import RETRIEVER_LOSSES, Teacher
+from rag.training.retriever_loss import RETRIEVER_LOSSES, Teacher, taught
 from rag.training.run_card import making_of, measured
 
 logger = logging.getLogger(__name__)
@@ -405,10 +405,13 @@ class GenerativeQAModule(BaseTransformer):
             return self.negative_log_likelihood(batch, label_smoothing)
         teachers: list[Any] = []
         nll, contexts = self.negative_log_likelihood(batch, label_smoothing, teachers.append)
-        temperatures = training.retriever_temperature, training.teacher_temperature
-        losses = self.retriever_loss(teachers[0], contexts.doc_scores, *temperatures)
+        lesson = teachers[0], contexts.doc_scores, training.retriever_temperature, training.teacher_temperature
+        losses = self.retriever_loss(*lesson)
         if self.is_log_step():
-            for name, own in {"answer_loss": nll, "retriever_loss": losses}.items():
+            logged = {"answer_loss": nll, "retriever_loss": losses}
+            if training.retriever_loss != "emdr2":  # which has no temperature to be chosen
+                logged["teacher_entropy"] = doc_entropy(taught(self.retriever_loss, *lesson).log())
+            for name, own in logged.items():
                 self.log(name, own.detach().mean() * batch["loss_weight"], sync_dist=True)
         return nll + training.retriever_loss_weight * losses, contexts
 

@@ -24,6 +24,7 @@ of the answer's first token alone, and the mean over a passage's tokens; Atlas' 
 by 256, and then by a temperature of 0.01: together T = 2.56.
 
     losses = RETRIEVER_LOSSES["pdist"](teacher, doc_scores, tau, T)        # (B,) nats
+    taught(RETRIEVER_LOSSES["pdist"], teacher, doc_scores, tau, T)         # (B, n_docs) what p is drawn to
 """
 
 from collections.abc import Callable
@@ -129,6 +130,16 @@ def divergence(judgment: torch.Tensor, doc_scores: torch.Tensor, temperature: fl
 def log_prior(doc_scores: torch.Tensor, temperature: float) -> torch.Tensor:
     """log p(z|x) of doc_scores (B, n_docs), nats."""
     return (full_precision(doc_scores) / temperature).log_softmax(1)
+
+
+def taught(
+    loss: "RetrieverLoss", teacher: Any, doc_scores: torch.Tensor, temperature: float, teacher_temperature: float
+) -> torch.Tensor:
+    """What a divergence draws p to, (B, n_docs), float32: its gradient by s_z / tau is p_z minus the teacher's."""
+    scores = full_precision(doc_scores.detach()).requires_grad_()
+    losses = loss(teacher, scores, temperature, teacher_temperature)
+    (slope,) = torch.autograd.grad(losses.sum(), scores)
+    return (log_prior(scores.detach(), temperature).exp() - temperature * slope).clamp(min=0.0)
 
 
 RetrieverLoss = Callable[[Any, torch.Tensor, float, float], torch.Tensor]

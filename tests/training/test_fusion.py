@@ -366,6 +366,18 @@ def test_a_run_logs_both_losses(generator, flags, model_folder, data_dir, tmp_pa
     assert logged["retriever_loss"] > 0 and logged["grad_norm_question_encoder"] > 0
 
 
+@pytest.mark.parametrize(("temperature", "is_told"), [(100, True), (1e-3, False)])
+def test_a_teacher_that_holds_all_passages_for_alike_is_told_once(
+    temperature, is_told, model_folder, data_dir, tmp_path, capsys
+):
+    flags = ["--retriever_loss", "adist", "--teacher_temperature", temperature, "--max_steps", 3]
+    flags += ["--log_every_n_steps", 2]
+    run(model_folder["bart"], data_dir, tmp_path / "out", *flags)
+    said = capsys.readouterr().out
+    assert said.count("step 2: what teaches the retriever holds all passages for nearly alike") == is_told
+    assert said.count("smaller --teacher_temperature") == is_told
+
+
 def test_a_question_without_passages_is_trained_on(model_folder, data_dir, knowledge, tmp_path):
     """BM25 finds none with any of its words."""
     for file in data_dir.glob("*.source"):

@@ -9,7 +9,7 @@ import torch
 from rag.errors import UserError
 from rag.training.arguments import parse_args
 from rag.training.loss import rag_sequence_nll, rag_token_nll
-from rag.training.retriever_loss import RETRIEVER_LOSSES, Teacher, divergence
+from rag.training.retriever_loss import RETRIEVER_LOSSES, Teacher, divergence, taught
 from rag.training.run_folder import read_metrics
 from tests.conftest import assert_equal_but_for_rounding
 from tests.training.test_finetune_rag import run
@@ -52,6 +52,7 @@ def test_every_loss_equals_its_formula(name, per_token):
     tau, teacher_temperature = 0.7, 1 if name == "emdr2" else 1.9
     teacher = teacher_of(per_token)
     losses = RETRIEVER_LOSSES[name](teacher, SCORES, tau, teacher_temperature).tolist()
+    drawn_to = taught(RETRIEVER_LOSSES[name], teacher, SCORES, tau, teacher_temperature)
     for question, scores in enumerate(SCORES.tolist()):
         there = [passage for passage, score in enumerate(scores) if score > NONE]
         words = {passage: teacher.log_probs[question, passage].tolist() for passage in there}
@@ -79,9 +80,11 @@ def test_every_loss_equals_its_formula(name, per_token):
         else:
             n_words = int(teacher.lengths[question]) if name == "lsr" else 1
             judged = [sum(words[passage]) / n_words for passage in there]
-        taught = softmax([value / teacher_temperature for value in judged])
-        expected = sum(share * math.log(share / p) for share, p in zip(taught, prior.values(), strict=True))
+        shares = softmax([value / teacher_temperature for value in judged])
+        expected = sum(share * math.log(share / p) for share, p in zip(shares, prior.values(), strict=True))
         assert losses[question] == pytest.approx(expected, abs=1e-12)
+        assert drawn_to[question, there].tolist() == pytest.approx(shares, abs=1e-12)
+        assert drawn_to[question].sum().item() == pytest.approx(1.0)  # a passage that is missing has no share
 
 
 @pytest.mark.parametrize(("name", "per_token"), itertools.product(BY_LIKELIHOOD, [False, True]))
@@ -205,6 +208,10 @@ def test_a_run_logs_both_losses(generator, name, flags, checkpoint, data_dir, tm
     weight = flags[flags.index("--retriever_loss_weight") + 1] if "--retriever_loss_weight" in flags else 1
     together = logged["answer_loss"] + weight * logged["retriever_loss"]
     assert logged["loss"] == pytest.approx(together, rel=1e-4) and logged["retriever_loss"] > 0
+    if name == "emdr2":  # whose teacher has no temperature
+        assert "teacher_entropy" not in logged
+    else:
+        assert 0 < logged["teacher_entropy"] <= math.log(2) + 1e-6
 
 
 @pytest.mark.parametrize(
