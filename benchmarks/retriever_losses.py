@@ -2,15 +2,20 @@
 
     python benchmarks/retriever_losses.py              # four losses, a ceiling, two of both encoders: an hour
     python benchmarks/retriever_losses.py --losses emdr2 emdr2+context --seeds 42 43 44
+    python benchmarks/retriever_losses.py --fid        # all five losses, taught by a Fusion-in-Decoder
     python benchmarks/retriever_losses.py --short      # two steps of each on test_data, a minute
 
 A question encoder that finds too little, MiniLM read as a DPR encoder (its first token's vector, inner product), is
 trained by the answers of ../shared/data/nq_gold over its passages and those of distractors_2wiki, which are searched
-exactly. What teaches is SmolLM2-135M-Instruct as its authors left it: it stays as it is, and so do the passages'
-vectors but in trainings of both encoders. The ceiling is the same training with labels: the teacher is sure of the
-passages with the gold page's title. Each training is a call of finetune_rag.py, in which the teacher is asked about a
-question and a passage once for all of them; each line of the table is a call of eval_rag.py; a gold page a question, so
-that recall@k is k times precision@k. What is finished is found again.
+exactly, or as --index_factory says. What teaches is SmolLM2-135M-Instruct as its authors left it: it stays as it is,
+and so do the passages' vectors but in trainings of both encoders. The ceiling is the same training with labels: the
+teacher is sure of the passages with the gold page's title. Each training is a call of finetune_rag.py, in which the
+teacher is asked about a question and a passage once for all of them; each line of the table is a call of eval_rag.py; a
+gold page a question, so that recall@k is k times precision@k. What is finished is found again.
+
+With --fid the teacher is a Fusion-in-Decoder, whose attention adist needs. None that is pretrained is at hand: the
+quickstart's BART made of MiniLM learns from the same training questions first to answer from one passage, then from
+five.
 """
 
 import gc
@@ -27,17 +32,20 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.machine import header
+from quickstart.__main__ import FINETUNING, make_models
+from quickstart.weights import make_language_model
 from rag.command_line.flags import flag
 from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError
-from rag.files import atomic_folder, json_digest, read_lines, save_json
+from rag.files import json_digest, read_lines, save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 START, CEILING = "start", "gold"
 BOTH = "+context"  # behind a loss: the context encoder learns, too, and all passages are embedded anew at the end
 LOSSES = ["emdr2", "pdist", "lsr", "loop", CEILING, f"emdr2{BOTH}", f"pdist{BOTH}"]
+FUSION_LOSSES = ["emdr2", "pdist", "lsr", "loop", "adist", CEILING]
 CONTEXT_LEARNING_RATE = 2e-5
 Judgments = dict[str, float]  # "question passage", by their numbers: log p(y|x,z), nats
 CERTAIN = 30.0  # nats by which the ceiling's teacher prefers the passages with the right title
@@ -56,18 +64,25 @@ TRAINING = {
     "precision": "auto",
     "log_every_n_steps": 10,
 }
+READING = FINETUNING | {"train_batch_size": 16, "n_docs": 1, "max_steps": 250, "n_val": 2}
+FUSED_READING = READING | {"train_batch_size": 8, "n_docs": 5, "model_type": "fid"}
 
 
 @dataclass
 class BenchmarkArguments:
     short: bool = flag(False, "Two steps of each on test_data.")
     folder: Path = flag(Path("output/retriever_losses"), "Models, knowledge, trainings.")
-    losses: list[str] = flag(LOSSES, f"Which to train by; gold is the ceiling, {BOTH} trains both encoders.")
+    index_factory: str = flag("Flat", "What the passages are searched by; each in a --folder of its own.")
+    fid: bool = flag(False, "The teacher is a Fusion-in-Decoder, trained first, in the place of the language model.")
+    losses: list[str] | None = flag(
+        None, f"Which to train by; gold is the ceiling, {BOTH} trains both encoders; left out, those of a table."
+    )
     steps: int = flag(120, "Of each training, of 8 questions.")
     seeds: list[int] = flag([42], "Each loss trains once with each.")
     flags: str = flag("{}", "More settings of finetune_rag.py, as JSON.")
 
     def __post_init__(self):
+        self.losses = self.losses or (FUSION_LOSSES if self.fid else LOSSES)
         if self.short:
             self.steps, self.folder = 2, self.folder / "short"
             # test_data has no labels to train by
@@ -91,12 +106,11 @@ def data_folder(short: bool) -> tuple[Path, list[Path]]:
     return SHARED / "nq_gold", files
 
 
-def make_start(folder: Path, files: list[Path], short: bool) -> tuple[Path, Path]:
+def make_start(folder: Path, files: list[Path], short: bool, index_factory: str = "Flat") -> tuple[Path, Path]:
     """The checkpoint that every training starts from, and the knowledge it searches."""
     models, checkpoint, knowledge = folder / "models", folder / "checkpoint", folder / "knowledge"
-    if not models.exists():
-        with atomic_folder(models) as half_made:
-            make_models(half_made)
+    make_models(models)
+    make_language_model(models / "language_model")
     if not (knowledge / "index.json").exists():
         passages = folder / "passages.tsv"
         lines = [line for file in files for line in read_lines(file)]
@@ -105,7 +119,7 @@ def make_start(folder: Path, files: list[Path], short: bool) -> tuple[Path, Path
         passages.write_text("".join(f"{row}\n" for row in rows), "utf-8")
         script(
             "use_own_knowledge_dataset", folder / "knowledge.json", csv_path=passages, csv_quoting="none",
-            dpr_ctx_encoder_model_name=models / "context_encoder", output_dir=knowledge, index_factory="Flat",
+            dpr_ctx_encoder_model_name=models / "context_encoder", output_dir=knowledge, index_factory=index_factory,
             recall_queries=0,
         )  # fmt: skip
     if not checkpoint.exists():
@@ -117,18 +131,27 @@ def make_start(folder: Path, files: list[Path], short: bool) -> tuple[Path, Path
     return checkpoint, knowledge
 
 
-def make_models(folder: Path) -> None:
-    from transformers import AutoTokenizer, BertModel
+def make_fusion(folder: Path, data: Path, **flags: Any) -> Path:
+    """A Fusion-in-Decoder that has learned to answer, its question encoder as it was.
 
-    from quickstart import warm_start
-    from quickstart.weights import make_language_model, minilm_folder
-
-    bert, tokenizer = BertModel.from_pretrained(minilm_folder()), AutoTokenizer.from_pretrained(minilm_folder())
-    warm_start.dpr_question_encoder_from_bert(bert).save_pretrained(folder / "question_encoder")
-    warm_start.dpr_context_encoder_from_bert(bert).save_pretrained(folder / "context_encoder")
-    for name in ("question_encoder", "context_encoder"):
-        tokenizer.save_pretrained(folder / name)
-    make_language_model(folder / "language_model")
+    Args:
+        flags: the index, and what a short training has of its own.
+    """
+    bart = folder / "bart"
+    if not bart.exists():
+        script(
+            "consolidate_rag_checkpoint", folder / "bart.json", model_type="rag_sequence", dest=bart,
+            question_encoder_name_or_path=folder / "models" / "question_encoder",
+            generator_name_or_path=folder / "models" / "generator",
+        )  # fmt: skip
+    checkpoint = bart
+    for name, settings in (("one_passage", READING), ("fused", FUSED_READING)):
+        trained = folder / name
+        if not list(trained.glob("checkpoint?")):
+            paths = {"model_name_or_path": checkpoint, "data_dir": data, "output_dir": trained}
+            script("finetune_rag", folder / f"{name}.json", **settings | paths | flags)
+        checkpoint = next(trained.glob("checkpoint?"))
+    return checkpoint
 
 
 def as_plain(flags: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +174,8 @@ def script(name: str, settings: Path, **flags: Any) -> None:
 def remembering_module(known: Judgments, pages: list[str] | None) -> type:
     """A `GenerativeQAModule` whose teacher is asked about a question and a passage once, whatever it then teaches.
 
-    The generator is frozen and works without dropout: it says the same each time.
+    The generator is frozen and works without dropout: it says the same each time. A Fusion-in-Decoder, whose passages
+    are read together, is asked each time.
 
     Args:
         pages: the title of each training question's gold page, in the place of the generator; None to ask that.
@@ -168,8 +192,8 @@ def remembering_module(known: Judgments, pages: list[str] | None) -> type:
 
     class Remembering(GenerativeQAModule):
         def negative_log_likelihood(self, batch, label_smoothing=0.0, note_teacher=None):
-            if note_teacher is None:  # validation
-                return super().negative_log_likelihood(batch, label_smoothing)
+            if note_teacher is None or (self.is_fused and not pages):  # validation, or nothing to remember
+                return super().negative_log_likelihood(batch, label_smoothing, note_teacher)
             contexts = self._retrieve(batch)
             pairs = [
                 f"{i} {doc}" for i, docs in zip(batch["index"], contexts.doc_ids.tolist(), strict=True) for doc in docs
@@ -233,8 +257,8 @@ def train(loss: str, folder: Path, data: Path, **flags: Any) -> Path:
 
 def index_of(knowledge: Path) -> dict[str, Any]:
     """The flags that open the index of a folder of knowledge."""
-    passages = knowledge / "my_knowledge_dataset"
-    return {"index_name": "custom", "passages_path": passages, "index_path": f"{passages}_index.faiss"}
+    index = next(knowledge.glob("*_index.faiss"))
+    return {"index_name": "custom", "passages_path": knowledge / "my_knowledge_dataset", "index_path": index}
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -264,17 +288,19 @@ def line(name: str, scores: dict[str, Any]) -> str:
 
 def main(args: BenchmarkArguments) -> None:
     data, files = data_folder(args.short)
-    checkpoint, knowledge = make_start(args.folder, files, args.short)
+    checkpoint, knowledge = make_start(args.folder, files, args.short, args.index_factory)
     index = index_of(knowledge)
     print(header("torch", "transformers", "faiss-cpu"))
     print(f"\n{args.steps} steps, {args.flags}\n")
     print("| | precision@1 | recall@5 | recall@20 | MRR |\n|---|---|---|---|---|")
     print(line(START, measure(START, checkpoint, data, index, args.folder)), flush=True)
+    if args.fid:
+        checkpoint = make_fusion(args.folder, data, **index, **({"max_steps": args.steps} if args.short else {}))
     flags = TRAINING | index | {"model_name_or_path": checkpoint, "max_steps": args.steps}
     more = json.loads(args.flags)
     told = f"_{json_digest(more)[:8]}" if more else ""
     for loss, seed in product(args.losses, args.seeds):
-        name = f"{loss}_{args.steps}_{seed}{told}"
+        name = f"{'fid_' if args.fid else ''}{loss}_{args.steps}_{seed}{told}"
         trained = train(loss, args.folder / name, data, seed=seed, **flags | more)
         searched = index_of(args.folder / name / "knowledge") if loss.endswith(BOTH) else index
         measured = measure(f"{name}_test", trained, data, searched, args.folder)
