@@ -79,7 +79,7 @@ class BenchmarkArguments:
     )
     steps: int = flag(120, "Of each training, of 8 questions.")
     seeds: list[int] = flag([42], "Each loss trains once with each.")
-    flags: str = flag("{}", "More settings of finetune_rag.py, as JSON.")
+    flags: str = flag("{}", "More settings of finetune_rag.py, as JSON; other lengths in a --folder of their own.")
 
     def __post_init__(self):
         self.losses = self.losses or (FUSION_LOSSES if self.fid else LOSSES)
