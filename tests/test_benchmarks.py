@@ -63,7 +63,8 @@ def test_allocated_memory_is_seen():
         held = np.ones(2**25)  # 256 MiB
         grown = [reader() - was for reader, was in zip(readers, before, strict=True)]
         assert min(grown) > 200 and held.all(), grown
-        assert status_mib("VmHWM") > status_mib("VmRSS") - 16  # Linux counts each page later on each core
+        resident = status_mib("VmRSS")  # first: what comes between may take some more
+        assert status_mib("VmHWM") >= resident
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
