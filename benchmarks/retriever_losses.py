@@ -39,6 +39,7 @@ from rag.command_line.parser import parse_into
 from rag.command_line.script import run_script
 from rag.errors import UserError
 from rag.files import json_digest, read_lines, save_json
+from rag.knowledge.contents import knowledge_in, read_knowledge
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -122,13 +123,17 @@ def make_start(folder: Path, files: list[Path], short: bool, index_factory: str 
             dpr_ctx_encoder_model_name=models / "context_encoder", output_dir=knowledge, index_factory=index_factory,
             recall_queries=0,
         )  # fmt: skip
-    if not checkpoint.exists():
-        script(
-            "consolidate_rag_checkpoint", folder / "checkpoint.json", model_type="rag_sequence", dest=checkpoint,
-            question_encoder_name_or_path=models / "question_encoder",
-            generator_name_or_path=models / "language_model",
-        )  # fmt: skip
+    make_checkpoint(models, "language_model", checkpoint)
     return checkpoint, knowledge
+
+
+def make_checkpoint(models: Path, generator: str, dest: Path) -> None:
+    """A RAG-Sequence of the question encoder and one of the generators in `models`, unless it is there."""
+    if not dest.exists():
+        script(
+            "consolidate_rag_checkpoint", dest.with_suffix(".json"), model_type="rag_sequence", dest=dest,
+            question_encoder_name_or_path=models / "question_encoder", generator_name_or_path=models / generator,
+        )  # fmt: skip
 
 
 def make_fusion(folder: Path, data: Path, **flags: Any) -> Path:
@@ -137,14 +142,8 @@ def make_fusion(folder: Path, data: Path, **flags: Any) -> Path:
     Args:
         flags: the index, and what a short training has of its own.
     """
-    bart = folder / "bart"
-    if not bart.exists():
-        script(
-            "consolidate_rag_checkpoint", folder / "bart.json", model_type="rag_sequence", dest=bart,
-            question_encoder_name_or_path=folder / "models" / "question_encoder",
-            generator_name_or_path=folder / "models" / "generator",
-        )  # fmt: skip
-    checkpoint = bart
+    checkpoint = folder / "bart"
+    make_checkpoint(folder / "models", "generator", checkpoint)
     for name, settings in (("one_passage", READING), ("fused", FUSED_READING)):
         trained = folder / name
         if not list(trained.glob("checkpoint?")):
@@ -255,10 +254,9 @@ def train(loss: str, folder: Path, data: Path, **flags: Any) -> Path:
     return next(folder.glob("checkpoint?"))
 
 
-def index_of(knowledge: Path) -> dict[str, Any]:
+def index_of(knowledge: Path) -> dict[str, str]:
     """The flags that open the index of a folder of knowledge."""
-    index = next(knowledge.glob("*_index.faiss"))
-    return {"index_name": "custom", "passages_path": knowledge / "my_knowledge_dataset", "index_path": index}
+    return knowledge_in(knowledge, read_knowledge(knowledge)).flags
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
